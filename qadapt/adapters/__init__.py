@@ -1,0 +1,1 @@
+"""The adapter methods: what is trained on the frozen base."""

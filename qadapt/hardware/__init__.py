@@ -1,0 +1,1 @@
+"""What cards exist and what this machine has."""

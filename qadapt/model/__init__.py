@@ -1,0 +1,1 @@
+"""The frozen base: found, loaded in 4 bits, asked for text."""

@@ -1,0 +1,1 @@
+"""Pure arithmetic, no torch: what a step takes, and the fastest setting that fits."""

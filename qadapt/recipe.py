@@ -1,0 +1,198 @@
+"""The recipe: everything a run is made of, as nested frozen types.
+
+A recipe says *what* to train; how it is placed in memory is the plan's decision unless `memory` overrules it.
+Every number is in the unit its name says; bytes are texts such as `7.3GiB`. `recipe_file.py` reads and checks
+the file; this module knows no file. Configuration stops at `run.py`: below it, functions take flat arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qadapt.units import parse_bytes
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """The frozen base."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """A hub id, a folder, a `.gguf` file, or the quick-start name `smollm2-135m`."""
+    revision: str | None = None
+    """The hub revision (branch, tag or commit) to pin; the commit found is recorded in the run."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the base is held: 4-bit NormalFloat (QLoRA, arXiv:2305.14314) or 16-bit."""
+    double_quant: bool = True
+    """Quantize the quantization constants too (0.516 instead of 0.563 bytes per weight)."""
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    method: Literal["lora"] = "lora"
+    """The adapter method (arXiv:2106.09685)."""
+    rank: Positive = 16
+    """Inner width of the low-rank update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32."""
+
+
+class SourceSection(Section):
+    """Where rows come from."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, relative to the folder the command runs in."""
+    limit: Positive | None = None
+    """Use only the first rows."""
+
+
+class DataSection(Section):
+    """Rows, and how they become tokens."""
+
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
+    """Files of training rows."""
+    format: Literal["auto", "messages", "prompt-completion"] = "auto"
+    """What a row looks like; auto recognises it from the row's keys."""
+    held_out: str | None = None
+    """A file of rows that are never trained on, for the evaluation loss."""
+    held_out_fraction: Share = 0.0
+    """Without a `held_out` file: this share of the rows, drawn by `train.seed`."""
+    length: Annotated[int, Field(ge=8)] = 2048
+    """The longest row in tokens; longer ones are cut at the end and counted."""
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    steps: Positive | None = None
+    """Optimizer steps; without it, `epochs` decides."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the rows when `steps` is not given."""
+    rows_per_step: Positive = 16
+    """Rows whose gradient makes one optimizer step, in as many micro-batches as the memory asks for."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """The highest learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    """Steps of linear rise from zero."""
+    final_share: Share = 0.1
+    """The last learning rate as a share of the highest (cosine and linear)."""
+    optimizer: Literal["auto", "adamw", "adamw-8bit"] = "auto"
+    """AdamW (arXiv:1711.05101) with fp32 or 8-bit states; auto: 8-bit paged on CUDA, fp32 elsewhere."""
+    beta1: Share = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: Share = 0.999
+    """Decay of the mean of their squares."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of a step's gradient; none: no clipping."""
+    evaluate_every: Positive | None = None
+    """Steps between evaluation losses; none: only at the end."""
+    patience: Positive | None = None
+    """Stop after this many evaluations without a better loss."""
+    checkpoint_every: Positive | None = None
+    """Steps between saved states; none: at evaluations and at the end."""
+    keep_checkpoints: Positive = 2
+    """Newest saved states to keep; the best one is kept besides."""
+    seed: int = 0
+    """Seed of the row order, the held-out draw, the adapter's start and dropout."""
+
+
+class MemorySection(Section):
+    """What the plan may use; `auto` leaves the choice to it."""
+
+    budget: str | None = None
+    """Bytes the run may take, such as `7.3GiB`; none: what is free on the device now."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: CUDA if there is any."""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of activations and products; auto: by the card, on a CPU by measurement."""
+    micro_batch: Literal["auto"] | Positive = "auto"
+    """Rows in one forward pass."""
+    recompute: Literal["auto", "all", "none"] = "auto"
+    """Activation checkpointing (arXiv:1604.06174) of every layer, or of none."""
+
+    @field_validator("budget")
+    @classmethod
+    def _is_amount(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+
+class ExportSection(Section):
+    """The model that comes out."""
+
+    form: Literal["merged-fp16", "merged-bf16", "merged-fp32"] = "merged-fp16"
+    """Type of the merged weights."""
+    base: Literal["dequantized", "original"] = "dequantized"
+    """Merge onto the 4-bit weights as the adapter saw them, or onto the original ones."""
+    shard: str = "2GiB"
+    """Largest size of one output file."""
+
+    @field_validator("shard")
+    @classmethod
+    def _is_amount(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run's folder."""
+    folder: str = "runs"
+    """Folder that holds the runs."""
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    version: Literal[1] = 1
+    """Version of this schema."""
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    memory: MemorySection = MemorySection()
+    export: ExportSection = ExportSection()
+    run: RunSection
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_model(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("model"), str):
+            return {**values, "model": {"source": values["model"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.data.held_out is not None and self.data.held_out_fraction > 0:
+            raise ValueError("data.held_out and data.held_out_fraction both ask for held-out rows; keep one")
+        if self.train.patience is not None and self.train.evaluate_every is None:
+            raise ValueError("train.patience counts evaluations; give train.evaluate_every too")
+        has_held_out = self.data.held_out is not None or self.data.held_out_fraction > 0
+        if self.train.evaluate_every is not None and not has_held_out:
+            raise ValueError("train.evaluate_every needs data.held_out or data.held_out_fraction")
+        if self.memory.micro_batch != "auto" and self.memory.micro_batch > self.train.rows_per_step:
+            raise ValueError("memory.micro_batch is larger than train.rows_per_step; lower it")
+        return self
