@@ -1,11 +1,11 @@
 """Tiny random models of the real architectures, whole folders, made in a blink: what tests train and export.
 
-Each family has the structure of its published chat template (written anew for plain turns, without the parts for
-tools), its special tokens, and the habits that trip code up: Llama puts a date into every system turn, Mistral
-has no padding token, Mistral and Gemma refuse a system turn, Gemma's turns end with a token that is not its end
-token, Qwen3 writes an empty thought into the last answer, Phi-3 closes a conversation with a second end token,
-vocabularies are padded beyond the tokenizer. The tokenizer is byte-level BPE learned from the demo's task, so
-every text can be written. Knows nothing of qadapt.
+Each family has the structure of its published chat template (written anew for plain turns, without the
+parts for tools), its special tokens, and the habits that trip code up: Llama puts a date into every
+system turn, Mistral has no padding token, Mistral and Gemma refuse a system turn, Gemma's turns end with
+a token that is not its end token, Qwen3 writes an empty thought into the last answer, Phi-3 closes a
+conversation with a second end token, vocabularies are padded beyond the tokenizer. The tokenizer is byte-
+level BPE learned from the demo's task, so every text can be written. Knows nothing of qadapt.
 """
 
 from __future__ import annotations
