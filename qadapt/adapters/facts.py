@@ -1,0 +1,46 @@
+"""`qadapt.json`, which stands beside an adapter's own files: what it was trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qadapt.errors import BadRun
+
+FACTS_FILE = "qadapt.json"
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter was trained on, written beside it."""
+
+    base: str
+    revision: str | None
+    fingerprint: str
+    quantization: str
+    double_quant: bool
+    load_dtype: str
+    prompt_fingerprint: str
+
+
+def write_facts(facts: AdapterFacts, folder: Path) -> None:
+    """Writes the facts beside the adapter's files."""
+    text = json.dumps(asdict(facts), indent=2) + "\n"
+    (folder / FACTS_FILE).write_text(text, encoding="utf-8")
+
+
+def read_facts(folder: Path) -> AdapterFacts:
+    """What the adapter in a folder was trained on.
+
+    Raises:
+        BadRun: There is no adapter of qadapt in the folder.
+    """
+    try:
+        values = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        return AdapterFacts(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadRun(
+            f"{folder} holds no adapter that qadapt trained: {error}",
+            cure="Give the folder of a finished run.",
+        ) from None

@@ -1,0 +1,89 @@
+"""LoRA (arXiv:2106.09685) on a frozen base, through PEFT; on disk a plain PEFT folder.
+
+Beside PEFT's two files stand the facts of `facts.py`: which base, how it was held, which prompt contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.errors import BadRecipe
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | Sequence[str],
+    dtype: torch.dtype,
+    seed: int,
+) -> PeftModel:
+    """The base with new adapters, which alone are trainable.
+
+    The second factor starts at zero, so the first forward pass equals the base's.
+
+    Raises:
+        BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
+    """
+    linears = linear_layers(model)
+    chosen = set(linears) if targets == "all-linear" else set(targets)
+    unknown = sorted(chosen - set(linears))
+    if unknown:
+        raise BadRecipe(
+            f"adapter.targets: {', '.join(unknown)} matches no linear layer of this model.",
+            cure=f"Choose from: {', '.join(linears)}; or all-linear.",
+        )
+    narrowest = min(linears[name] for name in chosen)
+    if rank > narrowest:
+        raise BadRecipe(
+            f"adapter.rank is {rank}; the narrowest adapted layer is {narrowest} wide.",
+            cure=f"Set adapter.rank to at most {narrowest}; 8 to 64 is usual.",
+        )
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(chosen), task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in trainable(adapted):
+        parameter.data = parameter.data.to(dtype)
+    return adapted
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, int]:
+    """Last name → narrowest side of the linear layers in the decoder, the head left out."""
+    widths: dict[str, int] = {}
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            name = path.rpartition(".")[2]
+            widths[name] = min(module.in_features, module.out_features, widths.get(name, module.in_features))
+    return widths
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that are trained, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None:
+    """Writes the adapter as a plain PEFT folder with its facts."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = facts.base, facts.revision
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    write_facts(facts, folder)
+
+
+def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+    """The base with the adapter of a folder, in the type it was saved in."""
+    return PeftModel.from_pretrained(
+        model, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False, local_files_only=True
+    )

@@ -1,0 +1,91 @@
+"""Rows to micro-batches. Which rows a step takes is a pure function of it: no position to save.
+
+Legend: B rows, T tokens, K positions that predict a learned token in any row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qadapt.data.prompt import Tokens
+
+IGNORED = -100  # the label that F.cross_entropy leaves out
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some rows, filled up at the end to the longest.
+
+    There is no attention mask: attention is causal and padding stands at the end, so no token sees any.
+    """
+
+    input_ids: Tensor  # (B, T)
+    positions: Tensor  # (K,) whose prediction is learned in at least one row
+    targets: Tensor  # (B, K) the next token, or IGNORED
+    tokens: int  # without padding
+    supervised_tokens: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.tokens,
+            self.supervised_tokens,
+        )
+
+
+def rows_of_step(step: int, *, row_count: int, rows_per_step: int, seed: int) -> list[int]:
+    """Indices of the rows that step `step` (from 0) takes; each pass has its own seeded order."""
+    first = step * rows_per_step
+    return [_row_at(position, row_count, seed) for position in range(first, first + rows_per_step)]
+
+
+def _row_at(position: int, row_count: int, seed: int) -> int:
+    epoch, index = divmod(position, row_count)
+    return _order(epoch, row_count, seed)[index]
+
+
+@lru_cache(maxsize=2)  # a step may span two passes
+def _order(epoch: int, row_count: int, seed: int) -> tuple[int, ...]:
+    order = list(range(row_count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[MicroBatch]:
+    """Rows in micro-batches of at most `size`, those of like length together, so that little is padding.
+
+    The order within a step does not matter: its gradient is the sum over all learned tokens.
+    """
+    by_length = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    return [
+        collate(by_length[first : first + size], pad_id=pad_id) for first in range(0, len(by_length), size)
+    ]
+
+
+def collate(rows: Sequence[Tokens], *, pad_id: int) -> MicroBatch:
+    """One micro-batch of the rows."""
+    longest = max(len(row.ids) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for index, row in enumerate(rows):
+        ids = torch.tensor(row.ids)
+        input_ids[index, : len(ids)] = ids
+        labels[index, : len(ids)] = torch.where(torch.tensor(row.supervised), ids, IGNORED)
+    following = labels[:, 1:]
+    positions = (following != IGNORED).any(dim=0).nonzero().squeeze(1)
+    return MicroBatch(
+        input_ids=input_ids,
+        positions=positions,
+        targets=following[:, positions].contiguous(),
+        tokens=sum(len(row.ids) for row in rows),
+        supervised_tokens=sum(row.supervised_count for row in rows),
+    )

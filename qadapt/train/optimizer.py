@@ -1,0 +1,187 @@
+"""AdamW (arXiv:1711.05101) for adapters, and updates that bf16 weights do not lose.
+
+A bf16 weight has 8 bits of fraction: at usual learning rates most updates are smaller than half its last bit
+and round to nothing. `CompensatedAdamW` keeps what rounding lost in a second bf16 value (Kahan summation; for
+optimizers: arXiv:2010.06192) and adds it to the next update. The library's optimizer computes each update on
+a parameter that is zero, where bf16 is exact to 0.4 % of the update itself; then weight + lost part + update
+are summed in fp32.
+
+A trained parameter takes, in bytes: weight 2, gradient 2, lost part 2, states 2 (8-bit) or 8 (fp32); the
+update's 2 are there only within `step`, when no activations are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+CODE_TABLES = ("qmap1", "qmap2")  # constants of bitsandbytes' 8-bit states, one for all parameters
+
+
+class CompensatedAdamW:
+    """AdamW over bf16 parameters whose updates add up as if the weights were fp32.
+
+    Args:
+        parameters: bf16 parameters, named for saving.
+        kind: `adamw` (fp32 states) or `adamw-8bit` (paged on CUDA).
+        betas: Decay of the mean of gradients and of their squares.
+        weight_decay: Decoupled weight decay.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self.parameters = parameters
+        self.weight_decay = weight_decay
+        self.lost = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self._updates = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters.values()]
+        self.inner = _library_optimizer(self._updates, kind=kind, betas=betas, weight_decay=0.0)
+        self._let_updates_go()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Applies the gradients of the parameters."""
+        _set_rate(self.inner, learning_rate)
+        for parameter, update in zip(self.parameters.values(), self._updates, strict=True):
+            update.data = torch.zeros_like(parameter)
+            update.grad = parameter.grad
+        self.inner.step()
+        decay = 1 - learning_rate * self.weight_decay
+        for (name, parameter), update in zip(self.parameters.items(), self._updates, strict=True):
+            lost = self.lost[name]
+            exact = (parameter.float() + lost.float()).mul_(decay).add_(update.float())
+            parameter.copy_(exact)
+            lost.copy_(exact.sub_(parameter.float()))
+        self._let_updates_go()
+
+    def _let_updates_go(self) -> None:
+        for update in self._updates:
+            update.data, update.grad = update.new_empty(0), None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to save, by name."""
+        lost = {f"lost/{name}": value for name, value in self.lost.items()}
+        return lost | _state_tensors(self.inner, self.parameters)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave."""
+        for name, value in self.lost.items():
+            value.copy_(tensors[f"lost/{name}"])
+        _load_state(self.inner, self.parameters, tensors)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of states and lost parts."""
+        return sum(value.nbytes for value in self.tensors().values())
+
+
+class PlainAdamW:
+    """AdamW over fp32 parameters: the library's, under the same few calls as `CompensatedAdamW`."""
+
+    def __init__(
+        self, parameters: dict[str, Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self.parameters = parameters
+        self.inner = _library_optimizer(
+            parameters.values(), kind=kind, betas=betas, weight_decay=weight_decay
+        )
+
+    def step(self, learning_rate: float) -> None:
+        """Applies the gradients of the parameters."""
+        _set_rate(self.inner, learning_rate)
+        self.inner.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to save, by name."""
+        return _state_tensors(self.inner, self.parameters)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave."""
+        _load_state(self.inner, self.parameters, tensors)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states."""
+        return sum(value.nbytes for value in self.tensors().values())
+
+
+AdapterOptimizer = CompensatedAdamW | PlainAdamW
+
+
+def make_optimizer(
+    parameters: dict[str, Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+) -> AdapterOptimizer:
+    """The optimizer for adapters of their dtype.
+
+    Args:
+        parameters: The trained parameters by name, all of one dtype: bf16 or fp32.
+        kind: `adamw` or `adamw-8bit`.
+        betas: Decay of the mean of gradients and of their squares.
+        weight_decay: Decoupled weight decay.
+    """
+    is_half = next(iter(parameters.values())).dtype == torch.bfloat16
+    make = CompensatedAdamW if is_half else PlainAdamW
+    return make(parameters, kind=kind, betas=betas, weight_decay=weight_decay)
+
+
+def _library_optimizer(
+    parameters: Iterable[Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+) -> Optimizer:
+    """The library's optimizer with its states already there: an out-of-memory shows before the first step."""
+    chosen = list(parameters)
+    settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
+    optimizer: Optimizer
+    if kind == "adamw" and chosen[0].dtype == torch.float32:
+        optimizer = torch.optim.AdamW(chosen, fused=True, **settings)
+        for parameter in chosen:
+            count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            means = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": count, **means}
+        return optimizer
+    # torch would hold the states of bf16 parameters in bf16; bitsandbytes holds them in fp32 or 8 bits
+    if kind == "adamw":
+        make = bitsandbytes.optim.AdamW
+    else:
+        make = bitsandbytes.optim.PagedAdamW8bit if chosen[0].is_cuda else bitsandbytes.optim.AdamW8bit
+    paged = make(chosen, **settings)
+    for index, parameter in enumerate(chosen):
+        paged.init_state(paged.param_groups[0], parameter, 0, index)
+    optimizer = paged
+    return optimizer
+
+
+def _set_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _states(optimizer: Optimizer, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from zip(
+        names, (optimizer.state[each] for each in optimizer.param_groups[0]["params"]), strict=True
+    )
+
+
+def _state_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    return {
+        f"state/{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, state in _states(optimizer, names)
+        for key, value in state.items()
+        if key not in CODE_TABLES
+    }
+
+
+def _load_state(optimizer: Optimizer, names: Iterable[str], tensors: dict[str, Tensor]) -> None:
+    for name, state in _states(optimizer, names):
+        for key, value in state.items():
+            saved = tensors.get(f"state/{name}/{key}")
+            if saved is None:
+                assert key in CODE_TABLES, f"{name}/{key} was not saved"
+            elif isinstance(value, Tensor):
+                value.copy_(saved)  # in place: paged states stay paged
+            else:
+                state[key] = int(saved)
