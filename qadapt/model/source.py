@@ -1,0 +1,109 @@
+"""Where a base model comes from: an alias, a folder, a GGUF file or a hub id; all become a checked folder.
+
+This module decides which of the four a text is and imports no torch; each kind has its own module. Whatever
+the source, the result is a folder as `save_pretrained` writes it: config.json, *.safetensors, tokenizer
+files.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qadapt.errors import BadModel
+from qadapt.model.cache import Report, cache_folder, ignore
+from qadapt.model.folder import checked_folder
+from qadapt.model.gguf_source import converted_once, folder_from_gguf
+from qadapt.model.quick_start import SMOLLM2, PackagedModel, packaged_file
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine, whole and checked.
+
+    Attributes:
+        name: What it was asked for as.
+        folder: Holds config.json, *.safetensors with their index, and tokenizer files.
+        revision: The hub's commit; None for what does not come from a hub.
+        fingerprint: Recognizes the weights, wherever they lie (`folder.checked_folder`).
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    fingerprint: str
+
+
+def find_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    endpoint: str | None = None,
+    report: Report = ignore,
+) -> ModelFiles:
+    """Finds a model, fetching or converting it the first time.
+
+    Args:
+        source: `smollm2-135m`, a model folder, a `.gguf` file, or a hub id `owner/name`.
+        revision: Branch, tag or commit; only for a hub id.
+        cache: Where downloads and converted models are kept; by default `cache_folder()`, and for hub
+            models huggingface_hub's own cache.
+        endpoint: Another hub than huggingface_hub's default.
+        report: Told of progress: stage, bytes done, bytes in total.
+
+    Raises:
+        BadModel: Nothing of that name, or what is there cannot be read or trusted.
+        HubRefused: Gated, missing, or out of reach.
+        BadOutput: The cache is read-only or its disk too full.
+        Unsupported: The architecture is not proven here.
+    """
+    place = Path(source).expanduser()
+    kept = cache or cache_folder()
+    is_hub_id = _HUB_ID.fullmatch(source) is not None
+    if revision is not None and (source == SMOLLM2.alias or place.exists()):
+        raise BadModel(
+            f"{source} has no revisions ({revision!r}): only hub models do.", cure="Leave the revision out."
+        )
+    if source == SMOLLM2.alias:
+        return _converted(source, lambda: _packaged_folder(SMOLLM2, cache=kept, report=report))
+    if place.is_dir():
+        return ModelFiles(source, place.resolve(), None, checked_folder(place, name=source))
+    if place.is_file() and place.suffix.lower() == ".gguf":
+        return _converted(source, lambda: folder_from_gguf(place, cache=kept, report=report))
+    if is_hub_id and place.suffix.lower() != ".gguf":
+        from qadapt.model.hub import snapshot
+
+        found = snapshot(source, revision=revision, cache=cache, endpoint=endpoint, report=report)
+        return ModelFiles(source, found.folder, found.commit, checked_folder(found.folder, name=source))
+    raise BadModel(
+        f"No model {source!r}: it is no folder, no .gguf file, no hub id (owner/name) and no known alias.",
+        cure=f"Check the path, or use `{SMOLLM2.alias}`, which needs no hub.",
+    )
+
+
+def _packaged_folder(model: PackagedModel, *, cache: Path, report: Report) -> Path:
+    return converted_once(
+        lambda: packaged_file(model, cache=cache, report=report),
+        stem=Path(model.member).stem,
+        sha256=model.sha256,
+        cache=cache,
+        report=report,
+    )
+
+
+def _converted(name: str, convert: Callable[[], Path]) -> ModelFiles:
+    folder = convert()
+    try:
+        fingerprint = checked_folder(folder, name=name)
+    except BadModel:
+        # The cache is ours to mend: whatever damaged it, the source is still there.
+        shutil.rmtree(folder)
+        folder = convert()
+        fingerprint = checked_folder(folder, name=name)
+    return ModelFiles(name, folder, None, fingerprint)
