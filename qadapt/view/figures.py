@@ -1,0 +1,73 @@
+"""A run's state as plain numbers for programs. The field names are a frozen surface (tests/test_state.py)."""
+
+from __future__ import annotations
+
+import math
+
+from qadapt.view.memory import difference_percent, memory_rows
+from qadapt.view.state import RunState
+
+
+def figures(state: RunState, now: float) -> dict[str, object]:
+    """The state as plain numbers for programs: what `qadapt watch --json` prints.
+
+    Fields, null where unknown and in place of NaN: `schema` (1), `name`, `model`, `method`, `device`, `status`
+    (`waiting`, `preparing`, `training`, `stopped`, `finished`), `stage`, `step`, `steps`, `loss`,
+    `recent_loss`, `evaluation_loss`, `best_step`, `best_loss`, `learning_rate`, `gradient_norm`, `tokens`,
+    `supervised_share`, `tokens_per_second`, `elapsed_seconds`, `seconds_left`, `silent_seconds`, `saved_step`,
+    `memory` (a list of `category`, `predicted_bytes`, `measured_bytes`), `predicted_peak_bytes`, `peak_bytes`,
+    `peak_difference_percent`, `budget_bytes`, `warnings` (a list of `message`, `cure`), `stop_reason`,
+    `adapter`.
+
+    Args:
+        state: The run.
+        now: The moment, in seconds since the epoch.
+    """
+    run, plan, step = state.run, state.plan, state.step
+    best_step, best_loss = state.best or (None, None)
+    predicted_peak_bytes = plan.predicted_peak_bytes if plan else None
+    rows = memory_rows(plan.predicted if plan else {}, state.memory.measured if state.memory else {})
+    return {
+        "schema": 1,
+        "name": run.name if run else None,
+        "model": run.model if run else None,
+        "method": run.method if run else None,
+        "device": run.device if run else None,
+        "status": state.status,
+        "stage": state.stage.name if state.stage else None,
+        "step": state.done_steps,
+        "steps": state.total_steps or None,
+        "loss": _finite(step.loss if step else None),
+        "recent_loss": _finite(state.recent_loss),
+        "evaluation_loss": _finite(state.evaluations.last[1] if state.evaluations.last else None),
+        "best_step": best_step,
+        "best_loss": best_loss,
+        "learning_rate": _finite(step.learning_rate if step else None),
+        "gradient_norm": _finite(step.gradient_norm if step else None),
+        "tokens": state.losses.tokens,
+        "supervised_share": state.supervised_share,
+        "tokens_per_second": state.tokens_per_second,
+        "elapsed_seconds": state.elapsed_seconds(now),
+        "seconds_left": state.seconds_left(now),
+        "silent_seconds": state.silent_seconds(now),
+        "saved_step": state.saved_step,
+        "memory": [
+            {
+                "category": row.category,
+                "predicted_bytes": row.predicted_bytes,
+                "measured_bytes": row.measured_bytes,
+            }
+            for row in rows
+        ],
+        "predicted_peak_bytes": predicted_peak_bytes,
+        "peak_bytes": state.peak_bytes,
+        "peak_difference_percent": difference_percent(predicted_peak_bytes, state.peak_bytes),
+        "budget_bytes": plan.budget_bytes if plan else None,
+        "warnings": [{"message": warned.message, "cure": warned.cure} for warned in state.warnings],
+        "stop_reason": state.stopped.reason if state.stopped else None,
+        "adapter": state.finished.adapter if state.finished else None,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

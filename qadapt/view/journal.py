@@ -1,0 +1,233 @@
+"""The journal: a run as lines in `events.jsonl`, written one by one, read back, followed while it grows.
+
+The writer only appends; what a resumed run replaces is decided when reading (`effective`). Knows no screen
+and no training. A power cut may leave half a line at the end: the next writer removes it, a reader leaves
+it out and says so.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from qadapt.errors import BadOutput, BadRun
+from qadapt.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    MemoryMeasured,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    StageAdvanced,
+    StepDone,
+    Stopped,
+    Warned,
+    from_line,
+    to_line,
+)
+
+FILE_NAME = "events.jsonl"
+STEPPED = (StepDone, MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Stopped, RunFinished)
+# Many, and cheap to lose in a power cut: these reach the disk when the system likes or with the next other
+# event.
+_FREQUENT = (StepDone, StageAdvanced, MemoryMeasured)
+
+
+class Journal:
+    """Appends events to a file, one line each, handed to the system before `append` returns.
+
+    A half line that a power cut left at the end is removed when the journal is opened, so that the next line
+    is whole.
+
+    Args:
+        path: The file; it is made when missing, its folder must exist.
+
+    Raises:
+        BadOutput: The file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            _mend_end(path)
+            self._file: io.RawIOBase = path.open("ab", buffering=0)
+        except OSError as error:
+            raise _not_writable(path, error) from error
+
+    def append(self, event: Event) -> None:
+        """Writes one event.
+
+        Raises:
+            BadOutput: The disk is full or the file went away.
+        """
+        try:
+            _write_whole(self._file, (to_line(event) + "\n").encode())
+            if not isinstance(event, _FREQUENT):
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
+
+    def record(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Passes events on, each after it was written: `show(journal.record(train(...)))`."""
+        for event in events:
+            self.append(event)
+            yield event
+
+    def close(self) -> None:
+        """Closes the file; closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_events(run_folder: Path) -> list[Event]:
+    """All events of a run, superseded ones included (see `effective`); empty when none is written yet.
+
+    A line that is no event (cut off by a power cut) is left out, and a `Warned` stands in its place. Kinds of
+    events that this version does not know are left out.
+
+    Raises:
+        BadRun: There is no such run folder.
+    """
+    _check_folder(run_folder)
+    path = run_folder / FILE_NAME
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        event = _parse(line, number, after=events[-1].time if events else 0.0)
+        if event is not None:
+            events.append(event)
+    return events
+
+
+def effective(events: Iterable[Event]) -> list[Event]:
+    """The events that count: those with a step above the step of a later `Resumed` are left out."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, Resumed):
+            kept = [one for one in kept if not (isinstance(one, STEPPED) and one.step > event.step)]
+        kept.append(event)
+    return kept
+
+
+def follow(
+    run_folder: Path, *, poll_seconds: float = 0.5, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Event]:
+    """The events of a run from its first, waiting for more until the run has finished or stopped.
+
+    The journal may not exist yet, and its last line may be half written: both are waited for. An end that a
+    later `Resumed` took back is passed over. The caller may leave at any time.
+
+    Args:
+        run_folder: The run's folder.
+        poll_seconds: Seconds between two looks at the file.
+        sleep: The clock to wait by.
+
+    Raises:
+        BadRun: There is no such run folder (raised here, before the first event).
+    """
+    _check_folder(run_folder)
+    return _tail(run_folder / FILE_NAME, poll_seconds, sleep)
+
+
+def run_names(runs_folder: Path) -> list[str]:
+    """The names of the runs in a folder, the latest first."""
+    if not runs_folder.is_dir():
+        return []
+    journals = [path for path in runs_folder.glob(f"*/{FILE_NAME}") if path.is_file()]
+    journals.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.name for path in journals]
+
+
+def _tail(path: Path, poll_seconds: float, sleep: Callable[[float], None]) -> Iterator[Event]:
+    # Each look opens the file anew and begins after the last whole line: no lock is held (Windows), and a
+    # half line that a resumed run removes was never taken.
+    whole_bytes, number, last_time, is_over = 0, 0, 0.0, False
+    while True:
+        for line in _whole_lines(path, whole_bytes):
+            whole_bytes += len(line) + 1
+            number += 1
+            event = _parse(line, number, after=last_time)
+            if event is None:
+                continue
+            last_time = event.time
+            if isinstance(event, RunFinished | Stopped):
+                is_over = True
+            elif isinstance(event, RunStarted | Resumed | StepDone):
+                is_over = False
+            yield event
+        if is_over:
+            return
+        sleep(poll_seconds)
+
+
+def _whole_lines(path: Path, start: int) -> list[bytes]:
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read().split(b"\n")[:-1]
+
+
+def _parse(line: bytes, number: int, *, after: float) -> Event | None:
+    if not line.strip():
+        return None
+    try:
+        return from_line(line.decode())
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        return Warned(
+            message=f"line {number} of {FILE_NAME} is cut off and was left out",
+            cure="a power cut or a full disk does this; the picture lacks one event, the run is not harmed",
+            time=after,
+        )
+
+
+def _mend_end(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        whole, line_end, rest = file.read().rpartition(b"\n")
+        if rest and isinstance(_parse(rest, 0, after=0.0), Warned):
+            file.truncate(len(whole) + len(line_end))
+        elif rest:  # whole but for its line end
+            file.write(b"\n")
+
+
+def _write_whole(file: io.RawIOBase, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:  # a raw file may take less than it was given
+        rest = rest[file.write(rest) or 0 :]
+
+
+def _check_folder(run_folder: Path) -> None:
+    if run_folder.is_dir():
+        return
+    names = run_names(run_folder.parent)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if names:
+        cure = f"runs in {run_folder.parent}: {shown}"
+    else:
+        cure = (
+            f"there are no runs in {run_folder.parent}; look elsewhere (--folder) or start one: qadapt train"
+        )
+    raise BadRun(f"there is no run folder {run_folder}", cure=cure)
+
+
+def _not_writable(path: Path, error: OSError) -> BadOutput:
+    return BadOutput(
+        f"the journal {path} cannot be written: {error.strerror or error}",
+        cure="free some space or choose a folder you may write to, then go on with `qadapt resume`",
+    )

@@ -1,0 +1,190 @@
+"""A run in plain lines, for pipes, logs and CI: one short line per event that matters, steps thinned.
+
+`describe` also gives the dashboard its list of last events. Knows no screen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qadapt.events import (
+    AdapterAttached,
+    BaseLoaded,
+    CheckpointSaved,
+    DataReady,
+    Evaluated,
+    Event,
+    Exported,
+    Planned,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    StageStarted,
+    StepDone,
+    Stopped,
+    Warned,
+)
+from qadapt.units import format_bytes, format_count, format_seconds
+from qadapt.view.memory import difference_percent
+from qadapt.view.state import RunState
+
+LINES_PER_RUN = 50
+SHORTEST_PAUSE_SECONDS = 3.0
+LONGEST_PAUSE_SECONDS = 60.0  # CI systems take a long silence for a hang
+
+
+def describe(event: Event) -> str | None:
+    """The event in a few words; None for the many that only move numbers."""
+    return _preparation(event) or _progress(event) or _end(event)
+
+
+def _preparation(event: Event) -> str | None:
+    match event:
+        case RunStarted():
+            return f"{event.name}: {event.method} on {event.model}, {event.steps:,} steps, {event.device}"
+        case StageStarted():
+            return event.stage
+        case Planned():
+            peak = format_bytes(event.predicted_peak_bytes)
+            return f"planned: micro-batch {event.micro_batch}, recompute {event.recompute}, peak {peak}"
+        case DataReady():
+            cut = f", {event.truncated_rows:,} cut to length" if event.truncated_rows else ""
+            return f"data: {event.rows:,} rows, {format_count(event.tokens)} tokens{cut}"
+        case BaseLoaded():
+            return f"base loaded: {format_bytes(event.resident_bytes)} in {format_seconds(event.seconds)}"
+        case AdapterAttached():
+            return f"adapter on {event.adapted_layers} layers: {format_count(event.trainable)} parameters"
+    return None
+
+
+def _progress(event: Event) -> str | None:
+    match event:
+        case Evaluated():
+            best = ", best" if event.is_best else ""
+            return f"step {event.step:,}: evaluation {format_loss(event.loss)}{best}"
+        case CheckpointSaved():
+            return f"step {event.step:,}: saved, {format_bytes(event.bytes)}"
+        case Resumed():
+            return f"resumed at step {event.step:,}"
+        case Warned():
+            return f"warning: {event.message}"
+    return None
+
+
+def _end(event: Event) -> str | None:
+    match event:
+        case Stopped():
+            return f"stopped after step {event.step:,}: {event.reason}"
+        case RunFinished():
+            return f"finished after {format_seconds(event.seconds)}"
+        case Exported():
+            return f"exported {event.form}: {format_bytes(event.bytes)} in {event.folder}"
+    return None
+
+
+@dataclass
+class Lines:
+    """Turns events into lines; keeps when the last step was written, nothing else.
+
+    Args:
+        is_quiet: Only warnings and the end.
+    """
+
+    is_quiet: bool = False
+    last_step: int = 0
+    last_time: float = float("-inf")
+
+    def of(self, event: Event, state: RunState) -> list[str]:
+        """The lines for one event, often none.
+
+        Args:
+            event: What happened.
+            state: The run after it.
+        """
+        if isinstance(event, Warned):
+            return [f"warning: {event.message}", f"         {event.cure}"]
+        if isinstance(event, Stopped):
+            return [str(describe(event))]
+        if self.is_quiet:
+            return []
+        if isinstance(event, Resumed):
+            self.last_step = event.step
+        if isinstance(event, StepDone):
+            return [_step(event, state)] if self._is_due(event, state.total_steps) else []
+        text = describe(event)
+        return [] if text is None else [text]
+
+    def _is_due(self, event: StepDone, total_steps: int) -> bool:
+        waited_seconds = event.time - self.last_time
+        is_step_due = (event.step - self.last_step) * LINES_PER_RUN >= total_steps
+        is_due = (
+            event.step == total_steps
+            or (is_step_due and waited_seconds >= SHORTEST_PAUSE_SECONDS)
+            or waited_seconds >= LONGEST_PAUSE_SECONDS
+        )
+        if is_due:
+            self.last_step, self.last_time = event.step, event.time
+        return is_due
+
+
+def summary(state: RunState) -> list[str]:
+    """The end of a run in three to six lines, the last one the next command; nothing when it is not over."""
+    name = state.run.name if state.run else "RUN"
+    if state.stopped is not None:
+        kept = (
+            f"saved at step {state.saved_step:,}" if state.saved_step is not None else "nothing was saved yet"
+        )
+        done = f"{state.done_steps:,} of {state.total_steps:,} steps; {kept}"
+        return [f"stopped: {state.stopped.reason}", done, f"go on with: qadapt resume {name}"]
+    if state.finished is None:
+        return []
+    lines = [_losses(state), _speed(state)]
+    if state.peak_bytes is not None:
+        lines.append(_peak(state))
+    lines += [f"adapter: {state.finished.adapter}", f"next: qadapt export {name}"]
+    return lines
+
+
+def format_loss(loss: float | None) -> str:
+    """`0.4123`; four digits, so that 12.34 and 0.012 are as exact as they need to be."""
+    if loss is None:
+        return "–"
+    return f"{loss:.2f}" if abs(loss) >= 10 else f"{loss:.4f}"
+
+
+def _step(event: StepDone, state: RunState) -> str:
+    left = state.seconds_left(event.time)
+    parts = [
+        f"step {event.step:>{len(str(state.total_steps))}}/{state.total_steps}",
+        f"loss {format_loss(event.loss)}",
+        f"learning rate {event.learning_rate:.2e}",
+        f"gradient norm {event.gradient_norm:.3g}",
+        f"{state.tokens_per_second or 0:,.0f} tokens/s",
+    ]
+    if left:
+        parts.append(f"{format_seconds(left)} left")
+    return "  ".join(parts)
+
+
+def _losses(state: RunState) -> str:
+    assert state.finished is not None
+    text = f"finished {state.done_steps:,} steps: training loss {format_loss(state.recent_loss)}"
+    if state.finished.best_loss is None:
+        return text
+    best = format_loss(state.finished.best_loss)
+    return f"{text}, best evaluation {best} at step {state.finished.best_step:,}"
+
+
+def _speed(state: RunState) -> str:
+    text = f"time: {format_seconds(state.session.active_seconds)}, {format_count(state.losses.tokens)} tokens"
+    return text + (f" at {state.tokens_per_second:,.0f} tokens/s" if state.tokens_per_second else "")
+
+
+def _peak(state: RunState) -> str:
+    assert state.peak_bytes is not None
+    text = f"peak memory: {format_bytes(state.peak_bytes)} measured"
+    if state.plan is None:
+        return text
+    percent = difference_percent(state.plan.predicted_peak_bytes, state.peak_bytes)
+    difference = "" if percent is None else f" ({percent:+.1f} %)"
+    return f"{text}, {format_bytes(state.plan.predicted_peak_bytes)} predicted{difference}"

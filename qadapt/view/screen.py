@@ -1,0 +1,93 @@
+"""Shows a run while it happens: the live dashboard on a terminal, plain lines elsewhere.
+
+The run is pulled from here (`for event in events`), and drawing never breaks it: a live picture is drawn by
+another thread, which only reads the latest state; a closed pipe ends the printing, not the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from qadapt.events import Event
+from qadapt.view.dashboard import Dashboard
+from qadapt.view.lines import Lines, summary
+from qadapt.view.state import RunState, fold
+
+REFRESHES_PER_SECOND = 4  # a picture costs about 10 ms of one core; the run should have the rest
+
+
+def show(
+    events: Iterable[Event],
+    *,
+    console: Console,
+    is_live: bool,
+    is_quiet: bool,
+    now: Callable[[], float] = time.time,
+) -> RunState:
+    """Goes through the events, showing each, and returns the state after the last.
+
+    Errors and interrupts of the run pass through, after the screen is as it was.
+
+    Args:
+        events: The run.
+        console: Where to draw.
+        is_live: Draw the dashboard and keep it up to date; plain lines otherwise.
+        is_quiet: Show warnings and the end only, in plain lines.
+        now: The clock, in seconds since the epoch.
+    """
+    if is_live and not is_quiet:
+        state = _drawn(events, console, now)
+        lines = [*_warnings(state), *summary(state)]
+    else:
+        state = _printed(events, console, Lines(is_quiet=is_quiet))
+        lines = summary(state)
+    for line in lines:
+        _print(console, line)
+    return state
+
+
+class _Picture:
+    """The latest state, drawn for the moment it is looked at."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.state = RunState()
+        self.now = now
+
+    def draw(self) -> Dashboard:
+        return Dashboard(self.state, self.now())
+
+
+def _drawn(events: Iterable[Event], console: Console, now: Callable[[], float]) -> RunState:
+    picture = _Picture(now)
+    with Live(
+        get_renderable=picture.draw, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=False
+    ):
+        for event in events:
+            picture.state = fold(picture.state, event)
+    return picture.state
+
+
+def _printed(events: Iterable[Event], console: Console, lines: Lines) -> RunState:
+    state = RunState()
+    for event in events:
+        state = fold(state, event)
+        for line in lines.of(event, state):
+            _print(console, line)
+    return state
+
+
+def _warnings(state: RunState) -> list[str]:
+    # The list of last events may have cut them, and leaves out the cures.
+    return [f"{warned.message}\n  {warned.cure}" for warned in state.warnings[-3:]]
+
+
+def _print(console: Console, line: str) -> None:
+    try:
+        console.print(Text(line), soft_wrap=True)
+    except SystemExit:  # rich leaves so when the reader of a pipe is gone, and is silent from then on
+        return

@@ -1,0 +1,292 @@
+"""What is known of a run at one moment, folded from its events alone.
+
+`fold(state, event)` is a pure function; dashboard, plain lines and `watch --json` only read its result.
+Bounded: curves are thinned (`view/series.py`), lists keep their last entries, so that a run of a million
+steps costs no more than a short one. Knows no screen and no clock: the moment `now` is an argument, in
+seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from qadapt.events import (
+    AdapterAttached,
+    BaseLoaded,
+    CheckpointSaved,
+    DataReady,
+    Evaluated,
+    Event,
+    Exported,
+    MemoryMeasured,
+    Planned,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    StageAdvanced,
+    StageStarted,
+    StepDone,
+    Stopped,
+    Warned,
+)
+from qadapt.view.series import Series
+
+RECENT_STEPS = 20  # tokens/s, the mean loss and the time left look at so many steps
+KEPT_EVENTS = 40
+KEPT_WARNINGS = 40
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What goes on before, between or after the steps; `total` 0 while its length is unknown."""
+
+    name: str
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's share of a run: its clock stands still while no process works on the run.
+
+    `active_seconds` are those up to the last event, earlier sessions included. `first_step_began` is when
+    this session's first step began (None before), `steps` and `step_seconds` count this session's steps.
+    """
+
+    active_seconds: float = 0.0
+    last_event: float | None = None
+    first_step_began: float | None = None
+    last_step_ended: float | None = None
+    steps: int = 0
+    step_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run so far. Whole events are kept where they say all there is to say."""
+
+    run: RunStarted | None = None
+    stage: Stage | None = None
+    plan: Planned | None = None
+    data: DataReady | None = None
+    base: BaseLoaded | None = None
+    adapter: AdapterAttached | None = None
+    step: StepDone | None = None
+    done_steps: int = 0
+    recent: tuple[StepDone, ...] = ()
+    losses: Series = Series()  # noqa: RUF009 - frozen
+    evaluations: Series = Series()  # noqa: RUF009 - frozen
+    memory: MemoryMeasured | None = None
+    peak_bytes: int | None = None
+    saved_step: int | None = None
+    warnings: tuple[Warned, ...] = ()
+    warning_count: int = 0
+    notes: tuple[tuple[float, Event], ...] = ()  # (seconds into the run, event), for people to read
+    finished: RunFinished | None = None
+    stopped: Stopped | None = None
+    exported: Exported | None = None
+    session: Session = field(default_factory=Session)
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps were asked for; 0 when unknown."""
+        return self.run.steps if self.run else 0
+
+    @property
+    def status(self) -> str:
+        """`waiting`, `preparing`, `training`, `stopped` or `finished`."""
+        if self.is_over:
+            return "finished" if self.finished else "stopped"
+        if self.session.steps:
+            return "training"
+        return "waiting" if self.session.last_event is None else "preparing"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more steps come: finished, or stopped and not resumed."""
+        return self.finished is not None or self.stopped is not None
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the best evaluation."""
+        return self.evaluations.lowest
+
+    @property
+    def recent_loss(self) -> float | None:
+        """The mean loss of the recent steps, weighted by their supervised tokens as the training is."""
+        weight = sum(step.supervised_tokens for step in self.recent)
+        if not weight:
+            return None
+        return sum(step.loss * step.supervised_tokens for step in self.recent) / weight
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second of step time, over the recent steps; evaluation and saving do not count."""
+        seconds = sum(step.seconds for step in self.recent)
+        return sum(step.tokens for step in self.recent) / seconds if seconds > 0 else None
+
+    @property
+    def supervised_share(self) -> float | None:
+        """The share of the trained tokens that the loss was taken over; of the data before the first step."""
+        if self.losses.tokens:
+            return self.losses.supervised_tokens / self.losses.tokens
+        return self.data.supervised_tokens / self.data.tokens if self.data and self.data.tokens else None
+
+    def elapsed_seconds(self, now: float) -> float:
+        """Seconds that processes worked on the run; time between a stop and a resume does not count."""
+        last = self.session.last_event
+        running = 0.0 if self.is_over or last is None else max(0.0, now - last)
+        return self.session.active_seconds + running
+
+    def silent_seconds(self, now: float) -> float:
+        """Seconds since the last event of a run that is not over."""
+        last = self.session.last_event
+        return 0.0 if self.is_over or last is None else max(0.0, now - last)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds until the last step; None while unknown.
+
+        The recent time per step, times the share by which this session took longer than its steps did
+        (evaluation, saving), times the steps left, less the time since the last step.
+        """
+        session = self.session
+        if not self.recent or not self.total_steps or session.step_seconds <= 0:
+            return None
+        assert session.first_step_began is not None and session.last_step_ended is not None
+        if self.is_over:
+            return 0.0 if self.finished else None
+        recent_seconds = sum(step.seconds for step in self.recent) / len(self.recent)
+        spent = session.last_step_ended - session.first_step_began
+        overhead = max(1.0, spent / session.step_seconds)
+        left = (self.total_steps - self.done_steps) * recent_seconds * overhead
+        return max(0.0, left - max(0.0, now - session.last_step_ended))
+
+
+def fold_all(events: Iterable[Event], state: RunState | None = None) -> RunState:
+    """The state after all of the events."""
+    folded = state or RunState()
+    for event in events:
+        folded = fold(folded, event)
+    return folded
+
+
+def fold(state: RunState, event: Event) -> RunState:
+    """The state after one more event."""
+    state = replace(state, session=_clocked(state, event))
+    if isinstance(event, StepDone):
+        return _with_step(state, event)
+    if isinstance(event, MemoryMeasured):
+        return replace(state, memory=event, peak_bytes=max(state.peak_bytes or 0, event.peak_bytes))
+    if isinstance(event, StageAdvanced):
+        return replace(state, stage=Stage(event.stage, event.done, event.total, event.unit))
+    if isinstance(event, Resumed):
+        state = _back_to(state, event.step)
+    state = _with_end(_with_progress(_with_fact(state, event), event), event)
+    if isinstance(event, StageStarted) and state.session.steps:
+        return state  # between steps a stage leaves its own event (evaluated, saved) behind
+    note = (state.session.active_seconds, event)
+    return replace(state, notes=(*state.notes, note)[-KEPT_EVENTS:])
+
+
+def _with_fact(state: RunState, event: Event) -> RunState:
+    match event:
+        case RunStarted():
+            return replace(state, run=event, stage=None, finished=None, stopped=None)
+        case StageStarted():
+            return replace(state, stage=Stage(event.stage))
+        case Planned():
+            return replace(state, plan=event)
+        case DataReady():
+            return replace(state, data=event)
+        case BaseLoaded():
+            return replace(state, base=event, stage=None)
+        case AdapterAttached():
+            return replace(state, adapter=event)
+    return state
+
+
+def _with_progress(state: RunState, event: Event) -> RunState:
+    match event:
+        case Evaluated():
+            return replace(state, evaluations=state.evaluations.add(event.step, event.loss), stage=None)
+        case CheckpointSaved():
+            return replace(state, saved_step=event.step, stage=None)
+        case Warned():
+            kept = (*state.warnings, event)[-KEPT_WARNINGS:]
+            return replace(state, warnings=kept, warning_count=state.warning_count + 1)
+    return state
+
+
+def _with_end(state: RunState, event: Event) -> RunState:
+    match event:
+        case Stopped():
+            return replace(state, stopped=event, stage=None)
+        case RunFinished():
+            return replace(state, finished=event, stage=None)
+        case Exported():
+            return replace(state, exported=event, stage=None)
+    return state
+
+
+def _with_step(state: RunState, event: StepDone) -> RunState:
+    losses = state.losses.add(
+        event.step, event.loss, tokens=event.tokens, supervised_tokens=event.supervised_tokens
+    )
+    return replace(
+        state,
+        step=event,
+        done_steps=event.step,
+        stage=None,
+        recent=(*state.recent, event)[-RECENT_STEPS:],
+        losses=losses,
+        finished=None,
+        stopped=None,
+    )
+
+
+def _back_to(state: RunState, step: int) -> RunState:
+    # What came after the checkpoint no longer counts; speed, memory and a step's numbers are the new
+    # process's.
+    return replace(
+        state,
+        step=None,
+        done_steps=step,
+        saved_step=step,
+        recent=(),
+        losses=state.losses.up_to(step),
+        evaluations=state.evaluations.up_to(step),
+        memory=None,
+        peak_bytes=None,
+        finished=None,
+        stopped=None,
+    )
+
+
+def _clocked(state: RunState, event: Event) -> Session:
+    before = state.session
+    is_new = (
+        before.last_event is None
+        or isinstance(event, RunStarted)
+        or (isinstance(event, Resumed) and before.steps > 0)
+        or (state.is_over and isinstance(event, StageStarted | Resumed | StepDone))
+    )
+    if is_new:
+        session = Session(active_seconds=before.active_seconds, last_event=event.time)
+    elif state.is_over:
+        session = before  # an export long after the end is no training time
+    else:
+        assert before.last_event is not None
+        gap = max(0.0, event.time - before.last_event)
+        session = replace(before, active_seconds=before.active_seconds + gap, last_event=event.time)
+    if not isinstance(event, StepDone):
+        return session
+    began = event.time - event.seconds if session.first_step_began is None else session.first_step_began
+    return replace(
+        session,
+        first_step_began=began,
+        last_step_ended=event.time,
+        steps=session.steps + 1,
+        step_seconds=session.step_seconds + event.seconds,
+    )
