@@ -1,0 +1,134 @@
+"""The numbers of a merged model: W + scale · B · A in fp32, rounded once, in chunks of rows.
+
+W is the published weight, or what the run held of it: rounded to the type it was loaded in, and through 4-bit
+storage where it was quantized. A chunk that fits the processor's cache goes through all of it before the next
+one is read: memory stays at a few chunks whatever the tensor's size.
+
+Legend: O output rows, I input columns of a weight, R rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from qadapt.errors import BadExport
+from qadapt.export.adapter import Adapter, Update
+from qadapt.export.nf4 import Rows, dequantized_rows, row_grid
+from qadapt.model.shards import TensorEntry
+from qadapt.model.tensor_files import TensorReader, row_elements, rows_of
+from qadapt.model.tensor_values import TORCH_DTYPES, bytes_of, tensor_of
+
+FLOATS = ("F32", "F16", "BF16")
+"""Types of the tensors that are converted; any other is copied as it is."""
+_LOAD_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseForm:
+    """How a run held its base: everything in `dtype`, the linear layers named in `quantized` in 4 bits."""
+
+    dtype: str
+    quantized: tuple[str, ...]
+    double_quant: bool
+
+
+class MergedRows:
+    """The merged tensors of a base and an adapter.
+
+    Args:
+        reader: The base's files.
+        adapter: The adapter; each of its weights is in the base with the same shape.
+        base: How the run held the base; none: the published weights count.
+        chunk_bytes: Bytes of one chunk in fp32; at least 64 rows are taken together.
+    """
+
+    def __init__(
+        self, reader: TensorReader, adapter: Adapter, *, base: BaseForm | None, chunk_bytes: int
+    ) -> None:
+        self._reader = reader
+        self._adapter = adapter
+        self._adapted = frozenset(adapter.weights)
+        self._base = base
+        self._chunk_elements = chunk_bytes // 4
+        names = "|".join(map(re.escape, base.quantized)) if base else ""
+        self._quantized = re.compile(rf".*\.layers\.\d+\..*\.({names})\.weight") if names else None
+        self._buffer = memoryview(b"")
+
+    def values(self, entry: TensorEntry) -> Iterator[memoryview]:
+        """The bytes of a merged tensor, chunk by chunk; each is valid until the next is asked for.
+
+        Args:
+            entry: Name and type of the tensor to write.
+
+        Raises:
+            BadExport: A number is not finite, or too large for the type.
+        """
+        source = self._reader.entries[entry.name]
+        chunk = self._chunk_rows(source)
+        rows = self._base_rows(source, chunk)
+        update = self._adapter.update(entry.name) if entry.name in self._adapted else None
+        for first in range(0, rows_of(source), chunk):
+            last = min(first + chunk, rows_of(source))
+            merged = rows(first, last)
+            if update is not None:
+                merged = _updated(merged, update, first, last)
+            if entry.dtype in FLOATS:
+                _check_range(entry, merged)
+                merged = merged.to(TORCH_DTYPES[entry.dtype])
+            yield bytes_of(merged)
+
+    def _chunk_rows(self, source: TensorEntry) -> int:
+        columns = max(1, row_elements(source))
+        grid = row_grid(columns)
+        return max(1, self._chunk_elements // columns // grid) * grid
+
+    def _base_rows(self, source: TensorEntry, chunk_rows: int) -> Rows:
+        rows = partial(self._source_rows, source)
+        if self._base is None or source.dtype not in FLOATS:
+            return rows
+        dtype = _LOAD_DTYPES[self._base.dtype]
+        if self._quantized is None or not self._quantized.fullmatch(source.name):
+            return lambda first, last: rows(first, last).to(dtype)
+        return dequantized_rows(
+            rows,
+            shape=(rows_of(source), row_elements(source)),
+            dtype=dtype,
+            double_quant=self._base.double_quant,
+            chunk_rows=chunk_rows,
+        )
+
+    def _source_rows(self, source: TensorEntry, first: int, last: int) -> torch.Tensor:
+        columns = row_elements(source)
+        kind = TORCH_DTYPES[source.dtype]
+        needed = (last - first) * columns * kind.itemsize
+        if len(self._buffer) < needed:
+            self._buffer = memoryview(bytearray(needed))
+        data = self._reader.read_rows(source.name, self._buffer, first=first, last=last)
+        return tensor_of(data, source.dtype, (last - first, columns))
+
+
+def _updated(base: torch.Tensor, update: Update, first: int, last: int) -> torch.Tensor:
+    """The rows with their update, in fp32; in the order of PEFT, so that not even the last bit differs."""
+    change = (update.b[first:last] @ update.a).mul_(update.scale)  # (last - first, I)
+    return change.add_(base.float())
+
+
+def _check_range(entry: TensorEntry, merged: torch.Tensor) -> None:
+    low, high = (bound.item() for bound in merged.aminmax())
+    largest = max(-low, high)
+    limit = torch.finfo(TORCH_DTYPES[entry.dtype]).max
+    if low != low or largest == float("inf"):
+        raise BadExport(
+            f"{entry.name} has a number that is {'NaN' if low != low else 'infinite'}.",
+            cure="The base is damaged or the adapter diverged: export an earlier checkpoint.",
+        )
+    if largest > limit:
+        raise BadExport(
+            f"{entry.name} reaches {largest:.6g} in the merged model; {entry.dtype} ends at {limit:.6g}.",
+            cure="Export with --form merged-bf16, which has the range of fp32.",
+        )
