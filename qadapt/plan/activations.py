@@ -1,0 +1,118 @@
+"""Bytes a forward pass leaves for the backward pass, read off the model's own operations.
+
+The step this describes: transformers 5.23's decoder with PEFT's LoRA layers, fused attention without a mask
+(no T x T matrix), `torch.utils.checkpoint` per layer where layers are recomputed. Known not to be exact:
+kernels may keep padded copies, and a family's attention with a soft cap is taken as the eager one.
+`tests/test_estimate.py` compares with a real step's ledger. Legend, all per token: D width, H query width,
+K key-value width, F feed-forward width, R rank, c bytes of an activation, a bytes of an adapter value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qadapt.plan.setting import Setting
+from qadapt.shape import Linear, ModelShape
+
+FP32 = 4
+ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+MLP_NAMES = ("gate_proj", "up_proj", "gate_up_proj")
+
+
+def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The inputs of recomputed layers, one per layer (arXiv:1604.06174)."""
+    if setting.recompute == "none":
+        return 0
+    return shape.layers * setting.tensor_bytes(setting.tokens * shape.width, setting.compute_bytes)
+
+
+def layer_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What one layer keeps between its forward and its backward pass, its recomputed input not counted."""
+    return attention_bytes(shape, setting) + mlp_bytes(shape, setting)
+
+
+def attention_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What the attention half of a layer keeps: norm, adapter inputs, queries, keys, values, output."""
+    query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES]
+    last = [linear for linear in shape.linears if linear.name == "o_proj"]
+    is_boundary = setting.recompute == "all"
+    kept = _norm(shape.width, setting, is_kept_already=is_boundary) + _adapter(first, setting)
+    if shape.family == "qwen3":
+        kept += _norm(query, setting, groups=shape.heads) + _norm(key_value, setting, groups=shape.kv_heads)
+    is_output = shape.family != "phi3"  # phi3's rotary part lays the queries out so that the output is copied
+    kept += _attention_core(shape, setting) + _adapter(last, setting, is_kept_already=is_output)
+    if shape.family == "gemma2":
+        kept += _norm(shape.width, setting)
+    return kept * setting.tokens + score_bytes(shape, setting)
+
+
+def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What the feed-forward half keeps: norm, adapter inputs, gate, activated gate, up, their product."""
+    first = [linear for linear in shape.linears if linear.name in MLP_NAMES]
+    last = [linear for linear in shape.linears if linear.name == "down_proj"]
+    kept = _norm(shape.width, setting) + _adapter(first, setting)
+    kept += 3 * shape.mlp_width * setting.compute_bytes + _adapter(last, setting)
+    if shape.family == "gemma2":
+        kept += _norm(shape.width, setting)
+    return kept * setting.tokens
+
+
+def score_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The T x T matrices that eager attention with a soft cap keeps: tanh, fp32 softmax, its cast."""
+    if shape.attention_softcap is None:
+        return 0
+    cast = 0 if setting.compute_bytes == FP32 else setting.compute_bytes
+    per_score = setting.compute_bytes + FP32 + cast
+    return setting.rows * shape.heads * setting.length**2 * per_score
+
+
+def shared_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What is there once for all layers: rotary tables, token numbers, eager attention's two masks."""
+    tables = 2 * setting.length * shape.head_width * setting.compute_bytes
+    numbers = 3 * setting.tokens * 8
+    masks = 0 if shape.attention_softcap is None else 2 * setting.length**2 * setting.compute_bytes
+    return tables + numbers + masks
+
+
+def norm_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What one norm over the model's width keeps, for every token."""
+    return setting.tokens * _norm(shape.width, setting)
+
+
+def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: bool = False) -> int:
+    """RMSNorm computes in fp32: it keeps its input in fp32 (a copy, unless it is fp32) and a scale."""
+    copies = not (is_kept_already and setting.compute_bytes == FP32)
+    return copies * width * FP32 + groups * FP32
+
+
+def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:
+    """What LoRA on layers that share one input keeps: that input and the R values between A and B."""
+    between = sum(setting.adapts(linear) for linear in linears) * setting.rank * setting.adapter_value_bytes
+    return between + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
+
+
+def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:
+    """Per token: the input that adapters on layers sharing it keep for their own gradient.
+
+    A type other than the compute type costs a cast copy per layer, dropout a dropped copy and a mask.
+    """
+    adapted = [linear for linear in linears if setting.adapts(linear)]
+    if not adapted:
+        return 0
+    each = setting.adapter_value_bytes
+    if setting.dropout > 0:
+        mask = 1 if setting.device == "cuda" else each
+        return len(adapted) * adapted[0].inputs * (each + mask)
+    if each != setting.compute_bytes:
+        return len(adapted) * adapted[0].inputs * each
+    return 0 if is_kept_already else adapted[0].inputs * each
+
+
+def _attention_core(shape: ModelShape, setting: Setting) -> int:
+    """Queries, keys, values, output and the fp32 log-sum of each head."""
+    query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    if shape.attention_softcap is not None:  # eager: keys and values repeated per query head, no log-sum
+        return 4 * query * setting.compute_bytes
+    values = query + 2 * key_value if shape.family == "phi3" else key_value  # phi3: a view of q, k and v
+    return (2 * query + key_value + values) * setting.compute_bytes + shape.heads * FP32

@@ -1,0 +1,61 @@
+"""Bytes of what is trained: the adapter, its gradient, its optimizer state. Exact, tensor by tensor.
+
+Knows nothing of activations. A LoRA pair on a layer (outputs O, inputs I) is A (R, I) and B (O, R),
+arXiv:2106.09685. Checked to the byte against PEFT's in `tests/test_estimate.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from qadapt.plan.setting import Setting
+from qadapt.shape import ModelShape
+
+EIGHT_BIT_MINIMUM = 4096
+"""bitsandbytes keeps the states of smaller tensors in fp32 (`min_8bit_size`)."""
+EIGHT_BIT_BLOCK = 256
+"""State values that share one fp32 absmax."""
+
+
+def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
+    """The number of values of each trained tensor of one decoder layer."""
+    adapted = [linear for linear in shape.linears if setting.adapts(linear)]
+    return tuple(setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs))
+
+
+def trainable(shape: ModelShape, setting: Setting) -> int:
+    """The number of trained values."""
+    return shape.layers * sum(adapter_tensors(shape, setting))
+
+
+def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The adapter's values; its gradient takes the same again, in the same type."""
+    each = setting.adapter_value_bytes
+    return shape.layers * sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
+
+
+def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
+    """AdamW's two moments, and the compensation that bf16 adapters carry (Kahan, 2 bytes per value).
+
+    fp32 moments take 8 bytes per value. 8-bit ones take 2, plus one fp32 absmax per 256 values and moment, in
+    tensors of at least 4,096 values. Two 8-bit code books of 1 KiB are shared by all tensors. States that are
+    paged count as if they lay on the GPU: paging moves them only under pressure.
+    """
+    per_layer = sum(_state_bytes(count, setting) for count in adapter_tensors(shape, setting))
+    shared = 2 * setting.tensor_bytes(256, 4) if _has_8bit_state(shape, setting) else 0
+    return shape.layers * per_layer + shared
+
+
+def _state_bytes(count: int, setting: Setting) -> int:
+    compensation = setting.tensor_bytes(count, 2) if setting.adapter_dtype == "bf16" else 0
+    if setting.optimizer == "adamw" or count < EIGHT_BIT_MINIMUM:
+        is_torch = setting.optimizer == "adamw" and setting.adapter_dtype == "fp32"
+        step = setting.tensor_bytes(1, 4) if is_torch else 0  # torch counts steps per tensor, in a tensor
+        return compensation + 2 * setting.tensor_bytes(count, 4) + step
+    absmax = setting.tensor_bytes(math.ceil(count / EIGHT_BIT_BLOCK), 4)
+    return compensation + 2 * (setting.tensor_bytes(count, 1) + absmax)
+
+
+def _has_8bit_state(shape: ModelShape, setting: Setting) -> bool:
+    largest = max(adapter_tensors(shape, setting), default=0)
+    return setting.optimizer == "adamw-8bit" and largest >= EIGHT_BIT_MINIMUM

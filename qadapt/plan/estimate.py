@@ -1,0 +1,210 @@
+"""The closed form: what a step takes, by category, at its highest moment. No torch, milliseconds.
+
+Three moments are compared, and the highest one is the estimate (`peak_phase`):
+
+    loss     everything kept for the backward pass, and the logits' copies
+    layer    the same without logits (unless held), and the last layer going backward, recomputed if need be
+    update   adapters, gradients, states and the optimizer's own temporaries; no activations
+
+The static categories are exact to the byte. What activations and kernels take is not shown to be exact:
+`RELATIVE_ERROR` covers what was found against ledgers of real steps on a CPU (`tests/test_estimate.py`) and
+published peaks (`tools/bench/estimate_rows.py`). Reserved bytes are a range: published ratios of reserved to
+allocated bytes, rows with fused attention, are 1.04 to 1.25.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, Card
+from qadapt.plan.activations import (
+    attention_bytes,
+    boundary_bytes,
+    layer_bytes,
+    mlp_bytes,
+    norm_bytes,
+    shared_bytes,
+)
+from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, trainable
+from qadapt.plan.categories import STATIC
+from qadapt.plan.setting import Setting, check_setting
+from qadapt.plan.speed import micro_batch_seconds
+from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes
+from qadapt.plan.workspace import (
+    attention_passing_bytes,
+    library_bytes,
+    logit_bytes,
+    mlp_passing_bytes,
+    update_bytes,
+)
+from qadapt.shape import ModelShape
+from qadapt.units import GIB, MIB
+
+RELATIVE_ERROR = 0.04
+"""Of the working bytes' estimate, either way; see `tools/bench/estimate_rows.py`."""
+RESERVED_RATIOS = (1.04, 1.25)
+SLACK_BYTES = 20 * MIB
+"""What the allocator cannot avoid: one segment of its large pool begun."""
+RUNTIME_BYTES = round(1.3 * GIB)
+"""Host memory of Python with torch, transformers, peft and bitsandbytes imported; assumed for CUDA builds."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one micro-batch of a setting takes. Bytes; `seconds_per_step` of one micro-batch, None if
+    unknown.
+    """
+
+    setting: Setting
+    categories: dict[str, int]
+    peak_phase: str
+    phase_bytes: dict[str, int]
+    context_bytes: int
+    context_range_bytes: tuple[int, int]
+    host_bytes: int
+    pinned_bytes: int
+    disk_bytes: int
+    seconds_per_step: float | None
+    relative_error: float = RELATIVE_ERROR
+    exact: bool = False
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Allocated bytes at the highest moment."""
+        return sum(self.categories.values())
+
+    @property
+    def reserved_low_bytes(self) -> int:
+        """The least the allocator is likely to hold."""
+        return self._reserved(RESERVED_RATIOS[0])
+
+    @property
+    def reserved_high_bytes(self) -> int:
+        """The most the allocator is likely to hold with memory to spare; it shrinks under pressure."""
+        return self._reserved(RESERVED_RATIOS[1])
+
+    def _reserved(self, ratio: float) -> int:
+        ratio = 1.0 if self.setting.device == "cpu" else ratio
+        return round(self.peak_allocated_bytes * ratio)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Context, allocated bytes and unavoidable slack: what is compared with what is free."""
+        slack = SLACK_BYTES if self.setting.device == "cuda" else 0
+        return self.context_bytes + self.peak_allocated_bytes + slack
+
+    @property
+    def error_bytes(self) -> int:
+        """How far `needed_bytes` may be off: the working bytes' share, and the context's range."""
+        working = self.peak_allocated_bytes - sum(self.categories[name] for name in STATIC)
+        context = self.context_range_bytes[1] - self.context_bytes
+        return round(working * self.relative_error) + max(context, 0)
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether it fits even if the estimate is off by its stated error."""
+        return self.needed_bytes + self.error_bytes <= budget_bytes
+
+
+def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = None) -> Estimate:
+    """Estimates one micro-batch.
+
+    Args:
+        shape: The model.
+        setting: The step.
+        card: Where it runs, for the workspace and the time; unknown speeds give no time.
+
+    Raises:
+        BadRecipe: See `check_setting`.
+    """
+    check_setting(shape, setting)
+    capability = card.compute_capability if card else None
+    moments = _moments(shape, setting, library=library_bytes(setting, compute_capability=capability))
+    totals = {phase: sum(categories.values()) for phase, categories in moments.items()}
+    peak_phase = max(totals, key=lambda phase: totals[phase])
+    is_cuda = setting.device == "cuda"
+    peak = moments[peak_phase]
+    return Estimate(
+        setting=setting,
+        categories=peak,
+        peak_phase=peak_phase,
+        phase_bytes=totals,
+        context_bytes=CONTEXT_BYTES if is_cuda else 0,
+        context_range_bytes=CONTEXT_RANGE_BYTES if is_cuda else (0, 0),
+        host_bytes=_host_bytes(shape, 0 if is_cuda else totals[peak_phase]),
+        pinned_bytes=0,
+        disk_bytes=sum(disk_parts(shape, setting).values()),
+        seconds_per_step=micro_batch_seconds(shape, setting, card),
+    )
+
+
+def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, dict[str, int]]:
+    adapter = adapter_bytes(shape, setting)
+    static = {
+        "base_weights": base_weight_bytes(shape, setting),
+        "quantization_constants": quantization_constant_bytes(shape, setting),
+        "unquantized": unquantized_bytes(shape, setting),
+        "adapters": adapter,
+        "gradients": adapter if setting.accumulates else 0,
+        "optimizer": optimizer_bytes(shape, setting),
+    }
+    boundaries = boundary_bytes(shape, setting)
+    shared = shared_bytes(shape, setting)
+    logits, held_logits = logit_bytes(shape, setting)
+    layer, passing = _widest_layer(shape, setting)
+    others = _kept_layers_bytes(shape, setting)
+    norm = norm_bytes(shape, setting)
+    at_loss = {"recompute_boundaries": boundaries, "activations": shared + others + norm, "loss": logits}
+    if setting.recompute == "none":
+        layer -= layer_bytes(shape, setting)  # it is one of the kept ones, half of it perhaps let go
+    at_layer = {
+        "recompute_boundaries": boundaries,
+        "activations": shared + others + layer,
+        "loss": held_logits,
+    }
+    update = update_bytes(setting, adapter_values=trainable(shape, setting))
+    return {
+        "loss": {**static, **at_loss, "temporary": library},
+        "layer": {**static, **at_layer, "temporary": library + passing},
+        "update": {
+            **static,
+            "gradients": adapter,
+            "recompute_boundaries": 0,
+            "activations": 0,
+            "loss": held_logits,
+            "temporary": library + update,
+        },
+    }
+
+
+def _kept_layers_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What all layers keep; the first one's input needs no gradient, so its first norm keeps nothing."""
+    if setting.recompute == "all":
+        return 0
+    return shape.layers * layer_bytes(shape, setting) - norm_bytes(shape, setting)
+
+
+def _widest_layer(shape: ModelShape, setting: Setting) -> tuple[int, int]:
+    """Kept and passing bytes of one layer at its highest moment: its feed-forward half, or its attention."""
+    attention, mlp = attention_bytes(shape, setting), mlp_bytes(shape, setting)
+    both = (attention + mlp, mlp_passing_bytes(shape, setting))
+    alone = (attention, attention_passing_bytes(shape, setting))
+    return max(both, alone, key=sum)
+
+
+def _host_bytes(shape: ModelShape, allocated: int) -> int:
+    """Runtime, the two largest source tensors while loading, and on a CPU the step itself."""
+    linear = max(linear.weights for linear in shape.linears)
+    two_largest = sorted((shape.embedding_weights, 0 if shape.tied else shape.embedding_weights, linear))[1:]
+    return RUNTIME_BYTES + 2 * sum(two_largest) + allocated
+
+
+def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
+    """Bytes a run writes: saved states (two newest and the best, by default), the adapter, a merged fp16
+    model.
+    """
+    adapter = adapter_bytes(shape, setting)
+    return {
+        "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),
+        "adapter": adapter,
+        "merged-fp16": 2 * shape.parameters,
+    }

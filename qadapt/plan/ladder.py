@@ -1,0 +1,109 @@
+"""When nothing fits: the cheapest changes, each with the bytes it wins and the time it costs.
+
+Knows no screen. A change is one knob turned as little as makes the step fit, or as far as it goes; a larger
+card comes last. Order: changes that are enough by themselves before those that are not, then by rung, then
+by what is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qadapt.hardware.cards import Card, cards, this_platform
+from qadapt.plan.estimate import Estimate, estimate_step
+from qadapt.plan.knobs import KNOBS, Knob, micro_batches
+from qadapt.plan.setting import Setting
+from qadapt.shape import ModelShape
+from qadapt.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change: bytes won (of what is needed), seconds lost per optimizer step (None if unknown)."""
+
+    text: str
+    rung: int
+    bytes_won: int
+    seconds_lost: float | None
+    is_enough: bool
+
+    @property
+    def sentence(self) -> str:
+        """`recompute every layer (-3.10 GiB, 2.1 s slower per step)`."""
+        parts = [f"-{format_bytes(self.bytes_won)}"] if self.bytes_won else []
+        if self.seconds_lost is not None and abs(self.seconds_lost) >= 0.05:
+            word = "slower" if self.seconds_lost > 0 else "faster"
+            parts.append(f"{abs(self.seconds_lost):.1f} s {word} per step")
+        return f"{self.text} ({', '.join(parts)})" if parts else self.text
+
+
+def ladder(
+    shape: ModelShape,
+    setting: Setting,
+    *,
+    budget_bytes: int,
+    rows_per_step: int,
+    card: Card | None = None,
+) -> tuple[Change, ...]:
+    """Every single change that wins memory, best first; then the smallest card that would do."""
+    now = estimate_step(shape, setting, card=card)
+    found = []
+    for knob in KNOBS:
+        if knob.name == "quantization" and setting.device == "cpu" and setting.quantization == "nf4":
+            continue
+        change = _turned(knob, shape, now, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
+        if change is not None:
+            found.append(change)
+    found.sort(key=lambda change: (not change.is_enough, change.rung, change.seconds_lost or 0.0))
+    larger = _larger_card(now) if setting.device == "cuda" else None
+    return (*found, larger) if larger else tuple(found)
+
+
+def _turned(
+    knob: Knob,
+    shape: ModelShape,
+    now: Estimate,
+    *,
+    budget_bytes: int,
+    rows_per_step: int,
+    card: Card | None,
+) -> Change | None:
+    """The least turn of a knob that fits, or the furthest one; None if it wins nothing."""
+    best = None
+    for value in knob.values(now.setting, rows_per_step):
+        changed = knob.change(now.setting, value, rows_per_step=rows_per_step)
+        estimate = estimate_step(shape, changed, card=card)
+        won = now.needed_bytes - estimate.needed_bytes
+        if won <= 0 or (best is not None and won <= best.bytes_won):
+            continue
+        best = Change(
+            text=knob.describe(value),
+            rung=knob.rung,
+            bytes_won=won,
+            seconds_lost=_lost(now, estimate, rows_per_step),
+            is_enough=estimate.fits(budget_bytes),
+        )
+        if best.is_enough:
+            break
+    return best
+
+
+def _lost(now: Estimate, then: Estimate, rows_per_step: int) -> float | None:
+    if now.seconds_per_step is None or then.seconds_per_step is None:
+        return None
+    before = now.seconds_per_step * micro_batches(rows_per_step, now.setting.rows)
+    return then.seconds_per_step * micro_batches(rows_per_step, then.setting.rows) - before
+
+
+def _larger_card(now: Estimate) -> Change | None:
+    """The smallest desktop card on which it fits as it is."""
+    platform = this_platform()
+    fitting = [
+        card
+        for card in cards()
+        if card.name.startswith("RTX") and "Laptop" not in card.name and now.fits(card.free_bytes(platform))
+    ]
+    if not fitting:
+        return None
+    smallest = min(fitting, key=lambda card: (card.memory_bytes // 1024**3, card.tflops or 0.0))
+    return Change(f"a larger card, such as the {smallest.name}", 4, 0, None, is_enough=True)

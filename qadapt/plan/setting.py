@@ -1,0 +1,183 @@
+"""`Setting`: everything about a training step that its memory and time depend on, except the model's shape.
+
+It knows no recipe file and no card: `setting_of` turns a recipe's words into one, once somebody has said on
+which device and in which types it will run. Legend: D width, R rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from qadapt.errors import BadRecipe
+from qadapt.shape import Linear, ModelShape
+
+if TYPE_CHECKING:
+    from qadapt.recipe import Recipe
+
+VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of one value of each type."""
+
+ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}
+"""What a tensor's size is rounded up to: the CUDA caching allocator's kMinBlockSize; nothing on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A training step: `rows` rows of `length` tokens through a base with an adapter.
+
+    `supervised_share` is the share of the tokens that reach the head, `accumulates` says that earlier
+    micro-batches have left gradients behind, `holds_logits` that the caller still holds the logits while the
+    loss goes backward (qadapt's step does not; published stacks do).
+    """
+
+    rows: int = 1
+    length: int = 2048
+    quantization: Literal["nf4", "none"] = "nf4"
+    double_quant: bool = True
+    method: Literal["lora"] = "lora"
+    rank: int = 16
+    dropout: float = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    adapter_dtype: Literal["bf16", "fp32"] = "bf16"
+    compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw-8bit"
+    supervised_share: float = 1.0
+    recompute: Literal["all", "none"] = "all"
+    accumulates: bool = True
+    holds_logits: bool = False
+    device: Literal["cpu", "cuda"] = "cuda"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one forward pass."""
+        return self.rows * self.length
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that reach the head."""
+        return math.ceil(self.tokens * self.supervised_share)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one activation value."""
+        return VALUE_BYTES[self.compute_dtype]
+
+    @property
+    def adapter_value_bytes(self) -> int:
+        """Bytes of one adapter value."""
+        return VALUE_BYTES[self.adapter_dtype]
+
+    def adapts(self, linear: Linear) -> bool:
+        """Whether a linear layer carries an adapter."""
+        return self.targets == "all-linear" or linear.name in self.targets
+
+    def tensor_bytes(self, count: int, value_bytes: float) -> int:
+        """Bytes that a tensor of `count` values takes on this device, the allocator's rounding included."""
+        step = ALLOCATION_BYTES[self.device]
+        return math.ceil(math.ceil(count * value_bytes) / step) * step
+
+
+def check_setting(shape: ModelShape, setting: Setting) -> None:
+    """Refuses a setting that describes no step of this model.
+
+    Raises:
+        BadRecipe: A length, a number of rows, a rank or a target is out of range; says which and why.
+    """
+    if setting.rows < 1:
+        raise BadRecipe(f"rows = {setting.rows}: a step needs at least one row.", cure="Give 1 or more.")
+    if setting.length < 1:
+        raise BadRecipe(
+            f"length = {setting.length}: a row needs at least one token.", cure="Give a length such as 2048."
+        )
+    if setting.length > shape.context:
+        raise BadRecipe(
+            f"length = {setting.length:,} is above the context of {shape.name}, {shape.context:,} tokens.",
+            cure=f"Give a length of at most {shape.context}.",
+        )
+    if setting.rank < 1:
+        raise BadRecipe(
+            f"rank = {setting.rank}: an adapter needs at least rank 1.", cure="Give a rank such as 16."
+        )
+    if not 0 <= setting.supervised_share <= 1:
+        raise BadRecipe(
+            f"supervised share = {setting.supervised_share}: a share lies between 0 and 1.",
+            cure="Give the share of tokens that the loss counts, such as 0.4.",
+        )
+    _check_targets(shape, setting)
+
+
+def _check_targets(shape: ModelShape, setting: Setting) -> None:
+    names = [linear.name for linear in shape.linears]
+    for target in () if setting.targets == "all-linear" else setting.targets:
+        if target not in names:
+            close = difflib.get_close_matches(target, names, n=1, cutoff=0.5)
+            hint = f"Did you mean `{close[0]}`? " if close else ""
+            raise BadRecipe(
+                f"adapter target {target!r} is no linear layer of {shape.name}.",
+                cure=f"{hint}It has: {', '.join(names)}.",
+            )
+    narrowest = min(min(linear.inputs, linear.outputs) for linear in shape.linears if setting.adapts(linear))
+    if setting.rank > narrowest:
+        raise BadRecipe(
+            f"rank = {setting.rank} is above {narrowest}, the narrowest adapted layer of {shape.name}.",
+            cure=f"Give a rank of at most {narrowest}; 8 to 64 is usual.",
+        )
+
+
+def auto_dtypes(
+    device: Literal["cpu", "cuda"], *, has_bf16: bool
+) -> tuple[Literal["bf16", "fp16", "fp32"], Literal["bf16", "fp32"]]:
+    """Compute type and adapter type where the recipe leaves both to the plan.
+
+    CUDA: bf16 when the card has it, else fp16 with fp32 adapters (gradients are scaled). CPU: fp32, which is
+    about twice as fast as bf16 without AMX (measured; a run measures it anew).
+    """
+    if device == "cpu":
+        return "fp32", "fp32"
+    return ("bf16", "bf16") if has_bf16 else ("fp16", "fp32")
+
+
+def setting_of(
+    recipe: Recipe,
+    shape: ModelShape,
+    *,
+    device: Literal["cpu", "cuda"],
+    compute_dtype: Literal["bf16", "fp16", "fp32"],
+    adapter_dtype: Literal["bf16", "fp32"],
+    supervised_share: float = 1.0,
+) -> Setting:
+    """The setting a recipe asks for, before the plan fills in what is `auto`.
+
+    A type that the recipe names overrules the one given here. An `auto` micro-batch starts at one row and
+    `auto` recompute at every layer: the least memory, from which `fit` goes up.
+
+    Raises:
+        BadRecipe: See `check_setting`.
+    """
+    adapter, memory = recipe.adapter, recipe.memory
+    rows = 1 if memory.micro_batch == "auto" else memory.micro_batch
+    optimizer = recipe.train.optimizer
+    if optimizer == "auto":
+        optimizer = "adamw-8bit" if device == "cuda" else "adamw"
+    setting = Setting(
+        rows=rows,
+        length=recipe.data.length,
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
+        method=adapter.method,
+        rank=adapter.rank,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        adapter_dtype=adapter_dtype if adapter.dtype == "auto" else adapter.dtype,
+        compute_dtype=compute_dtype if memory.compute_dtype == "auto" else memory.compute_dtype,
+        optimizer=optimizer,
+        supervised_share=supervised_share,
+        recompute="all" if memory.recompute == "auto" else memory.recompute,
+        accumulates=recipe.train.rows_per_step > rows,
+        device=device,
+    )
+    check_setting(shape, setting)
+    return setting

@@ -1,0 +1,59 @@
+"""Seconds of a micro-batch on a card: operations over TFLOPS, plus the weights' way through memory.
+
+Source: the usual count of 2 operations per weight and token and pass (arXiv:2001.08361), PaLM's attention
+term (arXiv:2204.02311) halved for causal attention. Assumption: products reach `EFFICIENCY` of the card's
+matrix product speed, and every pass over a 4-bit layer reads 0.5 bytes per weight, writes the 16-bit weight
+and reads it again. Error: stated as a factor of 2 either way; published steps are compared in
+`tools/bench/estimate_rows.py`. An unknown card gives None rather than a guess.
+"""
+
+from __future__ import annotations
+
+from qadapt.hardware.cards import Card
+from qadapt.plan.adapters import trainable
+from qadapt.plan.setting import Setting
+from qadapt.shape import ModelShape
+
+EFFICIENCY = 0.55
+"""Share of the matrix product's speed that a whole step reaches: assumed, 0.3 to 0.75 are seen."""
+BANDWIDTH_SHARE = 0.7
+"""Share of the bandwidth that dequantization reaches: assumed."""
+FP32_FACTOR = 4
+"""How much slower fp32 products are than 16-bit ones on the cards of the catalogue: assumed."""
+
+
+def passes(setting: Setting) -> int:
+    """Passes over each layer's weights: forward, input gradient, and the forward pass again if recomputed."""
+    return 3 if setting.recompute == "all" else 2
+
+
+def operations(shape: ModelShape, setting: Setting) -> int:
+    """Floating-point operations of one micro-batch, a multiply and an add counted as two."""
+    weights = shape.layers * sum(linear.weights for linear in shape.linears)
+    query = shape.heads * shape.head_width
+    products = 2 * weights * setting.tokens * passes(setting)
+    scores = 2 * shape.layers * query * setting.length * setting.tokens * (passes(setting) + 1)
+    adapter = 2 * trainable(shape, setting) * setting.tokens * (passes(setting) + 1)
+    head = 2 * 2 * shape.embedding_weights * setting.supervised_tokens
+    return products + scores + adapter + head
+
+
+def moved_bytes(shape: ModelShape, setting: Setting) -> float:
+    """Bytes that dequantizing moves through the card's memory in one micro-batch."""
+    weights = shape.layers * sum(linear.weights for linear in shape.linears)
+    per_weight = 0.5 + 2 * setting.compute_bytes if setting.quantization == "nf4" else setting.compute_bytes
+    return weights * per_weight * passes(setting)
+
+
+def micro_batch_seconds(shape: ModelShape, setting: Setting, card: Card | None) -> float | None:
+    """Seconds of one micro-batch, or None where the card's speed is unknown."""
+    if card is None or card.tflops is None or card.bandwidth_gb is None:
+        return None
+    slower = FP32_FACTOR if setting.compute_dtype == "fp32" else 1
+    computing = operations(shape, setting) * slower / (card.tflops * 1e12 * EFFICIENCY)
+    return computing + moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
+
+
+def relative_cost(shape: ModelShape, setting: Setting) -> float:
+    """Seconds of one micro-batch on a nominal device, for comparing settings where no speed is known."""
+    return operations(shape, setting) / 1e12 + moved_bytes(shape, setting) / 1e12

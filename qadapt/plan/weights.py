@@ -1,0 +1,67 @@
+"""Bytes of the frozen base: exact, tensor by tensor, as bitsandbytes 0.50 lays them out.
+
+Knows nothing of activations. Source: `bitsandbytes.functional.quantize_4bit` and `QuantState`; checked to the
+byte against really built layers in `tests/test_estimate.py`, and against the published split of resident
+bytes ("absmax = exactly 12.5 % of packed bytes" without double quantization).
+"""
+
+from __future__ import annotations
+
+import math
+
+from qadapt.plan.setting import Setting
+from qadapt.shape import Linear, ModelShape
+
+BLOCK = 64
+"""Weights that share one absmax."""
+NESTED_BLOCK = 256
+"""Absmax values that share one fp32 scale, with double quantization."""
+CODE_BYTES = 16 * 4
+"""The NF4 code book: 16 fp32 values, one copy per layer."""
+NESTED_CODE_BYTES = 256 * 4
+"""The 8-bit code book of the absmax values: 256 fp32 values, one copy per process."""
+
+
+def base_weight_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The linear layers' weights: two per byte in 4-bit, else in the compute type."""
+    each = 0.5 if setting.quantization == "nf4" else setting.compute_bytes
+    return shape.layers * sum(setting.tensor_bytes(linear.weights, each) for linear in shape.linears)
+
+
+def constant_bytes(linear: Linear, setting: Setting) -> int:
+    """The quantization constants of one 4-bit layer, without the shared code book."""
+    blocks = math.ceil(linear.weights / BLOCK)
+    code = setting.tensor_bytes(16, 4)
+    if not setting.double_quant:
+        return setting.tensor_bytes(blocks, 4) + code
+    nested = setting.tensor_bytes(math.ceil(blocks / NESTED_BLOCK), 4)
+    offset = setting.tensor_bytes(1, 4)
+    return setting.tensor_bytes(blocks, 1) + nested + offset + code
+
+
+def quantization_constant_bytes(shape: ModelShape, setting: Setting) -> int:
+    """All quantization constants of the base."""
+    if setting.quantization == "none":
+        return 0
+    shared = setting.tensor_bytes(256, 4) if setting.double_quant else 0
+    return shared + shape.layers * sum(constant_bytes(linear, setting) for linear in shape.linears)
+
+
+def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Embeddings, head (if untied), norms, biases in the compute type; the rotary tables in fp32."""
+    each = setting.compute_bytes
+    embeddings = setting.tensor_bytes(shape.embedding_weights, each) * (1 if shape.tied else 2)
+    biases = sum(setting.tensor_bytes(linear.outputs, each) for linear in shape.linears if linear.bias)
+    head_norms = 2 * setting.tensor_bytes(shape.head_width, each) if shape.family == "qwen3" else 0
+    wide_norms = (4 if shape.family == "gemma2" else 2) * setting.tensor_bytes(shape.width, each)
+    final_norm = setting.tensor_bytes(shape.width, each)
+    rotary = 2 * setting.tensor_bytes(shape.head_width // 2, 4)
+    return embeddings + shape.layers * (biases + head_norms + wide_norms) + final_norm + rotary
+
+
+def dequantized_bytes(linear: Linear, setting: Setting) -> int:
+    """What one product takes besides its operands: the weight in the compute type, and its fp32 absmax."""
+    if setting.quantization == "none":
+        return 0
+    absmax = setting.tensor_bytes(math.ceil(linear.weights / BLOCK), 4) if setting.double_quant else 0
+    return setting.tensor_bytes(linear.weights, setting.compute_bytes) + absmax
