@@ -36,11 +36,12 @@ def watch(
     if json:
         typer.echo(json_text.dumps(figures(fold_all(read_events(run_folder)), time.time()), indent=2))
         return
-    if once:
+    if once and not console.options.ascii_only:
         console.print(Dashboard(fold_all(read_events(run_folder)), time.time()))
         return
+    events = read_events(run_folder) if once else follow(run_folder)
     try:
-        show(follow(run_folder), console=console, is_live=console.is_terminal, is_quiet=False)
+        show(events, console=console, is_live=console.is_terminal and not once, is_quiet=False)
     except KeyboardInterrupt:
         console.print("left; the run goes on")
 

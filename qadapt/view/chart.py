@@ -1,9 +1,8 @@
 """A loss curve of braille dots: training loss as a line, its noise as single dots, evaluation as diamonds.
 
-Reads without colour (the shapes differ) and without braille (`.` and `o` where the terminal knows ASCII
-only). Honest: values off the chart are marked at its upper edge (▴), a loss that is no number at its lower
-one (×), and a single value is one mark, not a line. Knows series of numbers, no run. Plotting with braille:
-the idea of drawille.
+Reads without colour: the shapes differ. Honest: values off the chart are marked at its upper edge (▴), a
+loss that is no number at its lower one (×), and a single value is one mark, not a line. Knows series of
+numbers, no run. Plotting with braille: the idea of drawille.
 """
 
 from __future__ import annotations
@@ -52,31 +51,29 @@ class LossChart:
         ticks = _ticks(low, high, rows)
         margin = max(len(label) for label in ticks.values()) + 1
         columns = max(8, width - margin - 1)
-        canvas = _Canvas(columns, rows, low, high, last_step=self._last_step(), is_ascii=options.ascii_only)
+        canvas = _Canvas(columns, rows, low, high, last_step=self._last_step())
         canvas.draw(self.training.stretches, self.evaluation.stretches)
         for row in range(rows):
             label = ticks.get(row, "")
-            edge = _edge(is_tick=bool(label), is_ascii=options.ascii_only)
-            yield Segment(f"{label:>{margin - 1}} {edge}", AXIS_STYLE)
+            yield Segment(f"{label:>{margin - 1}} {'┤' if label else '│'}", AXIS_STYLE)
             yield from canvas.segments(row)
             yield Segment.line()
-        corner, dash = ("+", "-") if options.ascii_only else ("└", "─")
-        yield Segment(" " * margin + corner + dash * columns, AXIS_STYLE)
+        yield Segment(" " * margin + "└" + "─" * columns, AXIS_STYLE)
         yield Segment.line()
-        yield from self._step_labels(margin, columns, is_ascii=options.ascii_only)
+        yield from self._step_labels(margin, columns)
 
     def _last_step(self) -> int:
         done = max((series.last[0] for series in (self.training, self.evaluation) if series.last), default=1)
         last = max(self.total_steps, done, 2)
-        while last // 2 >= max(done, 8):
+        while -(-last // 2) >= max(done, 8):
             last = -(-last // 2)
         return last
 
-    def _step_labels(self, margin: int, columns: int, *, is_ascii: bool) -> Iterable[Segment]:
+    def _step_labels(self, margin: int, columns: int) -> Iterable[Segment]:
         left, right = "step 1", f"{self._last_step():,}"
-        names = [("." if is_ascii else "⠒⠒", LINE_STYLE, "training")]
+        names = [("⠒⠒", LINE_STYLE, "training")]
         if self.evaluation:
-            names.append(("o" if is_ascii else "◆", EVALUATION_STYLE, "evaluation"))
+            names.append(("◆", EVALUATION_STYLE, "evaluation"))
         legend_width = sum(len(mark) + 1 + len(name) for mark, _, name in names) + 3 * (len(names) - 1)
         gap = columns - len(left) - len(right)
         yield Segment(" " * (margin + 1) + left, AXIS_STYLE)
@@ -114,13 +111,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
 class _Canvas:
     """A grid of cells; the upper left dot is (0, 0)."""
 
-    def __init__(
-        self, columns: int, rows: int, low: float, high: float, *, last_step: int, is_ascii: bool
-    ) -> None:
+    def __init__(self, columns: int, rows: int, low: float, high: float, *, last_step: int) -> None:
         self.columns, self.rows = columns, rows
         self.low, self.high = low, high
         self.last_step = last_step
-        self.is_ascii = is_ascii
         self.line = [[0] * columns for _ in range(rows)]
         self.noise = [[0] * columns for _ in range(rows)]
         self.marks: dict[tuple[int, int], Segment] = {}
@@ -131,7 +125,7 @@ class _Canvas:
         for stretch, mean in zip(training, means, strict=True):
             x = self._dot_column((stretch.first_step + stretch.last_step) / 2)
             if stretch.finite < stretch.points:
-                self._mark(x, self.rows - 1, "x" if self.is_ascii else "×", BROKEN_STYLE)
+                self._mark(x, self.rows - 1, "×", BROKEN_STYLE)
             if not stretch.finite:
                 before = None
                 continue
@@ -141,14 +135,13 @@ class _Canvas:
             self._line_dots(before or here, here)
             before = here
         if len(training) == 1 and before is not None:
-            self._mark(before[0], before[1] // 4, "*" if self.is_ascii else "•", LINE_STYLE)
+            self._mark(before[0], before[1] // 4, "•", LINE_STYLE)
         for stretch in evaluation:
             x = self._dot_column((stretch.first_step + stretch.last_step) / 2)
             if stretch.finite:
-                glyph = "o" if self.is_ascii else "◆"
-                self._mark(x, self._dot_row(stretch.mean) // 4, glyph, EVALUATION_STYLE)
+                self._mark(x, self._dot_row(stretch.mean) // 4, "◆", EVALUATION_STYLE)
             else:
-                self._mark(x, self.rows - 1, "x" if self.is_ascii else "×", BROKEN_STYLE)
+                self._mark(x, self.rows - 1, "×", BROKEN_STYLE)
 
     def segments(self, row: int) -> Iterable[Segment]:
         for column in range(self.columns):
@@ -156,8 +149,8 @@ class _Canvas:
             if mark is not None:
                 yield mark
             elif self.line[row][column]:
-                yield Segment("." if self.is_ascii else chr(0x2800 + self.line[row][column]), LINE_STYLE)
-            elif self.noise[row][column] and not self.is_ascii:
+                yield Segment(chr(0x2800 + self.line[row][column]), LINE_STYLE)
+            elif self.noise[row][column]:
                 yield Segment(chr(0x2800 + self.noise[row][column]), NOISE_STYLE)
             else:
                 yield Segment(" ")
@@ -175,7 +168,7 @@ class _Canvas:
 
     def _noise_dot(self, x: int, value: float) -> None:
         if value > self.high:
-            self._mark(x, 0, "^" if self.is_ascii else "▴", LINE_STYLE)
+            self._mark(x, 0, "▴", LINE_STYLE)
             return
         y = self._dot_row(value)
         self.noise[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
@@ -220,9 +213,3 @@ def _ticks(low: float, high: float, rows: int) -> dict[int, str]:
 def _multiples(step: float, low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [position * step for position in range(first, last + 1)]
-
-
-def _edge(*, is_tick: bool, is_ascii: bool) -> str:
-    if is_ascii:
-        return "+" if is_tick else "|"
-    return "┤" if is_tick else "│"

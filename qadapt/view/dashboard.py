@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qadapt.events import Evaluated, RunStarted, Stopped, Warned
+from qadapt.events import CheckpointSaved, Evaluated, Event, RunStarted, Stopped, Warned
 from qadapt.units import format_bytes, format_count, format_seconds
 from qadapt.view.chart import LossChart
 from qadapt.view.lines import describe, format_loss
@@ -67,7 +67,7 @@ class Dashboard:
 
 def _grid(state: RunState, width: int, height: int) -> RenderableType:
     """Four panels: loss and numbers above, memory and last events below."""
-    right = max(30, min(52, width * 36 // 100))
+    right = max(31, min(52, width * 36 // 100))
     left = width - right
     is_compact = height < 26
     rows = _rows(state, is_compact=is_compact)
@@ -99,7 +99,7 @@ def _stack(state: RunState, width: int, height: int) -> list[RenderableType]:
 def _panel(content: RenderableType, title: str, height: int, subtitle: str | None = None) -> Panel:
     return Panel(
         content,
-        title=Text(title, style="bold"),
+        title=Text(title, style="not dim bold"),
         subtitle=Text(subtitle, style="dim") if subtitle else None,
         title_align="left",
         subtitle_align="right",
@@ -260,7 +260,7 @@ def _notes(state: RunState, width: int, height: int) -> Text:
     """The last events that fit, the latest at the bottom, warnings on up to three lines."""
     lines: list[Text] = []
     for seconds, event in reversed(state.notes):
-        words = describe(event)
+        words = _short(event) if width < 38 else describe(event)
         if words is None or isinstance(event, RunStarted):
             continue
         style = "yellow" if isinstance(event, Warned | Stopped) else ""
@@ -275,6 +275,15 @@ def _notes(state: RunState, width: int, height: int) -> Text:
             Text.assemble(mark, " ", (part, style)) for mark, part in zip(marks, wrapped, strict=False)
         ]
     return Text("\n").join(lines)
+
+
+def _short(event: Event) -> str | None:
+    match event:
+        case Evaluated():
+            return f"evaluated {format_loss(event.loss)}{' best' if event.is_best else ''}"
+        case CheckpointSaved():
+            return f"saved step {event.step:,}"
+    return describe(event)
 
 
 def _clock(seconds: float) -> str:

@@ -11,13 +11,13 @@ from qadapt.view.state import RunState
 def figures(state: RunState, now: float) -> dict[str, object]:
     """The state as plain numbers for programs: what `qadapt watch --json` prints.
 
-    Fields, null where unknown and in place of NaN: `schema` (1), `name`, `model`, `method`, `device`, `status`
-    (`waiting`, `preparing`, `training`, `stopped`, `finished`), `stage`, `step`, `steps`, `loss`,
+    Fields, null where unknown and in place of NaN: `schema` (1), `name`, `model`, `method`, `device`,
+    `status` (`waiting`, `preparing`, `training`, `stopped`, `finished`), `stage`, `step`, `steps`, `loss`,
     `recent_loss`, `evaluation_loss`, `best_step`, `best_loss`, `learning_rate`, `gradient_norm`, `tokens`,
-    `supervised_share`, `tokens_per_second`, `elapsed_seconds`, `seconds_left`, `silent_seconds`, `saved_step`,
-    `memory` (a list of `category`, `predicted_bytes`, `measured_bytes`), `predicted_peak_bytes`, `peak_bytes`,
-    `peak_difference_percent`, `budget_bytes`, `warnings` (a list of `message`, `cure`), `stop_reason`,
-    `adapter`.
+    `supervised_share`, `tokens_per_second`, `elapsed_seconds`, `seconds_left`, `silent_seconds`,
+    `saved_step`, `memory` (a list of `category`, `predicted_bytes`, `measured_bytes`),
+    `predicted_peak_bytes`, `peak_bytes`, `peak_difference_percent`, `budget_bytes`, `warnings` (a list of
+    `message`, `cure`), `stop_reason`, `adapter`.
 
     Args:
         state: The run.

@@ -15,10 +15,9 @@ CLOSE_PERCENT = 5.0  # a peak this near to its prediction is as good as foretold
 
 _SHORT_TITLES = {
     "quantization_constants": "constants",
-    "unquantized": "embeddings, norms",
+    "unquantized": "unquantized",
     "recompute_boundaries": "boundaries",
 }
-_EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class MemoryTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         is_short = options.max_width < 62
-        name_width = 17 if is_short else 23
-        bar_width = max(4, options.max_width - name_width - 2 * 11 - 2)
+        name_width = 14 if is_short else 23
+        bar_width = max(4, options.max_width - name_width - 1 - 2 * 11)
         amounts = [amount for row in self.rows for amount in (row.predicted_bytes, row.measured_bytes)]
         largest = max([amount or 0 for amount in amounts], default=0) or 1
         table = Table.grid(padding=(0, 1, 0, 0))
@@ -46,7 +45,7 @@ class MemoryTable:
         table.add_column(width=10, justify="right", no_wrap=True)
         table.add_column(width=10, justify="right", no_wrap=True)
         table.add_column(width=bar_width, no_wrap=True)
-        legend = Text("█ measured ░ predicted" if bar_width >= 22 else "", style="dim")
+        legend = Text("━ measured ─ predicted" if bar_width >= 22 else "", style="dim")
         table.add_row("", Text("predicted", style="dim"), Text("measured", style="dim"), legend)
         for row in self.rows:
             title = _SHORT_TITLES.get(row.category, row.title) if is_short else row.title
@@ -60,13 +59,12 @@ class MemoryTable:
         percent = difference_percent(self.predicted_peak_bytes, self.measured_peak_bytes)
         if percent is None:
             return Text()
-        return Text(
-            f"{percent:+.1f} %", style="bold green" if abs(percent) <= CLOSE_PERCENT else "bold yellow"
-        )
+        words = f"{percent:+.{1 if abs(percent) < 10 else 0}f} %"
+        return Text(words, style="bold green" if abs(percent) <= CLOSE_PERCENT else "bold yellow")
 
 
 def memory_bar(predicted_bytes: int | None, measured_bytes: int | None, *, largest: int, width: int) -> Text:
-    """Measured bytes as a full bar, what is missing to the prediction shaded, what is above it in yellow.
+    """Measured bytes as a heavy line, what is missing to the prediction light, what is above in yellow.
 
     Args:
         predicted_bytes: None when not predicted.
@@ -76,10 +74,11 @@ def memory_bar(predicted_bytes: int | None, measured_bytes: int | None, *, large
     """
     measured = (measured_bytes or 0) / largest * width
     predicted = (predicted_bytes or 0) / largest * width
-    text = Text("█" * int(measured) + _EIGHTHS[int(measured % 1 * 8)], style="cyan")
+    halves = round(measured * 2) or int(bool(measured_bytes))
+    text = Text("━" * (halves // 2) + "╸" * (halves % 2), style="cyan")
     if predicted_bytes is not None and measured > predicted * (1 + CLOSE_PERCENT / 100):
         text.stylize("yellow", min(len(text), int(predicted)))
-    text.append("░" * (round(predicted) - len(text)), style="dim")
+    text.append("─" * (round(predicted) - len(text)), style="dim")
     return text
 
 

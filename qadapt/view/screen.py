@@ -36,11 +36,12 @@ def show(
     Args:
         events: The run.
         console: Where to draw.
-        is_live: Draw the dashboard and keep it up to date; plain lines otherwise.
+        is_live: Draw the dashboard and keep it up to date; plain lines otherwise, and where the console's
+            encoding has no lines and dots to draw with.
         is_quiet: Show warnings and the end only, in plain lines.
         now: The clock, in seconds since the epoch.
     """
-    if is_live and not is_quiet:
+    if is_live and not is_quiet and not console.options.ascii_only:
         state = _drawn(events, console, now)
         lines = [*_warnings(state), *summary(state)]
     else:
@@ -88,6 +89,7 @@ def _warnings(state: RunState) -> list[str]:
 
 def _print(console: Console, line: str) -> None:
     try:
-        console.print(Text(line), soft_wrap=True)
+        writable = line.encode(console.encoding, "replace").decode(console.encoding)
+        console.print(Text(writable), soft_wrap=True)
     except SystemExit:  # rich leaves so when the reader of a pipe is gone, and is silent from then on
         return
