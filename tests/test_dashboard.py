@@ -435,11 +435,13 @@ def test_errors_of_the_run_pass_through_after_the_screen_is_restored(kind):
         yield run()[0]
         raise kind("broken", cure="mend it") if kind is BadRun else kind()
 
-    screen = console()
+    before, screen = set(threading.enumerate()), console()
     with pytest.raises(kind):
         show(failing(), console=screen, is_live=True, is_quiet=False, now=lambda: START)
     assert "\x1b[?25h" in screen.file.getvalue(), "the cursor is shown again"
-    assert not [thread for thread in threading.enumerate() if "Refresh" in type(thread).__name__]
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)  # rich tells its thread to end, and does not wait for it
+    assert set(threading.enumerate()) <= before, "nothing draws any more"
 
 
 def written_run(folder: Path, events: list[Event]) -> None:

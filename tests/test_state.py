@@ -289,11 +289,11 @@ def test_the_difference_is_in_percent_of_the_prediction():
 
 
 FIELDS = {
-    "schema", "name", "model", "method", "device", "status", "stage", "step", "steps", "loss", "recent_loss",
-    "evaluation_loss", "best_step", "best_loss", "learning_rate", "gradient_norm", "tokens",
-    "supervised_share", "tokens_per_second", "elapsed_seconds", "seconds_left", "silent_seconds",
-    "saved_step", "memory", "predicted_peak_bytes", "peak_bytes", "peak_difference_percent", "budget_bytes", "warnings",
-    "stop_reason", "adapter",
+    "schema", "name", "model", "method", "device", "status", "stage", "step", "steps", "loss",
+    "recent_loss", "evaluation_loss", "best_step", "best_loss", "learning_rate", "gradient_norm",
+    "tokens", "supervised_share", "tokens_per_second", "elapsed_seconds", "seconds_left",
+    "silent_seconds", "saved_step", "memory", "predicted_peak_bytes", "peak_bytes",
+    "peak_difference_percent", "budget_bytes", "warnings", "stop_reason", "adapter",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ numbers, no run. Plotting with braille: the idea of drawille.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class _Canvas:
         self.last_step = last_step
         self.line = [[0] * columns for _ in range(rows)]
         self.noise = [[0] * columns for _ in range(rows)]
-        self.marks: dict[tuple[int, int], Segment] = {}
+        self.marks: dict[tuple[int, int], tuple[str, Style]] = {}
 
     def draw(self, training: Sequence[Stretch], evaluation: Sequence[Stretch]) -> None:
         means = smoothed([stretch.mean for stretch in training])
@@ -144,16 +145,20 @@ class _Canvas:
                 self._mark(x, self.rows - 1, "×", BROKEN_STYLE)
 
     def segments(self, row: int) -> Iterable[Segment]:
-        for column in range(self.columns):
-            mark = self.marks.get((row, column))
-            if mark is not None:
-                yield mark
-            elif self.line[row][column]:
-                yield Segment(chr(0x2800 + self.line[row][column]), LINE_STYLE)
-            elif self.noise[row][column]:
-                yield Segment(chr(0x2800 + self.noise[row][column]), NOISE_STYLE)
-            else:
-                yield Segment(" ")
+        # Neighbours of one style as one segment: rich measures and cuts each one, several times a second.
+        cells = [self._cell(row, column) for column in range(self.columns)]
+        for style, group in itertools.groupby(cells, key=lambda cell: cell[1]):
+            yield Segment("".join(glyph for glyph, _ in group), style)
+
+    def _cell(self, row: int, column: int) -> tuple[str, Style | None]:
+        mark = self.marks.get((row, column))
+        if mark is not None:
+            return mark
+        if self.line[row][column]:
+            return chr(0x2800 + self.line[row][column]), LINE_STYLE
+        if self.noise[row][column]:
+            return chr(0x2800 + self.noise[row][column]), NOISE_STYLE
+        return " ", None
 
     def _dot_column(self, step: float) -> int:
         share = (step - 1) / max(1, self.last_step - 1)
@@ -164,7 +169,7 @@ class _Canvas:
         return min(self.rows * 4 - 1, max(0, round(share * (self.rows * 4 - 1))))
 
     def _mark(self, x: int, row: int, glyph: str, style: Style) -> None:
-        self.marks[row, x // 2] = Segment(glyph, style)
+        self.marks[row, x // 2] = (glyph, style)
 
     def _noise_dot(self, x: int, value: float) -> None:
         if value > self.high:

@@ -18,7 +18,7 @@ from qadapt.view.dashboard import Dashboard
 from qadapt.view.lines import Lines, summary
 from qadapt.view.state import RunState, fold
 
-REFRESHES_PER_SECOND = 4  # a picture costs about 10 ms of one core; the run should have the rest
+REFRESHES_PER_SECOND = 4  # a picture costs about 10 ms of one core: 4 % of it
 
 
 def show(
