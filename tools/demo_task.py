@@ -1,7 +1,7 @@
 """The demo's task: a café order in words becomes one line of strict JSON. Generated, seeded, endless.
 
-    "Hi, it's Marta. Could I get two oat lattes and a poppy bagel for half past nine? I'll pick it up."
-    {"name":"Marta","items":{"oat latte":2,"poppy bagel":1},"time":"09:30","pickup":true}
+    "Hi, it's Marta. Could I get two green teas and an apple cake for half past nine? I'll pick it up."
+    {"name":"Marta","items":{"green tea":2,"apple cake":1},"time":"09:30","pickup":true}
 
 Training and held-out rows are disjoint by construction: no name and no word of an item in the held-out part
 ever occurs in training, so a model that scores there has learned to read an order, not to remember one.
@@ -58,22 +58,25 @@ TRAINING = Words(
         "Mikael Anna Tariq Eliza Marco Sarah Peter Leila Daniel Olga Carlos Hanna Robert Diana"
     ),
     menus=(
-        (("oat", "iced", "large", "small", "vanilla"), ("latte", "tea", "mocha", "espresso", "cocoa")),
-        (("poppy", "sesame", "cheese", "plain", "blueberry"), ("bagel", "muffin", "scone", "cookie", "roll")),
-        (("chicken", "tuna", "tomato", "egg", "bean"), ("wrap", "salad", "soup", "toastie", "pie")),
+        (_words("large hot iced vanilla green cherry ginger lemon"), _words("tea juice soda smoothie")),
+        (
+            _words("chicken tomato cheese onion bean potato spinach fish"),
+            _words("soup pie wrap salad roll bowl"),
+        ),
+        (_words("apple butter honey almond chocolate plum coconut plain"), _words("cake cookie bar bun")),
     ),
-)  # fmt: skip
+)
 HELD_OUT = Words(
     names=_words(
         "Ingrid Tomas Priya Walter Noemi Ahmed Bianca Stefan Yara Gustav Irene Mateo Dalia Henrik Teresa "
         "Rafael Mona Ulrich Celine Javier"
     ),
     menus=(
-        (("soy", "hazelnut", "almond", "double"), ("cortado", "lemonade", "smoothie")),
-        (("cinnamon", "apple", "raisin", "pumpkin"), ("bun", "pretzel", "waffle", "brownie")),
-        (("turkey", "mushroom", "salmon", "onion"), ("baguette", "quiche", "burrito", "omelette")),
+        (_words("mint cold mango peach"), _words("lemonade beer shake")),
+        (_words("turkey salmon rice corn garlic"), _words("stew plate pizza steak")),
+        (_words("carrot cinnamon orange banana"), _words("tart biscuit pudding")),
     ),
-)  # fmt: skip
+)
 
 HOURS = _words("one two three four five six seven eight nine ten eleven twelve")
 OPENINGS = (
@@ -85,22 +88,8 @@ REQUESTS = (
     "I need {items} {when}.", "Please prepare {items} {when}.", "{When}, {items} please.",
     "We want {items} {when}.", "Put me down for {items} {when}.",
 )  # fmt: skip
-PICKUPS = (
-    "Pick-up.",
-    "I'll pick it up.",
-    "I'll come by.",
-    "We will collect it.",
-    "To collect.",
-    "I'll fetch it.",
-)
-DELIVERIES = (
-    "Delivery.",
-    "Please deliver it.",
-    "Bring it over.",
-    "Send it to us.",
-    "Drop it off.",
-    "Deliver.",
-)
+PICKUPS = ("Pick-up.", "I'll pick it up.", "For pick-up.", "We pick it up.", "Pick-up, please.")
+DELIVERIES = ("Delivery.", "Please deliver it.", "For delivery.", "Deliver it to us.", "Delivery, please.")
 
 
 def make_rows(count: int, seed: int, *, held_out: bool) -> list[Row]:
@@ -161,25 +150,19 @@ def _said(draw: random.Random, item: str, count: int) -> str:
 
 
 def _time(draw: random.Random) -> tuple[str, str]:
-    """A time as said, and as written; words mean the morning, the afternoon is said in figures."""
-    hour, minute = draw.randint(7, 11), draw.choice((0, 15, 30, 45))
-    form = draw.choice(("words", "words", "figures", "am", "pm"))
-    if form == "words":
-        said = {
-            0: f"{HOURS[hour - 1]} o'clock",
-            15: f"quarter past {HOURS[hour - 1]}",
-            30: f"half past {HOURS[hour - 1]}",
-            45: f"quarter to {HOURS[hour]}",
-        }[minute]
-        return said, f"{hour:02d}:{minute:02d}"
-    if form == "figures":
-        hour = draw.randint(7, 18)
-        return f"{hour}:{minute:02d}", f"{hour:02d}:{minute:02d}"
-    if form == "pm":
-        hour = draw.randint(13, 18)
-    spoken_hour = hour if hour <= 12 else hour - 12
-    spoken = f"{spoken_hour}" if minute == 0 else f"{spoken_hour}:{minute:02d}"
-    return f"{spoken} {form}", f"{hour:02d}:{minute:02d}"
+    """A time as said, and as written; words and `am` mean the morning."""
+    form = draw.choice(("o'clock", "half past", "figures", "figures", "dotted", "am"))
+    if form == "o'clock":
+        hour = draw.randint(7, 12)
+        return f"{HOURS[hour - 1]} o'clock", f"{hour:02d}:00"
+    if form == "half past":
+        hour = draw.randint(7, 12)
+        return f"half past {HOURS[hour - 1]}", f"{hour:02d}:30"
+    hour, minute = draw.randint(7, 11 if form == "am" else 18), draw.choice((0, 15, 30, 45))
+    written = f"{hour:02d}:{minute:02d}"
+    if form == "am":
+        return (f"{hour} am" if minute == 0 else f"{hour}:{minute:02d} am"), written
+    return f"{hour}{'.' if form == 'dotted' else ':'}{minute:02d}", written
 
 
 def write_task(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
