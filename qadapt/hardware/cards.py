@@ -32,6 +32,10 @@ DESKTOP_BYTES: dict[Platform, int] = {"headless": 0, "linux": 512 * MIB, "window
 """What a desktop takes before you start: assumed; seen are 268 to 860 MiB on Linux, 0.7 to 1.5 GiB on
 Windows."""
 
+RUNTIME_BYTES = {"cpu": 400 * MIB, "cuda": 1300 * MIB}
+"""Host memory of Python with torch, transformers, peft and bitsandbytes imported: measured for the CPU build,
+assumed for CUDA builds."""
+
 
 @dataclass(frozen=True)
 class Card:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, Card
+from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
 from qadapt.plan.activations import (
     attention_bytes,
     boundary_bytes,
@@ -38,21 +38,22 @@ from qadapt.plan.workspace import (
     update_bytes,
 )
 from qadapt.shape import ModelShape
-from qadapt.units import GIB, MIB
+from qadapt.units import MIB
 
 RELATIVE_ERROR = 0.04
-"""Of the working bytes' estimate, either way; see `tools/bench/estimate_rows.py`."""
+"""Of what comes and goes, either way; see `tools/bench/estimate_rows.py`."""
+UNSEEN_BYTES = 32 * MIB
+"""On CUDA, either way: small workspaces that published peaks show (16 to 40 MiB) and nothing here counts."""
 RESERVED_RATIOS = (1.04, 1.25)
 SLACK_BYTES = 20 * MIB
 """What the allocator cannot avoid: one segment of its large pool begun."""
-RUNTIME_BYTES = round(1.3 * GIB)
-"""Host memory of Python with torch, transformers, peft and bitsandbytes imported; assumed for CUDA builds."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one micro-batch of a setting takes. Bytes; `seconds_per_step` of one micro-batch, None if
-    unknown.
+    """What one micro-batch of a setting takes, in bytes.
+
+    `seconds_per_step` is of one micro-batch, None where the device's speed is unknown.
     """
 
     setting: Setting
@@ -98,7 +99,8 @@ class Estimate:
         """How far `needed_bytes` may be off: the working bytes' share, and the context's range."""
         working = self.peak_allocated_bytes - sum(self.categories[name] for name in STATIC)
         context = self.context_range_bytes[1] - self.context_bytes
-        return round(working * self.relative_error) + max(context, 0)
+        unseen = UNSEEN_BYTES if self.setting.device == "cuda" else 0
+        return round(working * self.relative_error) + unseen + context
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether it fits even if the estimate is off by its stated error."""
@@ -130,7 +132,9 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
         phase_bytes=totals,
         context_bytes=CONTEXT_BYTES if is_cuda else 0,
         context_range_bytes=CONTEXT_RANGE_BYTES if is_cuda else (0, 0),
-        host_bytes=_host_bytes(shape, 0 if is_cuda else totals[peak_phase]),
+        host_bytes=RUNTIME_BYTES[setting.device]
+        + _loading_bytes(shape)
+        + (0 if is_cuda else totals[peak_phase]),
         pinned_bytes=0,
         disk_bytes=sum(disk_parts(shape, setting).values()),
         seconds_per_step=micro_batch_seconds(shape, setting, card),
@@ -191,17 +195,15 @@ def _widest_layer(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     return max(both, alone, key=sum)
 
 
-def _host_bytes(shape: ModelShape, allocated: int) -> int:
-    """Runtime, the two largest source tensors while loading, and on a CPU the step itself."""
+def _loading_bytes(shape: ModelShape) -> int:
+    """The two largest source tensors, which lie in host memory while the base is loaded."""
     linear = max(linear.weights for linear in shape.linears)
     two_largest = sorted((shape.embedding_weights, 0 if shape.tied else shape.embedding_weights, linear))[1:]
-    return RUNTIME_BYTES + 2 * sum(two_largest) + allocated
+    return 2 * sum(two_largest)
 
 
 def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
-    """Bytes a run writes: saved states (two newest and the best, by default), the adapter, a merged fp16
-    model.
-    """
+    """Bytes a run writes: saved states (by default the two newest and the best), adapter, merged fp16 model."""
     adapter = adapter_bytes(shape, setting)
     return {
         "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),

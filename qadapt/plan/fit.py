@@ -1,5 +1,4 @@
-"""The fastest plan within a budget: every combination of the free knobs is estimated, the best that fits
-taken.
+"""The fastest plan within a budget: every combination of the free knobs is estimated, the best one taken.
 
 The closed form takes well under a millisecond per combination, so nothing is searched cleverly. Knows no
 screen and no recipe file.
@@ -114,9 +113,7 @@ def _reason(
     budget_bytes: int,
     rows_per_step: int,
 ) -> str:
-    """Why a knob stands where it does: the next value up, the bytes it would need, the time it would
-    change.
-    """
+    """Why a knob stands where it does: what the next value up would take and change."""
     chosen = knob.value_of(best.setting)
     values = knob.values(best.setting, rows_per_step)
     place = values.index(chosen) if chosen in values else 0

@@ -1,0 +1,78 @@
+"""Where a step would run: a card of the catalogue, an amount of memory, or what this machine has now.
+
+Knows no model. Free bytes of a card that is not in this machine rest on the assumptions in `cards.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qadapt.errors import BadRecipe
+from qadapt.hardware.cards import RUNTIME_BYTES, Card, Platform, card_of_memory, find_card, this_platform
+from qadapt.hardware.probe import probe
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device and what is free on it; `assumption` says in words what the free bytes rest on."""
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    free_bytes: int
+    assumption: str
+    card: Card | None = None
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 products are native; assumed where only the memory is known."""
+        return self.card is None or self.card.has_bf16
+
+
+def find_target(
+    card: str | None = None,
+    vram: str | None = None,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    platform: Platform | None = None,
+) -> Target:
+    """The target of a card's name, of an amount of free memory, of both, or of this machine.
+
+    Args:
+        card: A name of the catalogue.
+        vram: What is free, such as `7.3GiB`; overrules what is assumed of the card.
+        device: Without card and amount: what of this machine to use.
+        platform: What else the card is assumed to carry.
+
+    Raises:
+        BadRecipe: The card is unknown, the amount is none, or CUDA is asked for and there is none.
+    """
+    if card is not None:
+        return _card_target(find_card(card), vram, platform or this_platform())
+    if vram is not None:
+        known = card_of_memory(vram)
+        free = known.free_bytes("headless")
+        return Target("cuda", known.name, free, "as given", known)
+    machine = probe()
+    if device != "cpu" and machine.devices:
+        first = machine.devices[0]
+        return Target("cuda", first.name, first.free_bytes, "free now", first.card)
+    if device == "cuda":
+        raise BadRecipe(
+            "memory.device is cuda, and this machine shows no NVIDIA GPU.",
+            cure="Give a card with --card, an amount with --vram, or set memory.device=cpu.",
+        )
+    free = max(0, machine.host_available_bytes - RUNTIME_BYTES["cpu"])
+    return Target("cpu", "this CPU", free, "available now, without the libraries' own")
+
+
+def _card_target(card: Card, vram: str | None, platform: Platform) -> Target:
+    if vram is not None:
+        free = card_of_memory(vram).free_bytes("headless")
+        return Target("cuda", card.name, free, "as given", card)
+    words = {
+        "headless": "assumed: nothing else on the card",
+        "linux": "assumed: a Linux desktop on the card",
+        "windows": "assumed: a Windows desktop on the card",
+    }
+    return Target("cuda", card.name, card.free_bytes(platform), words[platform], card)
