@@ -19,7 +19,7 @@ from qadapt.hardware.target import Target, find_target
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.fit import fit
 from qadapt.plan.knobs import PLANNED
-from qadapt.plan.ladder import ladder
+from qadapt.plan.ladder import Change, ladder
 from qadapt.plan.record import estimate_record, plan_record
 from qadapt.plan.setting import Setting, auto_dtypes, check_setting, setting_of
 from qadapt.shape import ModelShape, find_shape, known_models
@@ -220,7 +220,7 @@ def _changed(question: Question, changes: dict[str, object], *, is_recipe: bool)
 
 def _answer_estimate(question: Question, *, is_json: bool) -> None:
     found = estimate_step(question.shape, question.setting, card=question.target.card)
-    changes = ()
+    changes: tuple[Change, ...] = ()
     if not found.fits(question.target.free_bytes):
         changes = ladder(
             question.shape,

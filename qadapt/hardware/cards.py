@@ -103,7 +103,8 @@ def find_card(name: str) -> Card:
         raise BadRecipe(
             f"{name!r} may be several cards: {listed}.", cure="Give the whole name of one of them."
         )
-    close = difflib.get_close_matches(_key(name), keys := _keys(), n=1, cutoff=0.5)
+    keys = {_key(card.name): card.name for card in reversed(cards())}
+    close = difflib.get_close_matches(_key(name), keys, n=1, cutoff=0.5)
     hint = f"Did you mean `{keys[close[0]]}`? " if close else ""
     raise BadRecipe(
         f"There is no card {name!r} in the catalogue.",
@@ -147,8 +148,5 @@ def _means(wanted: tuple[str, ...], offered: tuple[str, ...]) -> bool:
 
 
 def _key(name: str) -> str:
-    return " ".join(_words(name))
-
-
-def _keys() -> dict[str, str]:
-    return {_key(card.name): card.name for card in cards()}
+    """The words of a name without its amount of memory, which misleads a comparison by letters."""
+    return " ".join(word for word in _words(name) if not word.endswith("gb"))

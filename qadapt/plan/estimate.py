@@ -125,6 +125,7 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     peak_phase = max(totals, key=lambda phase: totals[phase])
     is_cuda = setting.device == "cuda"
     peak = moments[peak_phase]
+    host = RUNTIME_BYTES[setting.device] + _loading_bytes(shape)
     return Estimate(
         setting=setting,
         categories=peak,
@@ -132,9 +133,7 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
         phase_bytes=totals,
         context_bytes=CONTEXT_BYTES if is_cuda else 0,
         context_range_bytes=CONTEXT_RANGE_BYTES if is_cuda else (0, 0),
-        host_bytes=RUNTIME_BYTES[setting.device]
-        + _loading_bytes(shape)
-        + (0 if is_cuda else totals[peak_phase]),
+        host_bytes=host + (0 if is_cuda else totals[peak_phase]),
         pinned_bytes=0,
         disk_bytes=sum(disk_parts(shape, setting).values()),
         seconds_per_step=micro_batch_seconds(shape, setting, card),
@@ -203,7 +202,7 @@ def _loading_bytes(shape: ModelShape) -> int:
 
 
 def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
-    """Bytes a run writes: saved states (by default the two newest and the best), adapter, merged fp16 model."""
+    """Bytes a run writes: saved states (the two newest and the best), the adapter, a merged fp16 model."""
     adapter = adapter_bytes(shape, setting)
     return {
         "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),

@@ -14,12 +14,15 @@ from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.knobs import KNOBS, Knob, micro_batches
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
-from qadapt.units import format_bytes
+from qadapt.units import GIB, format_bytes
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change: bytes won (of what is needed), seconds lost per optimizer step (None if unknown)."""
+    """One change: bytes won (of what is needed), seconds lost per optimizer step.
+
+    None where no speed is known, and for a shorter length: its steps learn from less.
+    """
 
     text: str
     rung: int
@@ -80,7 +83,7 @@ def _turned(
             text=knob.describe(value),
             rung=knob.rung,
             bytes_won=won,
-            seconds_lost=_lost(now, estimate, rows_per_step),
+            seconds_lost=None if knob.name == "length" else _lost(now, estimate, rows_per_step),
             is_enough=estimate.fits(budget_bytes),
         )
         if best.is_enough:
@@ -105,5 +108,5 @@ def _larger_card(now: Estimate) -> Change | None:
     ]
     if not fitting:
         return None
-    smallest = min(fitting, key=lambda card: (card.memory_bytes // 1024**3, card.tflops or 0.0))
+    smallest = min(fitting, key=lambda card: (round(card.memory_bytes / GIB), card.tflops or 0.0))
     return Change(f"a larger card, such as the {smallest.name}", 4, 0, None, is_enough=True)

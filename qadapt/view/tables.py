@@ -75,9 +75,7 @@ class EstimateTable:
             row = (TITLES[name], format_bytes(amount), f"{amount / peak:.1%}", Text(drawn, style=style))
             table.add_row(*row, style="" if amount else "dim")
         legend = Text.assemble(("stays ", "cyan"), ("comes and goes", "magenta")) if bar_width >= 20 else ""
-        table.add_row(
-            Text("peak, allocated", style="bold"), Text(format_bytes(peak), style="bold"), "", legend
-        )
+        table.add_row("peak, allocated", format_bytes(peak), "", legend, style="bold")
         return table
 
     def _facts(self, width: int) -> Table:
