@@ -378,6 +378,16 @@ def test_after_a_resume_plain_steps_go_on():
     assert lines[-1].startswith("step 21/60")
 
 
+def test_a_resumed_run_is_shown_with_what_came_before():
+    screen = console(force_terminal=False)
+    events = [Resumed(step=20, time=START + 900), step(21, 1.0, START + 903)]
+    state = show(events, console=screen, is_live=False, is_quiet=False, before=run(done=30))
+    lines = screen.file.getvalue().splitlines()
+    assert lines[0] == "resumed at step 20"
+    assert lines[1].startswith("step 21/60")
+    assert state.best == (20, pytest.approx(0.5383, abs=1e-4))
+
+
 def test_a_console_without_the_letters_gets_question_marks_and_the_run_goes_on():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     screen = Console(file=file, width=80, force_terminal=True, _environ={})
@@ -503,4 +513,4 @@ def test_the_view_needs_no_torch_and_no_pydantic():
 
 
 def test_an_empty_state_draws_too():
-    assert "waiting for the run" in drawn(Dashboard(RunState(), START))
+    assert "waiting" in drawn(Dashboard(RunState(), START))

@@ -11,6 +11,7 @@ from qadapt.events import (
     CheckpointSaved,
     DataReady,
     Evaluated,
+    Exported,
     MemoryMeasured,
     Planned,
     Resumed,
@@ -196,6 +197,25 @@ def test_the_clock_stands_still_after_a_crash_too():
     assert crashed.silent_seconds(START + 100) == 90
     again = fold(crashed, Resumed(step=4, time=START + 9_000))
     assert again.elapsed_seconds(START + 9_001) == pytest.approx(10 + 1)
+
+
+def test_preparing_a_resumed_process_counts_and_the_pause_before_it_does_not():
+    crashed = [started(), *map(step, range(1, 6)), Warned(message="m", cure="c", time=START + 11)]
+    prepared = [
+        StageStarted(stage="loading the base", time=START + 9_000),
+        StageAdvanced(stage="loading the base", done=1, total=2, time=START + 9_002),
+        Resumed(step=4, time=START + 9_005),
+    ]
+    state = fold_all([*crashed, *prepared, step(5, time=START + 9_007)])
+    assert state.elapsed_seconds(START + 9_007) == pytest.approx(11 + 5 + 2)
+
+
+def test_an_export_long_after_the_end_is_no_training_time():
+    end = RunFinished(step=2, adapter="a", best_step=2, best_loss=None, seconds=4.0, time=START + 5)
+    exported = Exported(form="merged-fp16", base="b", folder="f", bytes=1, seconds=1.0, time=START + 9_000)
+    state = fold_all([started(steps=2), step(1), step(2), end, exported])
+    assert state.elapsed_seconds(START + 99_000) == 5
+    assert state.is_over
 
 
 @settings(deadline=None)  # a busy machine is no failure

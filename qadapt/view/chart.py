@@ -49,10 +49,10 @@ class LossChart:
         width = options.max_width
         low, high = _value_range(self.training, self.evaluation)
         rows = max(2, self.height - 2)
-        ticks = _ticks(low, high, rows)
+        ticks = _ticks(low, high, rows=rows)
         margin = max(len(label) for label in ticks.values()) + 1
         columns = max(8, width - margin - 1)
-        canvas = _Canvas(columns, rows, low, high, last_step=self._last_step())
+        canvas = _Canvas(columns, rows, low=low, high=high, last_step=self._last_step())
         canvas.draw(self.training.stretches, self.evaluation.stretches)
         for row in range(rows):
             label = ticks.get(row, "")
@@ -112,7 +112,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 class _Canvas:
     """A grid of cells; the upper left dot is (0, 0)."""
 
-    def __init__(self, columns: int, rows: int, low: float, high: float, *, last_step: int) -> None:
+    def __init__(self, columns: int, rows: int, *, low: float, high: float, last_step: int) -> None:
         self.columns, self.rows = columns, rows
         self.low, self.high = low, high
         self.last_step = last_step
@@ -126,7 +126,7 @@ class _Canvas:
         for stretch, mean in zip(training, means, strict=True):
             x = self._dot_column((stretch.first_step + stretch.last_step) / 2)
             if stretch.finite < stretch.points:
-                self._mark(x, self.rows - 1, "×", BROKEN_STYLE)
+                self._mark(x, self.rows - 1, glyph="×", style=BROKEN_STYLE)
             if not stretch.finite:
                 before = None
                 continue
@@ -136,13 +136,13 @@ class _Canvas:
             self._line_dots(before or here, here)
             before = here
         if len(training) == 1 and before is not None:
-            self._mark(before[0], before[1] // 4, "•", LINE_STYLE)
+            self._mark(before[0], before[1] // 4, glyph="•", style=LINE_STYLE)
         for stretch in evaluation:
             x = self._dot_column((stretch.first_step + stretch.last_step) / 2)
             if stretch.finite:
-                self._mark(x, self._dot_row(stretch.mean) // 4, "◆", EVALUATION_STYLE)
+                self._mark(x, self._dot_row(stretch.mean) // 4, glyph="◆", style=EVALUATION_STYLE)
             else:
-                self._mark(x, self.rows - 1, "×", BROKEN_STYLE)
+                self._mark(x, self.rows - 1, glyph="×", style=BROKEN_STYLE)
 
     def segments(self, row: int) -> Iterable[Segment]:
         # Neighbours of one style as one segment: rich measures and cuts each one, several times a second.
@@ -168,12 +168,12 @@ class _Canvas:
         share = (self.high - value) / (self.high - self.low)
         return min(self.rows * 4 - 1, max(0, round(share * (self.rows * 4 - 1))))
 
-    def _mark(self, x: int, row: int, glyph: str, style: Style) -> None:
+    def _mark(self, x: int, row: int, *, glyph: str, style: Style) -> None:
         self.marks[row, x // 2] = (glyph, style)
 
     def _noise_dot(self, x: int, value: float) -> None:
         if value > self.high:
-            self._mark(x, 0, "▴", LINE_STYLE)
+            self._mark(x, 0, glyph="▴", style=LINE_STYLE)
             return
         y = self._dot_row(value)
         self.noise[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
@@ -187,34 +187,35 @@ class _Canvas:
 
 
 def _value_range(training: Series, evaluation: Series) -> tuple[float, float]:
-    lows = [one.low for one in (*training.stretches, *evaluation.stretches) if one.finite]
-    highs = sorted(one.high for one in training.stretches if one.finite)
+    trained = [one for one in training.stretches if one.finite]
     marked = [one.mean for one in evaluation.stretches if one.finite]
-    if not lows:
+    values = [one.low for one in trained] + marked
+    if not values:
         return 0.0, 1.0
-    low, high = min(lows), max([*highs, *marked])
+    highs = sorted(one.high for one in trained)
+    low, high = min(values), max([*highs, *marked])
     if len(highs) >= 20:  # a spike must not flatten the curve: it is marked at the edge instead
         usual = highs[math.ceil(len(highs) * 0.98) - 1]
-        high = max([min(high, usual + 1.5 * (usual - low)), *marked])
+        high = min(high, max([usual + 0.25 * (usual - low), trained[0].mean, *marked]))
     room = (high - low) * 0.04 or max(abs(low) * 0.05, 0.01)
     return (max(0.0, low - room) if low >= 0 else low - room), high + room
 
 
-def _ticks(low: float, high: float, rows: int) -> dict[int, str]:
+def _ticks(low: float, high: float, *, rows: int) -> dict[int, str]:
     """Labels at round values, by row from the top: about one in three rows, at least two where they fit."""
     wanted = max(2, min(6, rows // 3))
     size = 10.0 ** math.floor(math.log10((high - low) / wanted))
     steps = [size * factor for factor in (0.5, 1, 2, 2.5, 5, 10)]
-    step = next(step for step in steps if len(_multiples(step, low, high)) <= wanted)
+    step = next(step for step in steps if len(_multiples(step, low=low, high=high)) <= wanted)
     decimals = max(1, -math.floor(math.log10(step) + 1e-9))
     decimals += 0 if math.isclose(step, round(step, decimals), rel_tol=1e-6) else 1
     labels: dict[int, str] = {}
-    for value in _multiples(step, low, high):
+    for value in _multiples(step, low=low, high=high):
         share = (high - value) / (high - low)
         labels[round(share * (rows * 4 - 1)) // 4] = f"{value:.{decimals}f}"
     return labels or {rows - 1: f"{low:.4g}"}
 
 
-def _multiples(step: float, low: float, high: float) -> list[float]:
+def _multiples(step: float, *, low: float, high: float) -> list[float]:
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [position * step for position in range(first, last + 1)]

@@ -59,13 +59,13 @@ class Dashboard:
             parts.append(Text())
         rest = height - len(parts)
         if width >= SIDE_BY_SIDE_WIDTH and height >= SIDE_BY_SIDE_HEIGHT:
-            parts.append(_grid(self.state, width, rest))
+            parts.append(_grid(self.state, width=width, height=rest))
         else:
-            parts += _stack(self.state, width, rest)
+            parts += _stack(self.state, width=width, height=rest)
         yield from console.render(Group(*parts), options.update(width=width, height=None))
 
 
-def _grid(state: RunState, width: int, height: int) -> RenderableType:
+def _grid(state: RunState, *, width: int, height: int) -> RenderableType:
     """Four panels: loss and numbers above, memory and last events below."""
     right = max(31, min(52, width * 36 // 100))
     left = width - right
@@ -76,15 +76,15 @@ def _grid(state: RunState, width: int, height: int) -> RenderableType:
     grid = Table.grid(padding=0)
     grid.add_column(width=left)
     grid.add_column(width=right)
-    grid.add_row(_loss_panel(state, above), _panel(_numbers(state, above - 2), "numbers", above))
+    grid.add_row(_loss_panel(state, above), _panel(_numbers(state, above - 2), "numbers", height=above))
     grid.add_row(
-        _memory_panel(state, rows, below),
-        _panel(_notes(state, right - 4, below - 2), "last events", below),
+        _memory_panel(state, rows, height=below),
+        _panel(_notes(state, width=right - 4, height=below - 2), "last events", height=below),
     )
     return grid
 
 
-def _stack(state: RunState, width: int, height: int) -> list[RenderableType]:
+def _stack(state: RunState, *, width: int, height: int) -> list[RenderableType]:
     """For small screens: a line of numbers, a line of memory, and the curve when there is room."""
     parts: list[RenderableType] = []
     if height >= 1:
@@ -96,7 +96,7 @@ def _stack(state: RunState, width: int, height: int) -> list[RenderableType]:
     return parts
 
 
-def _panel(content: RenderableType, title: str, height: int, subtitle: str | None = None) -> Panel:
+def _panel(content: RenderableType, title: str, *, height: int, subtitle: str | None = None) -> Panel:
     return Panel(
         content,
         title=Text(title, style="not dim bold"),
@@ -110,7 +110,7 @@ def _panel(content: RenderableType, title: str, height: int, subtitle: str | Non
 
 
 def _title(state: RunState, now: float) -> RenderableType:
-    name = state.run.name if state.run else "waiting for the run"
+    name = state.run.name if state.run else ""
     line = Table.grid(expand=True)
     line.add_column(no_wrap=True, ratio=1)
     line.add_column(no_wrap=True, justify="right")
@@ -170,11 +170,11 @@ def _progress(state: RunState, now: float) -> RenderableType:
 def _loss_panel(state: RunState, height: int) -> Panel:
     if not state.losses and not state.evaluations:
         waiting = Align.center(Text("the curve begins with the first step", style="dim"), vertical="middle")
-        return _panel(waiting, "loss", height)
+        return _panel(waiting, "loss", height=height)
     chart = LossChart(
         state.losses, state.evaluations, total_steps=state.total_steps, height=max(4, height - 2)
     )
-    return _panel(chart, "loss", height)
+    return _panel(chart, "loss", height=height)
 
 
 def _numbers(state: RunState, height: int) -> RenderableType:
@@ -238,13 +238,13 @@ def _rows(state: RunState, *, is_compact: bool) -> tuple[MemoryRow, ...]:
     return memory_rows(predicted, measured, is_compact=is_compact)
 
 
-def _memory_panel(state: RunState, rows: Sequence[MemoryRow], height: int) -> Panel:
+def _memory_panel(state: RunState, rows: Sequence[MemoryRow], *, height: int) -> Panel:
     if not rows and state.peak_bytes is None:
         waiting = Align.center(Text("nothing planned or measured yet", style="dim"), vertical="middle")
-        return _panel(waiting, "memory", height)
+        return _panel(waiting, "memory", height=height)
     predicted_peak = state.plan.predicted_peak_bytes if state.plan else None
     table = MemoryTable(tuple(rows[: height - 4]), predicted_peak, state.peak_bytes)
-    return _panel(table, "memory", height, subtitle=_budget(state))
+    return _panel(table, "memory", height=height, subtitle=_budget(state))
 
 
 def _budget(state: RunState) -> str | None:
@@ -256,7 +256,7 @@ def _budget(state: RunState) -> str | None:
     return f"budget {format_bytes(state.plan.budget_bytes)} · {share}"
 
 
-def _notes(state: RunState, width: int, height: int) -> Text:
+def _notes(state: RunState, *, width: int, height: int) -> Text:
     """The last events that fit, the latest at the bottom, warnings on up to three lines."""
     lines: list[Text] = []
     for seconds, event in reversed(state.notes):

@@ -23,10 +23,8 @@ def figures(state: RunState, now: float) -> dict[str, object]:
         state: The run.
         now: The moment, in seconds since the epoch.
     """
-    run, plan, step = state.run, state.plan, state.step
+    run, step = state.run, state.step
     best_step, best_loss = state.best or (None, None)
-    predicted_peak_bytes = plan.predicted_peak_bytes if plan else None
-    rows = memory_rows(plan.predicted if plan else {}, state.memory.measured if state.memory else {})
     return {
         "schema": 1,
         "name": run.name if run else None,
@@ -51,6 +49,18 @@ def figures(state: RunState, now: float) -> dict[str, object]:
         "seconds_left": state.seconds_left(now),
         "silent_seconds": state.silent_seconds(now),
         "saved_step": state.saved_step,
+        **_memory(state),
+        "warnings": [{"message": warned.message, "cure": warned.cure} for warned in state.warnings],
+        "stop_reason": state.stopped.reason if state.stopped else None,
+        "adapter": state.finished.adapter if state.finished else None,
+    }
+
+
+def _memory(state: RunState) -> dict[str, object]:
+    plan = state.plan
+    rows = memory_rows(plan.predicted if plan else {}, state.memory.measured if state.memory else {})
+    predicted_peak_bytes = plan.predicted_peak_bytes if plan else None
+    return {
         "memory": [
             {
                 "category": row.category,
@@ -63,9 +73,6 @@ def figures(state: RunState, now: float) -> dict[str, object]:
         "peak_bytes": state.peak_bytes,
         "peak_difference_percent": difference_percent(predicted_peak_bytes, state.peak_bytes),
         "budget_bytes": plan.budget_bytes if plan else None,
-        "warnings": [{"message": warned.message, "cure": warned.cure} for warned in state.warnings],
-        "stop_reason": state.stopped.reason if state.stopped else None,
-        "adapter": state.finished.adapter if state.finished else None,
     }
 
 

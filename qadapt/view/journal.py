@@ -140,7 +140,7 @@ def follow(
         BadRun: There is no such run folder (raised here, before the first event).
     """
     _check_folder(run_folder)
-    return _tail(run_folder / FILE_NAME, poll_seconds, sleep)
+    return _tail(run_folder / FILE_NAME, poll_seconds=poll_seconds, sleep=sleep)
 
 
 def run_names(runs_folder: Path) -> list[str]:
@@ -152,7 +152,7 @@ def run_names(runs_folder: Path) -> list[str]:
     return [path.parent.name for path in journals]
 
 
-def _tail(path: Path, poll_seconds: float, sleep: Callable[[float], None]) -> Iterator[Event]:
+def _tail(path: Path, *, poll_seconds: float, sleep: Callable[[float], None]) -> Iterator[Event]:
     # Each look opens the file anew and begins after the last whole line: no lock is held (Windows), and a
     # half line that a resumed run removes was never taken.
     whole_bytes, number, last_time, is_over = 0, 0, 0.0, False

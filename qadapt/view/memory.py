@@ -36,14 +36,14 @@ def memory_rows(
         is_compact: Sum the working categories even where they were measured one by one.
     """
     as_sum = is_compact or not any(category in measured for category in WORKING)
-    rows = [_row(category, predicted, measured) for category in STATIC]
+    rows = [_row(category, predicted=predicted, measured=measured) for category in STATIC]
     if as_sum:
         rows.append(MemoryRow(WORKING_SUM, "working memory", _working_sum(predicted), _working_sum(measured)))
     else:
-        rows.extend(_row(category, predicted, measured) for category in WORKING)
+        rows.extend(_row(category, predicted=predicted, measured=measured) for category in WORKING)
     known = {*CATEGORIES, WORKING_SUM}
     others = sorted({*predicted, *measured} - known)
-    rows.extend(_row(category, predicted, measured) for category in others)
+    rows.extend(_row(category, predicted=predicted, measured=measured) for category in others)
     return tuple(row for row in rows if row.predicted_bytes or row.measured_bytes)
 
 
@@ -54,7 +54,7 @@ def difference_percent(predicted_bytes: int | None, measured_bytes: int | None) 
     return (measured_bytes - predicted_bytes) / predicted_bytes * 100
 
 
-def _row(category: str, predicted: Mapping[str, int], measured: Mapping[str, int]) -> MemoryRow:
+def _row(category: str, *, predicted: Mapping[str, int], measured: Mapping[str, int]) -> MemoryRow:
     title = TITLES.get(category, category.replace("_", " "))
     return MemoryRow(category, title, predicted.get(category), measured.get(category))
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from qadapt.events import Event
 from qadapt.view.dashboard import Dashboard
 from qadapt.view.lines import Lines, summary
-from qadapt.view.state import RunState, fold
+from qadapt.view.state import RunState, fold, fold_all
 
 REFRESHES_PER_SECOND = 4  # a picture costs about 10 ms of one core: 4 % of it
 
@@ -27,6 +27,7 @@ def show(
     console: Console,
     is_live: bool,
     is_quiet: bool,
+    before: Iterable[Event] = (),
     now: Callable[[], float] = time.time,
 ) -> RunState:
     """Goes through the events, showing each, and returns the state after the last.
@@ -39,13 +40,15 @@ def show(
         is_live: Draw the dashboard and keep it up to date; plain lines otherwise, and where the console's
             encoding has no lines and dots to draw with.
         is_quiet: Show warnings and the end only, in plain lines.
+        before: What earlier processes did on this run: known to the picture, not shown as news.
         now: The clock, in seconds since the epoch.
     """
+    state = fold_all(before)
     if is_live and not is_quiet and not console.options.ascii_only:
-        state = _drawn(events, console, now)
+        state = _drawn(state, events, console=console, now=now)
         lines = [*_warnings(state), *summary(state)]
     else:
-        state = _printed(events, console, Lines(is_quiet=is_quiet))
+        state = _printed(state, events, console=console, lines=Lines(is_quiet=is_quiet))
         lines = summary(state)
     for line in lines:
         _print(console, line)
@@ -55,16 +58,18 @@ def show(
 class _Picture:
     """The latest state, drawn for the moment it is looked at."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.state = RunState()
+    def __init__(self, state: RunState, now: Callable[[], float]) -> None:
+        self.state = state
         self.now = now
 
     def draw(self) -> Dashboard:
         return Dashboard(self.state, self.now())
 
 
-def _drawn(events: Iterable[Event], console: Console, now: Callable[[], float]) -> RunState:
-    picture = _Picture(now)
+def _drawn(
+    state: RunState, events: Iterable[Event], *, console: Console, now: Callable[[], float]
+) -> RunState:
+    picture = _Picture(state, now)
     with Live(
         get_renderable=picture.draw, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=False
     ):
@@ -73,8 +78,7 @@ def _drawn(events: Iterable[Event], console: Console, now: Callable[[], float]) 
     return picture.state
 
 
-def _printed(events: Iterable[Event], console: Console, lines: Lines) -> RunState:
-    state = RunState()
+def _printed(state: RunState, events: Iterable[Event], *, console: Console, lines: Lines) -> RunState:
     for event in events:
         state = fold(state, event)
         for line in lines.of(event, state):

@@ -72,7 +72,7 @@ class Series:
 
     def add(self, step: int, value: float, *, tokens: int = 0, supervised_tokens: int = 0) -> Series:
         """The series with one more value at its end."""
-        point = _point(step, value, tokens, supervised_tokens)
+        point = _point(step, value, tokens=tokens, supervised_tokens=supervised_tokens)
         stretches = self.stretches
         if stretches and stretches[-1].points < self.width:
             stretches = (*stretches[:-1], _merged(stretches[-1], point))
@@ -96,7 +96,7 @@ class Series:
         return replace(self, stretches=kept, last=last)
 
 
-def _point(step: int, value: float, tokens: int, supervised_tokens: int) -> Stretch:
+def _point(step: int, value: float, *, tokens: int, supervised_tokens: int) -> Stretch:
     if math.isfinite(value):
         return Stretch(step, step, 1, 1, value, value, step, value, tokens, supervised_tokens)
     return Stretch(step, step, 1, 0, 0.0, math.inf, step, -math.inf, tokens, supervised_tokens)

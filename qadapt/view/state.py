@@ -52,11 +52,13 @@ class Session:
     """One process's share of a run: its clock stands still while no process works on the run.
 
     `active_seconds` are those up to the last event, earlier sessions included. `first_step_began` is when
-    this session's first step began (None before), `steps` and `step_seconds` count this session's steps.
+    this session's first step began (None before), `steps` and `step_seconds` count this session's steps,
+    `widest_gap` is the longest time between two events since the last step.
     """
 
     active_seconds: float = 0.0
     last_event: float | None = None
+    widest_gap: float = 0.0
     first_step_began: float | None = None
     last_step_ended: float | None = None
     steps: int = 0
@@ -265,21 +267,7 @@ def _back_to(state: RunState, step: int) -> RunState:
 
 
 def _clocked(state: RunState, event: Event) -> Session:
-    before = state.session
-    is_new = (
-        before.last_event is None
-        or isinstance(event, RunStarted)
-        or (isinstance(event, Resumed) and before.steps > 0)
-        or (state.is_over and isinstance(event, StageStarted | Resumed | StepDone))
-    )
-    if is_new:
-        session = Session(active_seconds=before.active_seconds, last_event=event.time)
-    elif state.is_over:
-        session = before  # an export long after the end is no training time
-    else:
-        assert before.last_event is not None
-        gap = max(0.0, event.time - before.last_event)
-        session = replace(before, active_seconds=before.active_seconds + gap, last_event=event.time)
+    session = _moved(state, event)
     if not isinstance(event, StepDone):
         return session
     began = event.time - event.seconds if session.first_step_began is None else session.first_step_began
@@ -290,3 +278,20 @@ def _clocked(state: RunState, event: Event) -> Session:
         steps=session.steps + 1,
         step_seconds=session.step_seconds + event.seconds,
     )
+
+
+def _moved(state: RunState, event: Event) -> Session:
+    before = state.session
+    if before.last_event is None:
+        return replace(before, last_event=event.time)
+    is_working = isinstance(event, StageStarted | StageAdvanced | RunStarted | Resumed | StepDone)
+    if state.is_over:  # an export long after the end is no training time
+        return Session(before.active_seconds, event.time) if is_working else before
+    gap = max(0.0, event.time - before.last_event)
+    active, widest = before.active_seconds + gap, max(before.widest_gap, gap)
+    if before.steps and isinstance(event, RunStarted | Resumed):
+        # Another process, after a crash. It may have prepared before it said so: the widest gap since the
+        # last step is the time when nothing ran.
+        return Session(active - widest, event.time)
+    widest = 0.0 if isinstance(event, StepDone | Evaluated | CheckpointSaved | MemoryMeasured) else widest
+    return replace(before, active_seconds=active, last_event=event.time, widest_gap=widest)
