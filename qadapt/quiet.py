@@ -19,8 +19,8 @@ _NOISY = (
 
 def quiet_libraries() -> None:
     """Silences library notices; call it again after an import to reach switches of what is loaded by then."""
-    warnings.filterwarnings("ignore")
     for name in _NOISY:
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if "huggingface_hub" in sys.modules:
         from huggingface_hub.utils.tqdm import disable_progress_bars

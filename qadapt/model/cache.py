@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,6 @@ import platformdirs
 
 from qadapt.errors import BadOutput
 from qadapt.units import format_bytes
-
-Report = Callable[[str, int, int], None]
-"""Called with the stage, the bytes done and the bytes in total."""
 
 _SPARE_BYTES = 64 * 1024**2
 
@@ -66,7 +63,7 @@ def output_errors(folder: Path) -> Iterator[None]:
             raise BadOutput(
                 f"The disk of {folder} is full.", cure="Free space there, then try again."
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise BadOutput(
                 f"{folder} cannot be written: {error.strerror}.",
                 cure="Make it writable for this user, or choose another folder.",

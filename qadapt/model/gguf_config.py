@@ -24,6 +24,8 @@ GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
 
 _LLAMA3_ORIGINAL_CONTEXT = 8192
 _GEMMA2_27B_LAYERS = 46
+_PROBE = "The 3 kä\n  cats: \u4f60\u597d, don't!"
+_CURE = "Get a GGUF file with its tokenizer, or give the model's safetensors folder."
 
 
 def scalars(reader: gguf.GGUFReader) -> dict[str, Any]:
@@ -167,18 +169,19 @@ def write_config(config: PretrainedConfig, folder: Path, *, dtype: str) -> None:
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
-    """Writes the tokenizer and chat template that a GGUF file describes.
+    """Writes the tokenizer and chat template that a GGUF file describes, and reads them back.
 
     Raises:
-        BadModel: The file describes none that transformers can build.
+        BadModel: The file describes none that transformers can build, or that comes back the same.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except (KeyError, ValueError, TypeError) as error:
-        raise BadModel(
-            f"{path.name} holds no tokenizer that can be read: {error}.",
-            cure="Get a GGUF file with its tokenizer, or give the model's safetensors folder.",
-        ) from None
+        raise BadModel(f"{path.name} holds no tokenizer that can be read: {error}.", cure=_CURE) from None
     tokenizer.save_pretrained(folder)
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    is_same = tokenizer.encode(_PROBE) == saved.encode(_PROBE) != []
+    if not is_same or tokenizer.chat_template != saved.chat_template:
+        raise BadModel(f"{path.name}: its tokenizer comes back changed after it is saved.", cure=_CURE)
