@@ -17,7 +17,7 @@ RUNGS = (
     {"model", "adapters", "data"},
     {"train"},
     {"export", "view", "serve"},
-    {"run", "run_plan"},
+    {"run", "run_parts"},
     {"cli", "__init__", "__main__"},
 )
 LIGHT = RUNGS[0] | RUNGS[1] | RUNGS[2] | RUNGS[8] | {"view"}
