@@ -194,7 +194,7 @@ def test_before_anything_is_measured_the_prediction_stands_alone():
 
 
 def test_a_silent_run_is_said_to_be_silent():
-    assert "no news" not in dashboard(run(done=42), later=59)
+    assert "no news" not in dashboard(run(done=42), later=179)
     assert "no news for 5 min 00 s" in dashboard(run(done=42), later=300)
     assert "no news" not in dashboard(run(), later=300), "a finished run has nothing more to say"
 
@@ -371,6 +371,12 @@ def test_a_stopped_run_says_how_to_go_on():
     ]
 
 
+def test_stages_between_steps_are_no_lines():
+    lines = printed([*run(done=20), StageStarted(stage="evaluating", time=START + 61)])
+    assert "loading the base" in lines
+    assert "evaluating" not in lines
+
+
 def test_after_a_resume_plain_steps_go_on():
     resumed = [*run(done=30), Resumed(step=20, time=START + 900), step(21, 1.0, START + 903)]
     lines = printed(resumed)
@@ -501,6 +507,8 @@ def test_the_picture_is_an_svg_of_the_moment_asked_for():
     svg = picture.picture(events, width=100, height=30)
     assert svg.startswith("<svg")
     assert "42&#160;of&#160;60" in svg
+    assert "url(" not in svg.replace("url(#", ""), "a picture fetches nothing"
+    assert svg == picture.picture(events, width=100, height=30), "the same run gives the same file"
 
 
 def test_the_view_needs_no_torch_and_no_pydantic():

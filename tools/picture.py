@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -38,7 +39,7 @@ def events_until(events: list[Event], *, share: float) -> list[Event]:
 
 
 def picture(events: list[Event], *, width: int, height: int) -> str:
-    """The dashboard right after the last event, as SVG text."""
+    """The dashboard right after the last event, as SVG text that fetches no fonts."""
     console = Console(
         width=width,
         height=height,
@@ -50,7 +51,8 @@ def picture(events: list[Event], *, width: int, height: int) -> str:
         _environ={},
     )
     console.print(Dashboard(fold_all(events), events[-1].time, height=height))
-    return console.export_svg(title="qadapt train")
+    svg = console.export_svg(title="qadapt train", unique_id="dashboard")
+    return re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

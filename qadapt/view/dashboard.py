@@ -20,7 +20,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qadapt.events import CheckpointSaved, Evaluated, Event, RunStarted, Stopped, Warned
+from qadapt.events import (
+    AdapterAttached,
+    BaseLoaded,
+    CheckpointSaved,
+    DataReady,
+    Evaluated,
+    Event,
+    Planned,
+    RunStarted,
+    Stopped,
+    Warned,
+)
 from qadapt.units import format_bytes, format_count, format_seconds
 from qadapt.view.chart import LossChart
 from qadapt.view.lines import describe, format_loss
@@ -30,7 +41,7 @@ from qadapt.view.state import RunState
 
 LARGEST_WIDTH, LARGEST_HEIGHT = 160, 48  # beyond this, more room only pulls things apart
 SIDE_BY_SIDE_WIDTH, SIDE_BY_SIDE_HEIGHT = 76, 18
-SILENT_SECONDS = 60.0
+SILENT_SECONDS = 180.0  # a first step or an evaluation may well take a minute or two
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ def _status(state: RunState, now: float) -> tuple[str, str]:
     silent = state.silent_seconds(now)
     step_seconds = state.step.seconds if state.step else 0.0
     if silent > max(SILENT_SECONDS, 10 * step_seconds):
-        return f"no news for {format_seconds(silent)}", "bold red"
+        return f"no news for {format_seconds(silent)}", "bold yellow"
     if state.stage is not None:
         return _stage(state), "cyan"
     return state.status, "cyan"
@@ -279,6 +290,14 @@ def _notes(state: RunState, *, width: int, height: int) -> Text:
 
 def _short(event: Event) -> str | None:
     match event:
+        case DataReady():
+            return f"{event.rows:,} rows read"
+        case Planned():
+            return f"planned: micro-batch {event.micro_batch}"
+        case BaseLoaded():
+            return f"base loaded: {format_bytes(event.resident_bytes)}"
+        case AdapterAttached():
+            return f"adapter: {format_count(event.trainable)}"
         case Evaluated():
             return f"evaluated {format_loss(event.loss)}{' best' if event.is_best else ''}"
         case CheckpointSaved():

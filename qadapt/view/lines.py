@@ -111,6 +111,8 @@ class Lines:
             self.last_step = event.step
         if isinstance(event, StepDone):
             return [_step(event, state)] if self._is_due(event, state.total_steps) else []
+        if isinstance(event, StageStarted) and state.session.steps:
+            return []  # between steps a stage leaves its own event (evaluated, saved) behind
         text = describe(event)
         return [] if text is None else [text]
 
