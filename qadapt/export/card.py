@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from qadapt.adapters.facts import AdapterFacts
+from qadapt.events import Evaluated, Event, Resumed, StepDone
 
 _BASE_WORDS = {
     "dequantized": "the 4-bit weights of the base, dequantized: what the adapter was trained on",
@@ -30,6 +33,36 @@ class CardFacts:
     def with_licence_of(self, model_folder: Path) -> CardFacts:
         """The same with the licence that the base's own card names, unless one is given."""
         return replace(self, licence=self.licence or licence_of(model_folder))
+
+
+def card_facts(
+    facts: AdapterFacts, events: Iterable[Event], *, recipe: str, data: tuple[str, ...] = ()
+) -> CardFacts:
+    """What a card tells about a finished run.
+
+    Args:
+        facts: What the adapter was trained on.
+        events: The run's journal; of steps that were done again after a resume, the later ones count.
+        recipe: The recipe as text.
+        data: Names of the training data.
+    """
+    trained: dict[int, float] = {}
+    held_out: dict[int, float] = {}
+    for event in events:
+        if isinstance(event, Resumed):
+            trained = {step: loss for step, loss in trained.items() if step <= event.step}
+            held_out = {step: loss for step, loss in held_out.items() if step <= event.step}
+        elif isinstance(event, StepDone):
+            trained[event.step] = event.loss
+        elif isinstance(event, Evaluated):
+            held_out[event.step] = event.loss
+    losses = {}
+    if trained:
+        losses[f"training rows of step {max(trained)}"] = trained[max(trained)]
+    if held_out:
+        best = min(held_out, key=held_out.__getitem__)
+        losses[f"held-out rows after step {best}, the best"] = held_out[best]
+    return CardFacts(facts.base, facts.revision, recipe=recipe, data=data, losses=losses)
 
 
 def licence_of(model_folder: Path) -> str | None:

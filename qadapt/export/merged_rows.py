@@ -75,9 +75,10 @@ class MergedRows:
         for first in range(0, rows_of(source), chunk):
             last = min(first + chunk, rows_of(source))
             merged = rows(first, last)
-            if update is not None:
-                merged = _updated(merged, update, first, last)
             if entry.dtype in FLOATS:
+                merged = merged.float()  # torch converts bf16 to fp16 many times faster by way of fp32
+                if update is not None:
+                    merged = _updated(merged, update, first, last)
                 _check_range(entry, merged)
                 merged = merged.to(TORCH_DTYPES[entry.dtype])
             yield bytes_of(merged)
@@ -115,7 +116,7 @@ class MergedRows:
 def _updated(base: torch.Tensor, update: Update, first: int, last: int) -> torch.Tensor:
     """The rows with their update, in fp32; in the order of PEFT, so that not even the last bit differs."""
     change = (update.b[first:last] @ update.a).mul_(update.scale)  # (last - first, I)
-    return change.add_(base.float())
+    return change.add_(base)
 
 
 def _check_range(entry: TensorEntry, merged: torch.Tensor) -> None:

@@ -5,8 +5,8 @@ of 64 values along the row-major tensor, scaled by their largest magnitude. With
 scales are themselves 8-bit, less the mean over the *whole* tensor: so a first pass collects them (1/64 of the
 values), and a second one dequantizes. The mean's last bit may depend on the number of threads.
 
-Chunks are dequantized as one long row: bitsandbytes 0.50.2 takes scales of wrong blocks on AVX512 CPUs if I is
-a multiple of 16 but not of 64 (`tests/test_merge.py` has the case), and compiles for seconds if I is odd.
+Chunks are dequantized as one long row: bitsandbytes 0.50.2 takes scales of wrong blocks on AVX512 CPUs if I
+is a multiple of 16 but not of 64 (`tests/test_merge.py` has the case), and compiles for seconds if I is odd.
 
 Legend: O output rows, I input columns of a weight.
 """

@@ -47,13 +47,23 @@ def new_folder(target: Path, *, needed_bytes: int) -> Iterator[Path]:
     try:
         with output_errors(target.parent):
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            _make(part)
             yield part
             part.rename(target)
     finally:
         if not target.exists():
             shutil.rmtree(part, ignore_errors=True)
             _remove_empty(made)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadOutput(
+            f"{folder.parent} cannot hold a folder: a part of that path is a file.",
+            cure="Give another folder with --to.",
+        ) from None
 
 
 def _remove_empty(folders: list[Path]) -> None:
