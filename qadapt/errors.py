@@ -9,6 +9,7 @@ QadaptError            caught once, in cli/: two lines on the screen, exit code 
 ├── BadRun             a run folder is missing, taken, damaged or already finished
 ├── BadOutput          the place to write to is read-only, full or taken
 ├── BadExport          the exported numbers would not be the trained ones
+├── Diverged           the loss or a gradient is no number any more
 ├── DoesNotFit         the smallest setting allowed needs more memory than there is
 └── Unsupported        known, and not done here: says what is
 ```
@@ -62,6 +63,10 @@ class BadOutput(QadaptError):
 
 class BadExport(QadaptError):
     """The exported numbers would not be the trained ones."""
+
+
+class Diverged(QadaptError):
+    """The loss or a gradient is no number any more."""
 
 
 class DoesNotFit(QadaptError):

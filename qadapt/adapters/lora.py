@@ -53,7 +53,7 @@ def attach_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in trainable(adapted):
+    for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(dtype)
     return adapted
 
@@ -69,9 +69,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, int]:
     return widths
 
 
-def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that are trained, in the model's order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None:

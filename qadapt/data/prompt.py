@@ -97,6 +97,12 @@ class PromptContract:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, without special ones."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
     def ends_turns(self, row: Tokens) -> bool:
         """Whether the last learned token of a row is an end token, so that the model learns to stop."""
         learned = [token for token, is_learned in zip(row.ids, row.supervised, strict=True) if is_learned]

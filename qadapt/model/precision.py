@@ -64,7 +64,16 @@ def choose_compute_dtype(choice: str, device: torch.device) -> str:
 
 
 def choose_adapter_dtype(choice: str, compute_dtype: str) -> str:
-    """The name of the stored type of adapters: the recipe's, or bf16 wherever products are."""
+    """The name of the stored type of adapters: the recipe's, or bf16 wherever products are.
+
+    Raises:
+        BadRecipe: bf16 adapters are asked for where the loss must be scaled.
+    """
+    if choice == "bf16" and compute_dtype == "fp16":
+        raise BadRecipe(
+            "adapter.dtype is bf16, but products are fp16 here, whose scaled gradients need fp32 adapters.",
+            cure="Set adapter.dtype=auto.",
+        )
     if choice != "auto":
         return choice
     return "bf16" if compute_dtype == "bf16" else "fp32"

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadapt.errors import BadModel
-from qadapt.model.cache import Report, ignore, output_errors, require_free
+from qadapt.model.cache import ignore, output_errors, require_free
+from qadapt.stage import Report
 
 _READ_BYTES = 1024**2
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadapt.errors import BadModel
-from qadapt.model.cache import Report, cache_folder, ignore
+from qadapt.model.cache import cache_folder, ignore
 from qadapt.model.folder import checked_folder
 from qadapt.model.gguf_source import converted_once, folder_from_gguf
 from qadapt.model.quick_start import SMOLLM2, PackagedModel, packaged_file
+from qadapt.stage import Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

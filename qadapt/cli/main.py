@@ -1,0 +1,80 @@
+"""`qadapt`: the commands, and the one place where errors become two lines and an exit code.
+
+Exit codes: 0 done; 1 a bug in qadapt (with its traceback); 2 something to cure (said in one message, nothing
+half-written); 130 interrupted (a run is left whole: `qadapt resume`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from click.exceptions import ClickException
+
+from qadapt.cli.doctor import doctor
+from qadapt.cli.estimate import estimate, plan
+from qadapt.cli.evaluate import evaluate
+from qadapt.cli.export import export
+from qadapt.cli.recipes import recipes
+from qadapt.cli.screen import error_console
+from qadapt.cli.train import resume, train
+from qadapt.cli.watch import watch
+from qadapt.errors import QadaptError
+
+CURABLE, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="qadapt",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (estimate, plan, train, resume, watch, evaluate, export, recipes, doctor):
+    app.command()(command)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Fine-tune 7B-class language models on the GPU you already own.
+
+    Know the VRAM before the run (estimate, plan), watch it during the run (train, watch), get a merged model
+    after it (export). A recipe is a YAML file or the name of a shipped one; any field can be set after it as
+    section.key=value.
+
+    First: `qadapt doctor`, then `qadapt estimate meta-llama/Llama-3.1-8B --card "RTX 4060 8GB" --length
+    2048`.
+    """
+
+
+def main() -> None:
+    """Runs a command and leaves with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command and returns its exit code; the only place that catches every qadapt error."""
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        typer.echo(f"qadapt {version('qadapt')}")
+        return 0
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except QadaptError as error:
+        screen = error_console()
+        screen.print(f"error: {error.problem}", style="bold red", markup=False, soft_wrap=True)
+        screen.print(error.cure, markup=False, soft_wrap=True)
+        return CURABLE
+    except ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        error_console().print("interrupted", markup=False)
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0

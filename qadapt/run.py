@@ -1,0 +1,272 @@
+"""The composition root: a recipe in, an exported model out. Read this file first.
+
+    recipe ─► base files ─► rows ─► plan ─► 4-bit base ─► adapter ─► steps ─► adapter folder ─► export
+
+`train`, `resume` and `export` are generators of events; whoever iterates shows or keeps them. The recipe
+stops at `run_parts.py`: what is called below takes flat arguments. The functions here are qadapt's Python
+surface, too (`qadapt.train`, ...).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from qadapt.adapters.facts import AdapterFacts, read_facts
+from qadapt.adapters.lora import load_lora, save_adapter
+from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.rows import Rows, cut_rows
+from qadapt.errors import BadRun
+from qadapt.events import AdapterAttached, Event, Resumed, RunFinished, RunStarted, Stopped, Warned
+from qadapt.export.merge import Writing, merge
+from qadapt.model.load import load_base
+from qadapt.model.precision import DTYPES, choose_device
+from qadapt.quiet import quiet_libraries
+from qadapt.recipe import Recipe
+from qadapt.recipe_file import dump_yaml, read_recipe
+from qadapt.run_folder import RunFolder, create_run, discard_run, find_run
+from qadapt.run_parts import (
+    adapt,
+    adapter_facts,
+    conversations_to_evaluate,
+    environment,
+    find_base,
+    find_same_base,
+    ingredients,
+    loop_settings,
+    make_plan,
+    optimizer_of,
+    place_base,
+    prepare_rows,
+)
+from qadapt.stage import with_progress
+from qadapt.train.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_newest
+from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
+from qadapt.train.loop import Loop
+from qadapt.train.memory import PeakMeter
+from qadapt.train.stored_plan import StoredPlan, read_plan
+from qadapt.units import parse_bytes
+from qadapt.view.journal import Journal, effective, read_events
+
+
+def train(recipe: Recipe) -> Iterator[Event]:
+    """Trains a recipe to its last step; every event is in the run's journal before it is yielded.
+
+    Raises:
+        QadaptError: Something cannot be done; a run that failed before its first step leaves no folder
+        behind.
+    """
+    run = create_run(Path(recipe.run.folder), recipe.run.name)
+    has_begun = False
+    try:
+        with Journal(run.journal) as journal:
+            for event in journal.record(_new_run(recipe, run)):
+                has_begun = has_begun or isinstance(event, AdapterAttached)
+                yield event
+    finally:
+        if not has_begun:
+            discard_run(run)
+
+
+def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
+    quiet_libraries()
+    files = yield from with_progress("finding the base", lambda report: find_base(recipe, report))
+    contract, rows = yield from prepare_rows(recipe, files)
+    plan = make_plan(recipe, files, contract, rows)
+    run.recipe.write_text(dump_yaml(recipe), encoding="utf-8")
+    run.write_json(run.plan, plan.values())
+    run.write_json(run.environment, environment())
+    yield RunStarted(
+        name=recipe.run.name,
+        model=files.name,
+        method=f"{recipe.adapter.method}, rank {recipe.adapter.rank}",
+        device=plan.device,
+        steps=plan.steps,
+    )
+    yield plan.event()
+    base = yield from place_base(recipe, plan, files)
+    model = yield from adapt(recipe, plan, base)
+    facts = adapter_facts(recipe, plan, files, contract)
+    yield from _steps(recipe, plan, run, model=model, rows=rows, facts=facts)
+
+
+def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
+    """Goes on with a run that stopped, was killed or lost power, from its newest whole checkpoint.
+
+    The stored plan is executed; nothing is planned or measured anew.
+
+    Raises:
+        BadRun: There is no such run, it has finished, it has no checkpoint, or base, template or rows
+        changed.
+    """
+    run = find_run(name, folder)
+    if any(isinstance(event, RunFinished) for event in effective(read_events(run.path))):
+        raise BadRun(f"The run {name} has finished.", cure=f"`qadapt export {name}` writes the merged model.")
+    with Journal(run.journal) as journal:
+        yield from journal.record(_resumed_run(run))
+
+
+def _resumed_run(run: RunFolder) -> Iterator[Event]:
+    quiet_libraries()
+    recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
+    checkpoint, problems = load_newest(run.path)
+    for problem in problems:
+        yield Warned(message=problem, cure="The checkpoint before it is used.")
+    if checkpoint is None:
+        raise BadRun(
+            f"The run {recipe.run.name} has no whole checkpoint to go on from.",
+            cure=f"Delete {run.path} and train anew.",
+        )
+    files = yield from with_progress("finding the base", lambda report: find_base(recipe, report))
+    contract, rows = yield from prepare_rows(recipe, files)
+    plan.ingredients.check_same(ingredients(files, contract, rows))
+    base = yield from place_base(recipe, plan, files)
+    model = yield from adapt(recipe, plan, base)
+    facts = adapter_facts(recipe, plan, files, contract)
+    yield from _steps(recipe, plan, run, model=model, rows=rows, facts=facts, checkpoint=checkpoint)
+
+
+def _steps(
+    recipe: Recipe,
+    plan: StoredPlan,
+    run: RunFolder,
+    *,
+    model: PeftModel,
+    rows: Rows,
+    facts: AdapterFacts,
+    checkpoint: Checkpoint | None = None,
+) -> Iterator[Event]:
+    start = time.monotonic()
+    torch.manual_seed(recipe.train.seed)
+    with PeakMeter(choose_device(plan.device)) as meter:
+        loop = Loop(
+            model,
+            optimizer_of(recipe, plan, model),
+            rows=rows,
+            settings=loop_settings(recipe, plan),
+            run_folder=run.path,
+            meter=meter,
+        )
+        if plan.compute_dtype == "fp16":
+            loop.scale_loss()
+        if checkpoint is not None:
+            loop.restore(checkpoint)
+            yield Resumed(step=checkpoint.step)
+        for event in loop.events():
+            yield event
+            if isinstance(event, Stopped):
+                return
+    yield _finish(loop, model, run, facts=facts, seconds=time.monotonic() - start)
+
+
+def _finish(
+    loop: Loop, model: PeftModel, run: RunFolder, *, facts: AdapterFacts, seconds: float
+) -> RunFinished:
+    """Writes the adapter of the best evaluation, else of the last step."""
+    progress = loop.progress
+    best_step = progress.best_step if progress.best_step is not None else progress.step
+    if best_step != progress.step:
+        loop.restore_adapter(load_checkpoint(checkpoint_folder(run.path, best_step)))
+    save_adapter(model, run.adapter, facts=facts)
+    return RunFinished(
+        step=progress.step,
+        adapter=str(run.adapter),
+        best_step=best_step,
+        best_loss=progress.best_loss,
+        seconds=seconds,
+    )
+
+
+def export(
+    name: str,
+    *,
+    form: str | None = None,
+    base: str | None = None,
+    to: Path | None = None,
+    folder: str = "runs",
+) -> Iterator[Event]:
+    """Writes the merged model of a finished run; `form` and `base` default to the recipe's `export` section.
+
+    Raises:
+        BadRun: There is no such run, or it has no adapter yet.
+        BadExport: The merged numbers would not be the trained ones (an overflow in fp16, say).
+        BadOutput: The target exists or cannot be written.
+    """
+    quiet_libraries()
+    run = find_run(name, folder)
+    facts = read_facts(run.adapter)
+    section = read_recipe(str(run.recipe)).export
+    files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
+    chosen = form or section.form
+    yield from merge(
+        model_folder=files.folder,
+        adapter_folder=run.adapter,
+        target=to or run.export(chosen),
+        form=chosen,
+        base=base or section.base,
+        writing=Writing(shard_bytes=parse_bytes(section.shard)),
+    )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base with a trained adapter, and how it is talked to."""
+
+    model: PeftModel
+    contract: PromptContract
+
+
+def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
+    """Loads base and adapter of a finished run, as they were trained.
+
+    Raises:
+        BadRun: There is no such run, or it has no adapter yet.
+    """
+    quiet_libraries()
+    run = find_run(name, folder)
+    facts = read_facts(run.adapter)
+    files = find_same_base(facts)
+    base = load_base(
+        files.folder,
+        quantization=facts.quantization,
+        double_quant=facts.double_quant,
+        dtype=DTYPES[facts.load_dtype],
+        device=choose_device(device),
+    )
+    return Tuned(load_lora(base, run.adapter), load_contract(files.folder))
+
+
+def evaluate(
+    name: str, *, data: Path | None = None, answers: int = 0, max_new_tokens: int = 256, folder: str = "runs"
+) -> Evaluation:
+    """Measures a finished run's adapter on rows.
+
+    Args:
+        name: Name or path of the run.
+        data: A file of rows; None: the rows that the run held out.
+        answers: Let the model answer so many rows, too.
+        max_new_tokens: Longest answer in tokens.
+        folder: Where the runs are.
+
+    Raises:
+        BadRun: There is no such run, it has no adapter yet, or it held out no rows.
+        BadData: The file or a row of it cannot be used.
+    """
+    run = find_run(name, folder)
+    recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
+    tuned = load(name, folder=folder)
+    chosen = conversations_to_evaluate(recipe, data)
+    rows = cut_rows(chosen, tuned.contract, length=recipe.data.length).rows
+    loss, base_loss = evaluate_rows(tuned.model, rows, size=plan.micro_batch, pad_id=tuned.contract.pad_id)
+    return Evaluation(
+        rows=len(rows),
+        supervised_tokens=sum(row.supervised_count for row in rows),
+        loss=loss,
+        base_loss=base_loss,
+        answers=answer_rows(tuned.model, tuned.contract, chosen[:answers], max_new_tokens=max_new_tokens),
+    )

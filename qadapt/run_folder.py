@@ -1,0 +1,116 @@
+"""A run on disk: where its parts lie, made whole or not at all, found again by name or path.
+
+```
+runs/<name>/
+  recipe.yaml  plan.json  environment.json     resolved, as used
+  events.jsonl                                 the journal
+  checkpoints/step-000200/                     saved states
+  adapter/                                     the result
+  export/<form>/                               merged models
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qadapt.errors import BadOutput, BadRun
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as used, every field written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as used, with the hashes of base, template and data."""
+        return self.path / "plan.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and machine."""
+        return self.path / "environment.json"
+
+    @property
+    def journal(self) -> Path:
+        """The events, one line each."""
+        return self.path / "events.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The result; there once the run has finished."""
+        return self.path / "adapter"
+
+    def export(self, form: str) -> Path:
+        """Where an exported model goes."""
+        return self.path / "export" / form
+
+    def write_json(self, path: Path, values: dict[str, Any]) -> None:
+        """Writes a file of plain values, whole or not at all."""
+        building = path.with_name(f".{path.name}.tmp")
+        building.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        building.replace(path)
+
+
+def create_run(folder: Path, name: str) -> RunFolder:
+    """Makes the folder of a new run.
+
+    Raises:
+        BadRun: A run of that name exists.
+        BadOutput: The folder cannot be written.
+    """
+    path = folder / name
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        problem = f"There is a run named {name!r} in {folder} already."
+        cure = (
+            f"Choose another name with run.name=..., or go on with `qadapt resume {name}`, or delete {path}."
+        )
+        raise BadRun(problem, cure=cure) from None
+    except OSError as error:
+        raise BadOutput(
+            f"The run cannot be written to {path}: {error}",
+            cure="Make the folder writable, or choose another with run.folder=...",
+        ) from None
+    return RunFolder(path)
+
+
+def discard_run(run: RunFolder) -> None:
+    """Removes a run that failed before its first step, so that nothing half-written stays."""
+    shutil.rmtree(run.path, ignore_errors=True)
+
+
+def find_run(run: str, folder: str | Path = "runs") -> RunFolder:
+    """The folder of a run given by name, or by path.
+
+    Raises:
+        BadRun: There is no such run; says which there are.
+    """
+    for path in (Path(folder) / run, Path(run)):
+        if RunFolder(path).journal.is_file():
+            return RunFolder(path)
+    names = run_names(Path(folder))
+    close = difflib.get_close_matches(run, names, n=1)
+    hint = f"Did you mean `{close[0]}`? " if close else ""
+    listed = f"In {folder} there are: {', '.join(names[:8])}." if names else f"There are no runs in {folder}."
+    raise BadRun(f"There is no run {run!r}.", cure=f"{hint}{listed}")
+
+
+def run_names(folder: Path) -> list[str]:
+    """The names of the runs in a folder, the latest first."""
+    journals = [path for path in folder.glob("*/events.jsonl") if path.is_file()]
+    journals.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.name for path in journals]

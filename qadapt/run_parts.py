@@ -1,0 +1,277 @@
+"""The parts of a run, each made from its section of the recipe: what `run.py` strings together."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Generator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qadapt.adapters.facts import AdapterFacts
+from qadapt.adapters.lora import attach_lora, trainable
+from qadapt.data.formats import Conversation
+from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.rows import Rows, read_rows, split_conversations
+from qadapt.data.sources import read_conversations
+from qadapt.engine.recompute import recompute_all
+from qadapt.errors import BadRun
+from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, StageStarted, Warned
+from qadapt.hardware.cards import Card
+from qadapt.hardware.probe import probe
+from qadapt.model.cache import ignore
+from qadapt.model.load import load_base
+from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
+from qadapt.model.source import ModelFiles, find_model
+from qadapt.plan.fit import fit
+from qadapt.plan.setting import setting_of
+from qadapt.recipe import Recipe
+from qadapt.shape import find_shape
+from qadapt.stage import Report
+from qadapt.train.loop import LoopSettings
+from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
+from qadapt.train.stored_plan import Ingredients, StoredPlan
+from qadapt.units import parse_bytes
+
+
+def find_base(recipe: Recipe, report: Report) -> ModelFiles:
+    """The files of the recipe's model, fetched or converted the first time."""
+    return find_model(recipe.model.source, revision=recipe.model.revision, report=report)
+
+
+def find_same_base(facts: AdapterFacts, report: Report = ignore) -> ModelFiles:
+    """The files of the base that an adapter was trained on.
+
+    Raises:
+        BadRun: The files changed since.
+    """
+    files = find_model(facts.base, revision=facts.revision, report=report)
+    if files.fingerprint != facts.fingerprint:
+        raise BadRun(
+            f"{facts.base} is not the model this adapter was trained on: its files changed.",
+            cure="Put the files back as they were.",
+        )
+    return files
+
+
+def prepare_rows(recipe: Recipe, files: ModelFiles) -> Generator[Event, None, tuple[PromptContract, Rows]]:
+    """Reads the recipe's rows by the model's prompt contract."""
+    yield StageStarted(stage="reading the rows")
+    data = recipe.data
+    contract = load_contract(files.folder)
+    rows = read_rows(
+        [(Path(source.path), source.limit) for source in data.sources],
+        contract,
+        form=data.format,
+        held_out=Path(data.held_out) if data.held_out is not None else data.held_out_fraction,
+        length=data.length,
+        seed=recipe.train.seed,
+    )
+    for message, cure in rows.warnings:
+        yield Warned(message=message, cure=cure)
+    yield DataReady(
+        rows=len(rows.train),
+        held_out_rows=len(rows.held_out),
+        tokens=rows.tokens,
+        supervised_tokens=rows.supervised_tokens,
+        truncated_rows=rows.truncated,
+        longest_row_tokens=rows.longest,
+    )
+    return contract, rows
+
+
+def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Conversation]:
+    """The conversations of a file, or those that the recipe's run held out.
+
+    Raises:
+        BadRun: No file is given and the run held out none.
+    """
+    section = recipe.data
+    chosen = data or (Path(section.held_out) if section.held_out is not None else None)
+    if chosen is not None:
+        return read_conversations(chosen, form=section.format)
+    _, apart = split_conversations(
+        [(Path(source.path), source.limit) for source in section.sources],
+        form=section.format,
+        held_out=section.held_out_fraction,
+        seed=recipe.train.seed,
+    )
+    if not apart:
+        raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
+    return apart
+
+
+def ingredients(files: ModelFiles, contract: PromptContract, rows: Rows) -> Ingredients:
+    """What must be the same when the run is resumed."""
+    return Ingredients(base=files.fingerprint, template=contract.fingerprint, rows=rows.fingerprint)
+
+
+def make_plan(recipe: Recipe, files: ModelFiles, contract: PromptContract, rows: Rows) -> StoredPlan:
+    """The fastest setting that fits this machine now, for the rows as they are.
+
+    Raises:
+        BadRecipe: The recipe asks for something this device or model has not.
+        DoesNotFit: No setting fits; the cure lists the cheapest changes.
+    """
+    device = choose_device(recipe.memory.device)
+    compute_dtype = choose_compute_dtype(recipe.memory.compute_dtype, device)
+    adapter_dtype = choose_adapter_dtype(recipe.adapter.dtype, compute_dtype)
+    shape = find_shape(str(files.folder))
+    longest = recipe.model_copy(update={"data": recipe.data.model_copy(update={"length": rows.longest})})
+    setting = setting_of(
+        longest,
+        shape,
+        device=cast(Literal["cpu", "cuda"], device.type),
+        compute_dtype=cast(Literal["bf16", "fp16", "fp32"], compute_dtype),
+        adapter_dtype=cast(Literal["bf16", "fp32"], adapter_dtype),
+        supervised_share=rows.supervised_tokens / rows.tokens,
+    )
+    free_bytes, card = _free(device)
+    budget = recipe.memory.budget
+    plan = fit(
+        shape,
+        setting,
+        budget_bytes=parse_bytes(budget) if budget is not None else free_bytes,
+        rows_per_step=recipe.train.rows_per_step,
+        free=frozenset(
+            knob for knob in ("micro_batch", "recompute") if getattr(recipe.memory, knob) == "auto"
+        ),
+        card=card,
+    )
+    return StoredPlan(
+        steps=step_count(recipe, rows),
+        device=device.type,
+        micro_batch=plan.setting.rows,
+        recompute=plan.setting.recompute,
+        compute_dtype=compute_dtype,
+        adapter_dtype=adapter_dtype,
+        optimizer=plan.setting.optimizer,
+        predicted=plan.estimate.categories,
+        predicted_peak_bytes=plan.estimate.peak_allocated_bytes,
+        budget_bytes=plan.budget_bytes,
+        reasons=tuple(plan.reasons),
+        ingredients=ingredients(files, contract, rows),
+    )
+
+
+def step_count(recipe: Recipe, rows: Rows) -> int:
+    """Optimizer steps of the run: the recipe's, or what its passes over the rows come to."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return math.ceil(recipe.train.epochs * len(rows.train) / recipe.train.rows_per_step)
+
+
+def _free(device: torch.device) -> tuple[int, Card | None]:
+    machine = probe()
+    if device.type == "cpu":
+        return machine.host_available_bytes, None
+    chosen = machine.devices[device.index or 0]
+    return chosen.free_bytes, chosen.card
+
+
+def environment() -> dict[str, object]:
+    """Versions and machine, for the run's folder."""
+    packages = ("qadapt", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def place_base(
+    recipe: Recipe, plan: StoredPlan, files: ModelFiles
+) -> Generator[Event, None, PreTrainedModel]:
+    """Loads the frozen base as planned."""
+    is_quantized = recipe.model.quantization == "nf4"
+    yield StageStarted(stage="loading the base in 4 bits" if is_quantized else "loading the base")
+    start = time.monotonic()
+    base = load_base(
+        files.folder,
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
+        dtype=DTYPES[plan.compute_dtype],
+        device=choose_device(plan.device),
+    )
+    if plan.recompute == "all":
+        recompute_all(base)
+    yield BaseLoaded(resident_bytes=base.get_memory_footprint(), seconds=time.monotonic() - start)
+    return base
+
+
+def adapt(recipe: Recipe, plan: StoredPlan, base: PreTrainedModel) -> Generator[Event, None, PeftModel]:
+    """Attaches the recipe's adapter to the base."""
+    adapter = recipe.adapter
+    base_parameters = base.num_parameters()
+    model = attach_lora(
+        base,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        dtype=DTYPES[plan.adapter_dtype],
+        seed=recipe.train.seed,
+    )
+    trained = trainable(model)
+    yield AdapterAttached(
+        trainable=sum(parameter.numel() for parameter in trained.values()),
+        adapted_layers=len(trained) // 2,
+        base_parameters=base_parameters,
+    )
+    return model
+
+
+def optimizer_of(recipe: Recipe, plan: StoredPlan, model: PeftModel) -> AdapterOptimizer:
+    """The optimizer over the adapter."""
+    section = recipe.train
+    return make_optimizer(
+        trainable(model),
+        kind=plan.optimizer,
+        betas=(section.beta1, section.beta2),
+        weight_decay=section.weight_decay,
+    )
+
+
+def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
+    """What the loop needs of the recipe and the plan."""
+    section = recipe.train
+    return LoopSettings(
+        steps=plan.steps,
+        rows_per_step=section.rows_per_step,
+        micro_batch=plan.micro_batch,
+        learning_rate=section.learning_rate,
+        schedule=section.schedule,
+        warmup_steps=section.warmup_steps,
+        final_share=section.final_share,
+        clip_norm=section.clip_norm,
+        evaluate_every=section.evaluate_every,
+        patience=section.patience,
+        checkpoint_every=section.checkpoint_every,
+        keep_checkpoints=section.keep_checkpoints,
+        seed=section.seed,
+    )
+
+
+def adapter_facts(
+    recipe: Recipe, plan: StoredPlan, files: ModelFiles, contract: PromptContract
+) -> AdapterFacts:
+    """What the adapter is trained on, to stand beside it."""
+    return AdapterFacts(
+        base=files.name,
+        revision=files.revision,
+        fingerprint=files.fingerprint,
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
+        load_dtype=plan.compute_dtype,
+        prompt_fingerprint=contract.fingerprint,
+    )

@@ -1,0 +1,86 @@
+"""How good an adapter is on chosen rows: the loss with and without it, and answers beside theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from qadapt.data.batches import micro_batches
+from qadapt.data.formats import Conversation
+from qadapt.data.prompt import PromptContract, Tokens
+from qadapt.model.generate import generate
+from qadapt.train.step import evaluate_loss
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was asked, what the row answers, and what the model answers."""
+
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both answers are the same text, white space at the ends aside."""
+        return self.expected.strip() == self.given.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss per learned token (nats) of the adapter and of the base alone, and greedy answers."""
+
+    rows: int
+    supervised_tokens: int
+    loss: float
+    base_loss: float
+    answers: tuple[Answer, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss) of the adapter."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def exact_share(self) -> float | None:
+        """Share of the answers that are exact; None if none were asked for."""
+        if not self.answers:
+            return None
+        return sum(answer.is_exact for answer in self.answers) / len(self.answers)
+
+
+def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id: int) -> tuple[float, float]:
+    """The mean loss per learned token with the adapter, and without it."""
+    batches = micro_batches(rows, size=size, pad_id=pad_id)
+    tuned = evaluate_loss(model, batches)
+    with model.disable_adapter():
+        base = evaluate_loss(model, batches)
+    return tuned, base
+
+
+def answer_rows(
+    model: PeftModel, contract: PromptContract, rows: Sequence[Conversation], *, max_new_tokens: int
+) -> tuple[Answer, ...]:
+    """The greedy answers to the last question of each conversation, beside the row's own."""
+    asked = [_last_question(row) for row in rows]
+    prompts = [
+        contract.prompt_ids(row.turns[:turn], place=row.place) for row, turn in zip(rows, asked, strict=True)
+    ]
+    given = generate(
+        model, prompts, max_new_tokens=max_new_tokens, end_ids=contract.end_ids, pad_id=contract.pad_id
+    )
+    return tuple(
+        Answer(
+            question=row.turns[turn - 1]["content"] if turn else "",
+            expected=row.turns[turn]["content"],
+            given=contract.text(ids),
+        )
+        for row, turn, ids in zip(rows, asked, given, strict=True)
+    )
+
+
+def _last_question(row: Conversation) -> int:
+    return max(number for number, message in enumerate(row.messages) if message.role == "assistant")

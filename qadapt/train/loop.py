@@ -1,0 +1,235 @@
+"""The training loop, a generator of events: what happens between steps (a step itself is `step.py`).
+
+Knows no recipe and no screen: it takes flat settings, and whoever iterates decides what to show or to keep.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from qadapt import control
+from qadapt.data.batches import MicroBatch, micro_batches, rows_of_step
+from qadapt.data.prompt import Tokens
+from qadapt.data.rows import Rows
+from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped
+from qadapt.train.checkpoint import (
+    Checkpoint,
+    drop_old,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from qadapt.train.memory import PeakMeter, measured, static_bytes
+from qadapt.train.optimizer import AdapterOptimizer
+from qadapt.train.schedule import learning_rate
+from qadapt.train.step import evaluate_loss, train_step
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each."""
+
+    steps: int
+    rows_per_step: int
+    micro_batch: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    final_share: float
+    clip_norm: float | None
+    evaluate_every: int | None
+    patience: int | None
+    checkpoint_every: int | None
+    keep_checkpoints: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, and the best evaluation so far."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+
+
+class Loop:
+    """One run's steps.
+
+    Args:
+        model: The adapted model, on its device.
+        optimizer: Over the trained parameters.
+        rows: What is trained and evaluated on.
+        settings: How.
+        run_folder: Where checkpoints go and requests come from.
+        meter: The open meter of the device's memory.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        optimizer: AdapterOptimizer,
+        *,
+        rows: Rows,
+        settings: LoopSettings,
+        run_folder: Path,
+        meter: PeakMeter,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.rows = rows
+        self.settings = settings
+        self.run_folder = run_folder
+        self.progress = Progress()
+        self._meter = meter
+        self._device = next(model.parameters()).device
+        self._scaler: torch.amp.GradScaler | None = None
+
+    def scale_loss(self) -> None:
+        """Scales the loss from now on, for fp16 products."""
+        self._scaler = torch.amp.GradScaler(self._device.type)
+
+    def events(self) -> Iterator[Event]:
+        """Trains from where the run stands to its last step, an early stop, or a request to stop."""
+        self.model.train()
+        while self.progress.step < self.settings.steps:
+            if control.is_asked(self.run_folder, "stop"):
+                yield from self._stop("asked to stop")
+                return
+            yield self._step()
+            step = self.progress.step
+            if step in (1, self.settings.steps) or step % 10 == 0:
+                yield self._memory()
+            is_last = step == self.settings.steps
+            has_evaluated = self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every))
+            if has_evaluated:
+                yield self._evaluate()
+            if has_evaluated or is_last or _is_due(step, self.settings.checkpoint_every):
+                yield self.save()
+            if self._has_lost_patience() and not is_last:
+                return
+
+    def _step(self) -> StepDone:
+        settings, step = self.settings, self.progress.step
+        start = time.perf_counter()
+        rate = learning_rate(
+            step,
+            steps=settings.steps,
+            highest=settings.learning_rate,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            final_share=settings.final_share,
+        )
+        result = train_step(
+            self.model,
+            self.optimizer,
+            self._batches(step),
+            learning_rate=rate,
+            clip_norm=settings.clip_norm,
+            scaler=self._scaler,
+        )
+        self.progress = replace(self.progress, step=step + 1)
+        return StepDone(
+            step=step + 1,
+            loss=result.loss,
+            learning_rate=rate,
+            gradient_norm=result.gradient_norm,
+            tokens=result.tokens,
+            supervised_tokens=result.supervised_tokens,
+            rows=settings.rows_per_step,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _batches(self, step: int) -> list[MicroBatch]:
+        chosen = rows_of_step(
+            step,
+            row_count=len(self.rows.train),
+            rows_per_step=self.settings.rows_per_step,
+            seed=self.settings.seed,
+        )
+        return self._split([self.rows.train[index] for index in chosen])
+
+    def _split(self, rows: list[Tokens]) -> list[MicroBatch]:
+        return micro_batches(rows, size=self.settings.micro_batch, pad_id=self.rows.pad_id)
+
+    def _memory(self) -> MemoryMeasured:
+        peak_bytes = self._meter.peak_bytes
+        static = static_bytes(self.model, self.optimizer)
+        return MemoryMeasured(
+            step=self.progress.step, measured=measured(static, peak_bytes), peak_bytes=peak_bytes
+        )
+
+    def _evaluate(self) -> Evaluated:
+        start = time.perf_counter()
+        loss = evaluate_loss(self.model, self._split(self.rows.held_out))
+        best = self.progress.best_loss
+        is_best = best is None or loss < best
+        if is_best:
+            self.progress = replace(
+                self.progress, best_step=self.progress.step, best_loss=loss, evaluations_since_best=0
+            )
+        else:
+            since = self.progress.evaluations_since_best + 1
+            self.progress = replace(self.progress, evaluations_since_best=since)
+        return Evaluated(
+            step=self.progress.step, loss=loss, is_best=is_best, seconds=time.perf_counter() - start
+        )
+
+    def _has_lost_patience(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
+
+    def _stop(self, reason: str) -> Iterator[Event]:
+        yield self.save()
+        control.take(self.run_folder, "stop")
+        yield Stopped(step=self.progress.step, reason=reason)
+
+    def save(self) -> CheckpointSaved:
+        """Writes a checkpoint of where the run stands and drops old ones."""
+        progress = self.progress
+        values = {"progress": asdict(progress)}
+        if self._scaler is not None:
+            values["loss_scale"] = self._scaler.state_dict()
+        folder = save_checkpoint(
+            self.run_folder,
+            Checkpoint(
+                step=progress.step,
+                adapter=dict(self.optimizer.parameters),
+                optimizer=self.optimizer.tensors(),
+                random=random_state(self._device),
+                values=values,
+            ),
+        )
+        drop_old(self.run_folder, keep=self.settings.keep_checkpoints, best_step=progress.best_step)
+        return CheckpointSaved(
+            step=progress.step,
+            folder=folder.name,
+            is_best=progress.best_step == progress.step,
+            bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint: the next step is the one the saved run would have done."""
+        self.restore_adapter(checkpoint)
+        self.optimizer.load(checkpoint.optimizer)
+        restore_random_state(checkpoint.random, self._device)
+        self.progress = Progress(**checkpoint.values["progress"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(checkpoint.values["loss_scale"])
+
+    @torch.no_grad()
+    def restore_adapter(self, checkpoint: Checkpoint) -> None:
+        """Takes over the adapter of a checkpoint alone."""
+        for name, parameter in self.optimizer.parameters.items():
+            parameter.copy_(checkpoint.adapter[name])
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,87 @@
+"""The plan a run executes, as it is stored: what was chosen, what was predicted, and on what it was trained.
+
+A resumed run reads it back and plans nothing anew; a base, template or rows that changed are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qadapt.errors import BadRun
+from qadapt.events import Planned
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """SHA-256 of what a run is made of."""
+
+    base: str
+    template: str
+    rows: str
+
+    def check_same(self, now: Ingredients) -> None:
+        """Refuses other ingredients.
+
+        Raises:
+            BadRun: Base, template or rows changed; names which.
+        """
+        changed = [name for name, stored in asdict(self).items() if stored != asdict(now)[name]]
+        if changed:
+            raise BadRun(
+                f"Since this run began, what it is made of changed: {', '.join(changed)}.",
+                cure="Put it back as it was, or start a new run with run.name=...",
+            )
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """How a run's steps are placed on a device."""
+
+    steps: int
+    device: str
+    micro_batch: int
+    recompute: str
+    compute_dtype: str
+    adapter_dtype: str
+    optimizer: str
+    predicted: dict[str, int]
+    predicted_peak_bytes: int
+    budget_bytes: int
+    reasons: tuple[str, ...]
+    ingredients: Ingredients
+
+    def event(self) -> Planned:
+        """The plan as an event."""
+        return Planned(
+            micro_batch=self.micro_batch,
+            recompute=self.recompute,
+            compute_dtype=self.compute_dtype,
+            adapter_dtype=self.adapter_dtype,
+            optimizer=self.optimizer,
+            predicted=self.predicted,
+            predicted_peak_bytes=self.predicted_peak_bytes,
+            budget_bytes=self.budget_bytes,
+            reasons=self.reasons,
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"version": 1, **asdict(self)}
+
+
+def read_plan(path: Path) -> StoredPlan:
+    """Reads a stored plan.
+
+    Raises:
+        BadRun: The file is missing or damaged: the run never began.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["version"]
+        ingredients = Ingredients(**values.pop("ingredients"))
+        return StoredPlan(ingredients=ingredients, reasons=tuple(values.pop("reasons")), **values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadRun(f"The plan {path} cannot be read: {error}", cure="Start the run anew.") from None
