@@ -159,8 +159,10 @@ def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, 
     at_loss = {"recompute_boundaries": boundaries, "activations": shared + others + norm, "loss": logits}
     if setting.recompute == "none":
         layer -= layer_bytes(shape, setting)  # it is one of the kept ones, half of it perhaps let go
+    gradients, waiting = _at_widest_layer(shape, static["gradients"], adapter, boundaries)
     at_layer = {
-        "recompute_boundaries": boundaries,
+        "gradients": gradients,
+        "recompute_boundaries": waiting,
         "activations": shared + others + layer,
         "loss": held_logits,
     }
@@ -177,6 +179,18 @@ def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, 
             "temporary": library + update,
         },
     }
+
+
+def _at_widest_layer(
+    shape: ModelShape, earlier_gradients: int, all_gradients: int, boundaries: int
+) -> tuple[int, int]:
+    """Gradients and boundaries at the last layer, or at the first one if what came exceeds what went."""
+    last = (earlier_gradients, boundaries)
+    first = (
+        earlier_gradients or all_gradients * (shape.layers - 1) // shape.layers,
+        boundaries // shape.layers,
+    )
+    return max(last, first, key=sum)
 
 
 def _kept_layers_bytes(shape: ModelShape, setting: Setting) -> int:

@@ -16,10 +16,10 @@ BLOCK = 64
 """Weights that share one absmax."""
 NESTED_BLOCK = 256
 """Absmax values that share one fp32 scale, with double quantization."""
-CODE_BYTES = 16 * 4
-"""The NF4 code book: 16 fp32 values, one copy per layer."""
-NESTED_CODE_BYTES = 256 * 4
-"""The 8-bit code book of the absmax values: 256 fp32 values, one copy per process."""
+CODE_VALUES = 16
+"""Of the NF4 code book, fp32, one copy per layer."""
+NESTED_CODE_VALUES = 256
+"""Of the absmax values' 8-bit code book, fp32, one copy per layer."""
 
 
 def base_weight_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -29,22 +29,22 @@ def base_weight_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def constant_bytes(linear: Linear, setting: Setting) -> int:
-    """The quantization constants of one 4-bit layer, without the shared code book."""
+    """The quantization constants of one 4-bit layer: absmax values, their own scales and offset, code books."""
     blocks = math.ceil(linear.weights / BLOCK)
-    code = setting.tensor_bytes(16, 4)
+    code = setting.tensor_bytes(CODE_VALUES, 4)
     if not setting.double_quant:
         return setting.tensor_bytes(blocks, 4) + code
     nested = setting.tensor_bytes(math.ceil(blocks / NESTED_BLOCK), 4)
     offset = setting.tensor_bytes(1, 4)
-    return setting.tensor_bytes(blocks, 1) + nested + offset + code
+    nested_code = setting.tensor_bytes(NESTED_CODE_VALUES, 4)
+    return setting.tensor_bytes(blocks, 1) + nested + nested_code + offset + code
 
 
 def quantization_constant_bytes(shape: ModelShape, setting: Setting) -> int:
     """All quantization constants of the base."""
     if setting.quantization == "none":
         return 0
-    shared = setting.tensor_bytes(256, 4) if setting.double_quant else 0
-    return shared + shape.layers * sum(constant_bytes(linear, setting) for linear in shape.linears)
+    return shape.layers * sum(constant_bytes(linear, setting) for linear in shape.linears)
 
 
 def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -56,6 +56,8 @@ def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
     wide_norms = (4 if shape.family == "gemma2" else 2) * setting.tensor_bytes(shape.width, each)
     final_norm = setting.tensor_bytes(shape.width, each)
     rotary = 2 * setting.tensor_bytes(shape.head_width // 2, 4)
+    if shape.family == "gemma2":
+        rotary += setting.tensor_bytes(1, each)  # the scale of its embeddings is a tensor
     return embeddings + shape.layers * (biases + head_norms + wide_norms) + final_norm + rotary
 
 
