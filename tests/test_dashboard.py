@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qadapt.cli.watch import find_run_folder, watch
+from qadapt.cli.watch import watch
 from qadapt.errors import BadRun
 from qadapt.events import (
     AdapterAttached,
@@ -32,7 +32,7 @@ from qadapt.events import (
 )
 from qadapt.view.chart import LossChart, smoothed
 from qadapt.view.dashboard import Dashboard
-from qadapt.view.journal import FILE_NAME, Journal
+from qadapt.view.journal import FILE_NAME, Journal, follow
 from qadapt.view.memory_table import memory_bar
 from qadapt.view.screen import show
 from qadapt.view.series import Series
@@ -493,12 +493,17 @@ def test_watch_of_a_missing_run_names_the_others(tmp_path):
     assert "demo" in error.value.cure
 
 
-def test_a_run_is_found_by_name_or_by_path(tmp_path):
-    written_run(tmp_path / "runs" / "demo", [])
-    runs = tmp_path / "runs"
-    assert find_run_folder("demo", str(runs)) == runs / "demo"
-    assert find_run_folder(str(runs / "demo"), "elsewhere") == runs / "demo"
-    assert find_run_folder("missing", str(runs)) == runs / "missing"
+def test_leaving_watch_says_that_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    written_run(tmp_path / "demo", run(done=42))
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "__kwdefaults__", {**follow.__kwdefaults__, "sleep": interrupted})
+    watch("demo", str(tmp_path))
+    captured = capsys.readouterr()
+    assert "step 42/60" in captured.out or "step 41/60" in captured.out
+    assert "the run goes on" in captured.err
 
 
 def test_the_picture_is_an_svg_of_the_moment_asked_for():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.errors import BadOutput, BadRun
@@ -202,7 +202,6 @@ def test_steps_after_the_checkpoint_are_superseded_by_a_resume():
     assert effective(events) == [started(), step(1), step(2), warned, Resumed(step=2), step(3, 0.5)]
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.booleans(), st.integers(min_value=0, max_value=9)), max_size=30))
 def test_effective_steps_rise_and_what_counts_already_counts_again(moves):
     # A simple reference: replay step numbers on a list, cutting it at each resume.

@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.events import (
@@ -88,7 +88,6 @@ def test_a_hundred_thousand_steps_are_kept_in_bounded_memory_with_first_last_and
     assert spans == {series.width}, "the start of a long run is as fine as its end"
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), min_size=1, max_size=1500)
 )
@@ -111,6 +110,14 @@ def test_stretches_agree_with_the_values_they_stand_for(values):
     assert [stretch.first_step for stretch in series.stretches[1:]] == [
         stretch.last_step + 1 for stretch in series.stretches[:-1]
     ]
+
+
+def test_the_first_of_equal_losses_is_the_lowest_after_thinning_too():
+    series = Series()
+    for number in range(1, 2 * LIMIT + 1):
+        series = series.add(number, 0.5)
+    assert series.width > 1
+    assert series.lowest == (1, 0.5)
 
 
 @pytest.mark.parametrize("cut", [1, 700, 1999, 2000, 3000])
@@ -218,7 +225,6 @@ def test_an_export_long_after_the_end_is_no_training_time():
     assert state.is_over
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.lists(
         st.tuples(st.booleans(), st.integers(min_value=0, max_value=9), st.floats(0.1, 9.0)), max_size=40

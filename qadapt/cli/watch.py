@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from qadapt.cli.screen import console, error_console
 
 
 def watch(
@@ -23,30 +24,23 @@ def watch(
     import json as json_text
     import time
 
-    from rich.console import Console
-
+    from qadapt.run_folder import find_run
     from qadapt.view.dashboard import Dashboard
     from qadapt.view.figures import figures
     from qadapt.view.journal import follow, read_events
     from qadapt.view.screen import show
     from qadapt.view.state import fold_all
 
-    console = Console()
-    run_folder = find_run_folder(run, folder)
+    screen = console()
+    run_folder = find_run(run, folder).path
     if json:
         typer.echo(json_text.dumps(figures(fold_all(read_events(run_folder)), time.time()), indent=2))
         return
-    if once and not console.options.ascii_only:
-        console.print(Dashboard(fold_all(read_events(run_folder)), time.time()))
+    if once and not screen.options.ascii_only:
+        screen.print(Dashboard(fold_all(read_events(run_folder)), time.time()))
         return
     events = read_events(run_folder) if once else follow(run_folder)
     try:
-        show(events, console=console, is_live=console.is_terminal and not once, is_quiet=False)
+        show(events, console=screen, is_live=screen.is_terminal and not once, is_quiet=False)
     except KeyboardInterrupt:
-        console.print("left; the run goes on")
-
-
-def find_run_folder(run: str, folder: str) -> Path:
-    """The folder of a run given by name, or by path when the name has one; it may not exist."""
-    named, given = Path(folder) / run, Path(run)
-    return given if not named.is_dir() and len(given.parts) > 1 else named
+        error_console().print("left; the run goes on")
