@@ -18,10 +18,11 @@ RUNGS = (
     {"train"},
     {"export", "view", "serve"},
     {"run", "run_parts"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "__init__"},
+    {"__main__"},
 )
-LIGHT = RUNGS[0] | RUNGS[1] | RUNGS[2] | RUNGS[8] | {"view"}
-"""What starts in a blink: top-level imports of these reach no heavy library, directly or by each other."""
+LIGHT = RUNGS[0] | RUNGS[1] | RUNGS[2] | RUNGS[8] | RUNGS[9] | {"view"}
+"""What starts in a blink: their top-level imports reach no heavy library, at any distance."""
 HEAVY_LIBRARIES = {"torch", "transformers", "peft", "bitsandbytes", "pydantic", "datasets", "accelerate"}
 SLOW_FILES = {"qadapt.recipe", "qadapt.recipe_file"}
 """They need pydantic, so light files import them inside functions only."""
@@ -150,24 +151,32 @@ def circles(package: Path) -> list[str]:
 
 
 def weight_problems(package: Path) -> list[str]:
-    problems = []
-    for module, path in modules(package).items():
-        if place_of(module) not in LIGHT:
-            continue
-        for found in imports(module, path):
-            if not found.is_eager:
-                continue
+    files = modules(package)
+    eager = {
+        module: [found for found in imports(module, path) if found.is_eager] for module, path in files.items()
+    }
+
+    def heavy_way(module: str, way: tuple[str, ...] = ()) -> str | None:
+        """How importing a module comes to a heavy library, or None."""
+        for found in eager.get(module, []):
             library = found.target.partition(".")[0]
-            if library in HEAVY_LIBRARIES and module not in SLOW_FILES:
-                problems.append(
-                    f"{found.place} at the top: import {library} inside the function that needs it"
-                )
-            is_heavy_file = is_ours(found.target) and place_of(found.target) not in LIGHT
-            if is_heavy_file or (found.target in SLOW_FILES and module not in SLOW_FILES):
-                problems.append(
-                    f"{found.place} at the top, which costs seconds: import it inside the function"
-                )
-    return list(dict.fromkeys(problems))
+            if library in HEAVY_LIBRARIES:
+                return " → ".join((*way, module, library))
+            if found.target not in way and (deeper := heavy_way(found.target, (*way, module))):
+                return deeper
+        return None
+
+    return [
+        f"{found.place} at the top, which costs seconds ({heavy}): import it inside the function"
+        for module in files
+        if place_of(module) in LIGHT and module not in SLOW_FILES
+        for found in eager[module]
+        if (
+            heavy := found.target
+            if found.target.partition(".")[0] in HEAVY_LIBRARIES
+            else heavy_way(found.target)
+        )
+    ]
 
 
 def test_imports_point_down_the_ladder() -> None:
@@ -246,11 +255,14 @@ def test_heavy_imports_are_found_where_they_run_and_allowed_where_they_do_not(tm
     sources = {
         "plan/a.py": "import torch.nn\n",
         "view/b.py": "if True:\n    from qadapt.recipe import Recipe\n",
-        "cli/c.py": "from qadapt.train.step import x\n",
+        "cli/c.py": "from qadapt.model.cache import x\n",
         "cli/d.py": "def f():\n    import torch\n",
         "cli/e.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n",
         "recipe.py": "import pydantic\n",
-        "train/step.py": "import torch\nx = 1\n",
+        "cli/f.py": "from qadapt.model.names import x\n",
+        "model/cache.py": "from qadapt.model.load import x\n",
+        "model/load.py": "import torch\nx = 1\n",
+        "model/names.py": "x = 1\n",
     }
     problems = weight_problems(write_package(tmp_path, sources))
     assert [problem.split(",")[0] for problem in problems] == [

@@ -6,9 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
+import typer.core
 
 from qadapt.cli.main import app
 from qadapt.recipe_file import shipped_recipes
@@ -32,7 +32,7 @@ def commands(text: str, start: str) -> list[list[str]]:
 def problem_of(arguments: list[str]) -> str | None:
     """Why a `qadapt` command line would not parse, or None; nothing is run."""
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, typer.core.TyperGroup)
     if arguments[0].startswith("-"):
         return None if arguments[0] in ("--help", "--version") else f"no option {arguments[0]}"
     command = group.commands.get(arguments[0])

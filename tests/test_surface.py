@@ -1,0 +1,156 @@
+"""What people build on does not change by accident: public names, commands, options, fields, start-up time.
+
+A change here is a change of the interface: make it on purpose, and say it in the README.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+import typer.core
+
+import qadapt
+from qadapt.cli.main import app
+from qadapt.recipe_file import field_paths
+
+NAMES = ["estimate", "export", "load", "plan", "train"]
+
+COMMANDS = {
+    "estimate": (
+        "model overrides --card --vram --length --rows --rank --recompute --supervised "
+        "--models --cards --json"
+    ),
+    "plan": "recipe overrides --card --vram --json",
+    "train": "recipe overrides --quiet --plain",
+    "resume": "run --folder --quiet --plain",
+    "watch": "run --folder --once --json",
+    "evaluate": "run --data --answers --longest --folder --json",
+    "export": "run --form --base --to --folder --json",
+    "recipes": "name --schema --json",
+    "doctor": "--json",
+}
+
+FIELDS = [
+    "version",
+    "model.source",
+    "model.revision",
+    "model.quantization",
+    "model.double_quant",
+    "adapter.method",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.dropout",
+    "adapter.targets",
+    "adapter.dtype",
+    "data.sources.path",
+    "data.sources.limit",
+    "data.format",
+    "data.held_out",
+    "data.held_out_fraction",
+    "data.length",
+    "train.steps",
+    "train.epochs",
+    "train.rows_per_step",
+    "train.learning_rate",
+    "train.schedule",
+    "train.warmup_steps",
+    "train.final_share",
+    "train.optimizer",
+    "train.beta1",
+    "train.beta2",
+    "train.weight_decay",
+    "train.clip_norm",
+    "train.evaluate_every",
+    "train.patience",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.seed",
+    "memory.budget",
+    "memory.device",
+    "memory.compute_dtype",
+    "memory.micro_batch",
+    "memory.recompute",
+    "export.form",
+    "export.base",
+    "export.shard",
+    "run.name",
+    "run.folder",
+]
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def command_words() -> dict[str, list[str]]:
+    """Every command with the names of its arguments and options."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    return {
+        name: [parameter.opts[0] for parameter in command.params] for name, command in group.commands.items()
+    }
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has imported after some code."""
+    program = f"import sys\n{code}\nsys.stdout.write('\\n' + ' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(qadapt.__all__) == NAMES
+    assert all(callable(vars(qadapt).get(name) or getattr(qadapt, name)) for name in NAMES)
+    assert set(NAMES) <= set(dir(qadapt))
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="finetune"):
+        qadapt.finetune  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_commands_and_their_options_are_these() -> None:
+    assert command_words() == {name: words.split() for name, words in COMMANDS.items()}
+
+
+def test_the_fields_of_a_recipe_are_these() -> None:
+    assert field_paths() == FIELDS
+    assert len(FIELDS) <= 60
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    words = [sys.executable, "-m", "qadapt", *command.split(), "--help"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "qadapt" in said
+    assert command == "" or f"qadapt {command}" in said.partition("Usage:")[2].partition("\n")[2], (
+        "no example"
+    )
+
+
+def test_importing_qadapt_costs_nothing() -> None:
+    assert not modules_after("import qadapt") & {*HEAVY, "pydantic", "rich", "typer", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["estimate", "meta-llama/Llama-3.1-8B", "--card", "RTX 4060 8GB"]],
+)
+def test_planning_and_help_import_no_heavy_library(arguments: list[str]) -> None:
+    quietly = "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):"
+    code = f"import contextlib\nimport io\nfrom qadapt.cli.main import run\n{quietly}\n    run({arguments!r})"
+    assert not modules_after(code) & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--fastest"], ["trian"], ["train"], ["estimate", "--rows", "many", "x"], ["plan", "no"]],
+)
+def test_a_command_line_that_means_nothing_ends_with_2_and_no_traceback(arguments: list[str]) -> None:
+    words = [sys.executable, "-m", "qadapt", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 12
+    assert done.stderr.strip()
