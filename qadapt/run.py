@@ -23,6 +23,7 @@ from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, cut_rows
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, Event, Resumed, RunFinished, RunStarted, Stopped, Warned
+from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_device
@@ -200,16 +201,23 @@ def export(
     quiet_libraries()
     run = find_run(name, folder)
     facts = read_facts(run.adapter)
-    section = read_recipe(str(run.recipe)).export
+    recipe = read_recipe(str(run.recipe))
+    section = recipe.export
     files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
     chosen = form or section.form
+    card = card_facts(
+        facts,
+        effective(read_events(run.path)),
+        recipe=run.recipe.read_text(encoding="utf-8"),
+        data=tuple(Path(source.path).name for source in recipe.data.sources),
+    )
     yield from merge(
         model_folder=files.folder,
         adapter_folder=run.adapter,
         target=to or run.export(chosen),
         form=chosen,
         base=base or section.base,
-        writing=Writing(shard_bytes=parse_bytes(section.shard)),
+        writing=Writing(shard_bytes=parse_bytes(section.shard), card=card),
     )
 
 

@@ -1,4 +1,4 @@
-"""What stands beside the weights, what failures leave behind (nothing), reading by rows, memory, the command."""
+"""What stands beside the weights, what failures leave (nothing), reading by rows, memory, the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.cli.export import result_values, show_export
 from qadapt.errors import BadModel, BadOutput
-from qadapt.events import Evaluated, Event, Exported, Resumed, StageAdvanced, StageStarted, StepDone
+from qadapt.events import Evaluated, Event, Exported, StageAdvanced, StageStarted, StepDone
 from qadapt.export import staging
 from qadapt.export.card import CardFacts, card_facts, card_text, licence_of
 from qadapt.export.merge import Writing, merge
@@ -89,16 +89,14 @@ def test_card_tells_what_is_known_and_nothing_else(parts, tmp_path):
             step=step, loss=3.0 / step, learning_rate=1e-3, gradient_norm=1.0, tokens=9, supervised_tokens=5,
             rows=1, seconds=0.1,
         )
-        for step in (1, 2, 3, 4)
+        for step in (1, 2, 3)
     ]  # fmt: skip
-    held_out = [Evaluated(step=s, loss=loss, is_best=True, seconds=1) for s, loss in ((2, 0.5), (4, 0.125))]
-    facts = card_facts(
-        FACTS, [*events, *held_out, Resumed(step=3)], recipe="train:\n  steps: 4\n", data=("orders.jsonl",)
-    )
+    held_out = [Evaluated(step=s, loss=loss, is_best=True, seconds=1) for s, loss in ((2, 0.5), (3, 0.625))]
+    facts = card_facts(FACTS, [*events, *held_out], recipe="train:\n  steps: 3\n", data=("orders.jsonl",))
     export(parts, tmp_path / "out", card=facts)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "base_model: org/base-1b\nlicense: apache-2.0\n" in card
-    assert "at revision `abc123`" in card and "```yaml\ntrain:\n  steps: 4\n```" in card
+    assert "at revision `abc123`" in card and "```yaml\ntrain:\n  steps: 3\n```" in card
     assert (
         "training rows of step 3: 1.0000" in card and "held-out rows after step 2, the best: 0.5000" in card
     )

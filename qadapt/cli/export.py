@@ -36,12 +36,11 @@ def export(
     """
     import json as json_text
 
-    from rich.console import Console
-
+    from qadapt.cli.screen import console
     from qadapt.run import export as export_run
 
     events = export_run(run, form=form, base=base, to=to, folder=folder)
-    exported = show_export(events, console=Console(quiet=json))
+    exported = show_export(events, console=console(is_quiet=json))
     if json:
         typer.echo(json_text.dumps(result_values(exported), indent=2))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qadapt.adapters.facts import AdapterFacts
-from qadapt.events import Evaluated, Event, Resumed, StepDone
+from qadapt.events import Evaluated, Event, StepDone
 
 _BASE_WORDS = {
     "dequantized": "the 4-bit weights of the base, dequantized: what the adapter was trained on",
@@ -42,17 +42,14 @@ def card_facts(
 
     Args:
         facts: What the adapter was trained on.
-        events: The run's journal; of steps that were done again after a resume, the later ones count.
+        events: The run's events that count (`view.journal.effective`).
         recipe: The recipe as text.
         data: Names of the training data.
     """
     trained: dict[int, float] = {}
     held_out: dict[int, float] = {}
     for event in events:
-        if isinstance(event, Resumed):
-            trained = {step: loss for step, loss in trained.items() if step <= event.step}
-            held_out = {step: loss for step, loss in held_out.items() if step <= event.step}
-        elif isinstance(event, StepDone):
+        if isinstance(event, StepDone):
             trained[event.step] = event.loss
         elif isinstance(event, Evaluated):
             held_out[event.step] = event.loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def write_shards(
                 written = sum(file.write(piece) for piece in values(entry))
                 assert written == entry.size_bytes, f"{entry.name}: {written} of {entry.size_bytes} bytes"
                 yield entry
+            file.flush()
+            os.fsync(file.fileno())
     if len(groups) > 1:
         index = {
             "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},

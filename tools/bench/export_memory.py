@@ -187,7 +187,8 @@ def compare(root: Path, *, layers: int, repeats: int) -> None:
             shutil.rmtree(target)
             print(
                 f"  {base:12}  {result['seconds']:7.1f} s = {result['seconds'] / copied:5.2f} x copy, "
-                f"{result['processor_seconds']:.1f} s of processors, peak {format_bytes(result['peak_bytes'])}"
+                f"{result['processor_seconds']:.1f} s of processors, "
+                f"peak {format_bytes(result['peak_bytes'])}"
             )
 
 
