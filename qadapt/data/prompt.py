@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -115,11 +116,12 @@ class PromptContract:
         if text.startswith(before) and until.startswith(before):
             if text.startswith(until):
                 return len(before), len(until.rstrip())
-            # Templates that drop parts of earlier turns (Qwen3's reasoning) still end the turn alike.
+            # Earlier turns may lose a part (Qwen3's reasoning) or the text's end (Phi-3), but end alike.
             content = turns[-1]["content"].strip()
-            ending = until.rpartition(content)[2]
-            if content and text.startswith(content + ending, len(before)):
-                return len(before), len(before) + len((content + ending).rstrip())
+            answered = len(before) + len(content)
+            ending = commonprefix([text[answered:], until.rpartition(content)[2]]).rstrip()
+            if content and ending and text.startswith(content, len(before)):
+                return len(before), answered + len(ending)
         raise BadData(
             f"{place}: the model's chat template does not render the answer in message {len(turns)} as a "
             "continuation of what stands before it, so what to learn cannot be told for sure.",

@@ -1,0 +1,245 @@
+"""Rows: read with the place of every mistake, rendered by the template, masked exactly, batched alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step
+from qadapt.data.formats import Conversation, Message
+from qadapt.data.prompt import PromptContract, Tokens, load_contract
+from qadapt.data.rows import read_rows
+from qadapt.data.sources import read_conversations
+from qadapt.errors import BadData, BadModel
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]}
+
+
+def write_lines(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation(tuple(Message(role, content) for role, content in turns), "row 1")
+
+
+def learned_text(contract: PromptContract, row: Tokens) -> str:
+    ids = [token for token, is_learned in zip(row.ids, row.supervised, strict=True) if is_learned]
+    text = contract.tokenizer.decode(ids)
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_rendered_by_the_models_own_template(tiny_model: TinyModel, family: str) -> None:
+    contract = load_contract(tiny_model(family))
+    row = conversation(("user", "two plus two?"), ("assistant", "four"))
+    rendered = contract.tokenizer.apply_chat_template(row.turns, tokenize=True, return_dict=True)
+    assert list(contract.encode(row).ids) == rendered["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_answer_and_its_end_are_learned_and_nothing_else(tiny_model: TinyModel, family: str) -> None:
+    contract = load_contract(tiny_model(family))
+    row = contract.encode(conversation(("user", "two plus two?"), ("assistant", "four")))
+    learned = learned_text(contract, row)
+    assert "four" in learned
+    assert "plus" not in learned
+    assert contract.ends_turns(row), f"{learned!r} does not end with an end token"
+    until_answer = contract.prompt_ids([{"role": "user", "content": "two plus two?"}])
+    first = row.supervised.index(True)
+    assert list(row.ids[:first]) == until_answer, "what is asked in chat is what stood before the answer"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "phi3"])
+def test_every_assistant_turn_is_learned(tiny_model: TinyModel, family: str) -> None:
+    contract = load_contract(tiny_model(family))
+    row = contract.encode(
+        conversation(("user", "one?"), ("assistant", "alpha"), ("user", "two?"), ("assistant", "omega"))
+    )
+    learned = learned_text(contract, row)
+    assert "alpha" in learned
+    assert "omega" in learned
+    assert "one?" not in learned
+    assert "two?" not in learned
+
+
+def test_a_template_that_rewrites_earlier_turns_is_masked_where_it_can_be_proven(
+    tiny_model: TinyModel,
+) -> None:
+    contract = load_contract(tiny_model("qwen3"))
+    row = contract.encode(
+        conversation(("user", "one?"), ("assistant", "alpha"), ("user", "two?"), ("assistant", "omega"))
+    )
+    assert "alpha" in learned_text(contract, row)
+    assert "omega" in learned_text(contract, row)
+    assert "one?" not in learned_text(contract, row)
+
+
+def test_a_template_that_cannot_be_proven_is_refused(tiny_model: TinyModel) -> None:
+    contract = load_contract(tiny_model("llama"))
+    contract.tokenizer.chat_template = (
+        "{% for message in messages|reverse %}{{ message['content'] }}|{% endfor %}"
+    )
+    with pytest.raises(BadData, match="row 1: .*continuation"):
+        contract.encode(conversation(("user", "one?"), ("assistant", "alpha")))
+
+
+def test_a_tokenizer_without_a_template_is_refused(tiny_model: TinyModel) -> None:
+    contract = load_contract(tiny_model("llama"))
+    contract.tokenizer.chat_template = None
+    with pytest.raises(BadModel, match="no chat template"):
+        PromptContract(contract.tokenizer, end_ids=contract.end_ids)
+
+
+def test_a_role_that_the_template_refuses_names_the_row(tiny_model: TinyModel) -> None:
+    contract = load_contract(tiny_model("gemma2"))
+    with pytest.raises(BadData, match="row 1: the model's chat template refuses"):
+        contract.encode(conversation(("system", "be short"), ("user", "one?"), ("assistant", "alpha")))
+
+
+BAD_LINES = [
+    ("{not json", "line 2: not JSON"),
+    ('{"text": "no conversation"}', "line 2: the row has no `messages`"),
+    ('{"messages": []}', "line 2: `messages` is not a list of turns"),
+    ('{"messages": "hello"}', "line 2: `messages` is not a list of turns"),
+    ('{"messages": [{"role": "user"}]}', "line 2, message 1: a message has `role` and `content`"),
+    ('{"messages": [{"role": "wizard", "content": "x"}]}', "message 1: the role 'wizard'"),
+    ('{"messages": [{"role": "user", "content": 7}]}', "message 1: `content` is int"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: no assistant turn"),
+    ('["a", "list"]', "line 2: the row has no `messages`"),
+]
+
+
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES)
+def test_a_row_that_is_no_conversation_is_named_by_file_and_line(
+    tmp_path: Path, line: str, problem: str
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [ROW])
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    with pytest.raises(BadData) as caught:
+        read_conversations(path)
+    assert problem in caught.value.problem
+    assert "rows.jsonl" in caught.value.problem
+
+
+def test_a_missing_an_empty_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="There is no data file"):
+        read_conversations(tmp_path / "none.jsonl")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(BadData, match="has no rows"):
+        read_conversations(empty)
+    foreign = tmp_path / "rows.docx"
+    foreign.write_bytes(b"PK")
+    with pytest.raises(BadData, match="'.docx', which is not read"):
+        read_conversations(foreign)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b'{"messages": "\xe9"}\n')
+    with pytest.raises(BadData, match="not UTF-8"):
+        read_conversations(latin)
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"prompt": f"say {number}", "completion": str(number)} for number in range(3)]
+    write_lines(tmp_path / "a.jsonl", list(rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").write_text(
+        "prompt,completion\n" + "".join(f"say {n},{n}!\n" for n in range(3)), encoding="utf-8"
+    )
+    read = {suffix: read_conversations(tmp_path / f"a.{suffix}") for suffix in ("jsonl", "json", "parquet")}
+    assert [row.messages for row in read["jsonl"]] == [row.messages for row in read["json"]]
+    assert [row.messages for row in read["jsonl"]] == [row.messages for row in read["parquet"]]
+    assert [row.messages[1].content for row in read_conversations(tmp_path / "a.csv")] == ["0!", "1!", "2!"]
+
+
+def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_out(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    long = {"messages": [{"role": "user", "content": "x " * 200}, {"role": "assistant", "content": "y"}]}
+    ends_late = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y " * 90}]}
+    path = write_lines(tmp_path / "rows.jsonl", [ROW, long, ends_late])
+    contract = load_contract(tiny_model("qwen2"))
+    rows = read_rows([(path, None)], contract, form="auto", held_out=0.0, length=100, seed=0)
+    assert len(rows.train) == 2
+    assert rows.truncated == 2
+    assert max(len(row.ids) for row in rows.train) == 100
+    problems = [problem for problem, _ in rows.warnings]
+    assert any("2 rows are longer than 100 tokens" in problem for problem in problems)
+    assert any("1 rows have no answer" in problem and "line 2" in problem for problem in problems)
+
+
+def test_nothing_left_to_train_on_is_an_error(tmp_path: Path, tiny_model: TinyModel) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [ROW])
+    contract = load_contract(tiny_model("qwen2"))
+    with pytest.raises(BadData, match="No row is left"):
+        read_rows([(path, None)], contract, form="auto", held_out=0.0, length=8, seed=0)
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_model: TinyModel) -> None:
+    texts = [f"row {number}" for number in range(20)]
+    messages = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+        for text in texts
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", list(messages))
+    contract = load_contract(tiny_model("qwen2"))
+    rows = read_rows([(path, None)], contract, form="auto", held_out=0.25, length=128, seed=1)
+    assert len(rows.held_out) == 5
+    assert not {row.ids for row in rows.held_out} & {row.ids for row in rows.train}
+
+
+def random_row(draw: torch.Generator, length: int) -> Tokens:
+    ids = torch.randint(1, 99, (length,), generator=draw).tolist()
+    supervised = (torch.rand(length, generator=draw) < 0.5).tolist()
+    return Tokens(tuple(ids), tuple(supervised), "row")
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 5))
+def test_micro_batches_hold_every_learned_token_once(lengths: list[int], size: int) -> None:
+    draw = torch.Generator().manual_seed(len(lengths))
+    rows = [random_row(draw, length) for length in lengths]
+    batches = micro_batches(rows, size=size, pad_id=0)
+    learned = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    assert learned == sum(row.supervised_count for row in rows)
+    assert learned == sum(batch.supervised_tokens for batch in batches)
+    assert sum(len(batch.input_ids) for batch in batches) == len(rows)
+    assert sum(batch.tokens for batch in batches) == sum(lengths)
+
+
+def test_a_target_is_the_token_after_its_position() -> None:
+    row = Tokens((5, 6, 7, 8), (False, False, True, True), "row")
+    short = Tokens((1, 2), (True, True), "row")
+    batch = collate([row, short], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
+    assert batch.positions.tolist() == [0, 1, 2]
+    assert batch.targets.tolist() == [[IGNORED, 7, 8], [2, IGNORED, IGNORED]]
+    assert batch.supervised_tokens == 3, "the first token of a row has no predecessor to predict it"
+
+
+@given(st.integers(1, 50), st.integers(1, 17), st.integers(0, 3))
+def test_each_pass_takes_every_row_once_whatever_the_step_size(
+    row_count: int, rows_per_step: int, seed: int
+) -> None:
+    steps = -(-2 * row_count // rows_per_step)
+    taken = [
+        row
+        for step in range(steps)
+        for row in rows_of_step(step, row_count=row_count, rows_per_step=rows_per_step, seed=seed)
+    ]
+    assert sorted(taken[:row_count]) == list(range(row_count))
+    assert sorted(taken[row_count : 2 * row_count]) == list(range(row_count))
