@@ -53,17 +53,38 @@ def _words(text: str) -> tuple[str, ...]:
 
 TRAINING = Words(
     names=_words(
-        "Marta Jonas Aisha Pedro Lena Omar Ruth Felix Nadia Bruno Clara Viktor Sofia Hugo Amira Paul Greta "
-        "Samir Julia Leon Maria Anton Fatima Oscar Helena David Yusuf Emma Lukas Rosa Karim Laura Simon Zoe "
-        "Mikael Anna Tariq Eliza Marco Sarah Peter Leila Daniel Olga Carlos Hanna Robert Diana"
+        "Marta Jonas Aisha Pedro Lena Omar Ruth Felix Nadia Bruno Clara Viktor Sofia Hugo Amira Paul "
+        "Greta Samir Julia Leon Maria Anton Fatima Oscar Helena David Yusuf Emma Lukas Rosa Karim Laura "
+        "Simon Zoe Mikael Anna Tariq Eliza Marco Sarah Peter Leila Daniel Olga Carlos Hanna Robert Diana "
+        "James Mary Adam Alice Frank Jane Mark Martin Andrew Michael Ali Maya Sam Jack Ben Alex Emily "
+        "Charles George Henry Louis Jacob Joseph Edward Thomas William Nina Ivan Elena Victor Chen Grace "
+        "Ella Ryan Kevin Linda Susan Karen Brian Steve Sophie Lisa Amy Rachel Rebecca Kate Lucy Eric Tom "
+        "Nora Petra Boris Carmen Diego Esther Farid Gloria Hassan Ida Jorge Katya Liam Miriam Nils Otto "
+        "Paula Quentin Rita Selma Theo Ursula Vera Wanda Xenia Yoko Zara Dmitri Salma Ravi Anjali Kofi "
+        "Amara Sven Astrid Luca Chiara Pierre Claire Akira Hiro Mei Ling"
     ),
     menus=(
-        (_words("large hot iced vanilla green cherry ginger lemon"), _words("tea juice soda smoothie")),
         (
-            _words("chicken tomato cheese onion bean potato spinach fish"),
-            _words("soup pie wrap salad roll bowl"),
+            _words(
+                "large hot iced vanilla green cherry ginger lemon small black white strong weak sweet "
+                "double rose berry plum apple milk"
+            ),
+            _words("tea juice soda smoothie coffee cocoa latte cider mocha punch cup espresso"),
         ),
-        (_words("apple butter honey almond chocolate plum coconut plain"), _words("cake cookie bar bun")),
+        (
+            _words(
+                "chicken tomato cheese onion bean potato spinach fish beef pork lamb egg pepper olive "
+                "tofu herb cabbage lentil mushroom duck"
+            ),
+            _words("soup pie wrap salad roll bowl burger taco toast omelet bagel noodle sausage dumpling"),
+        ),
+        (
+            _words(
+                "butter honey almond chocolate coconut plain sugar walnut caramel maple pecan oat fig "
+                "date raspberry blueberry lime cream"
+            ),
+            _words("cake cookie bar bun muffin waffle pancake scone donut brownie cracker pretzel"),
+        ),
     ),
 )
 HELD_OUT = Words(

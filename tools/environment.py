@@ -166,7 +166,7 @@ def _run_with_status(command: list[str]) -> str | None:
     said = []
     is_live = sys.stdout.isatty()
     with (
-        LOG.open("w", encoding="utf-8") as log,
+        LOG.open("w", encoding="utf-8", buffering=1) as log,
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
