@@ -7,10 +7,11 @@ import json as json_text
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from qadapt.cli.screen import console
 from qadapt.hardware.checks import Facts, Finding, can_train, findings
 
 _MARKS = {"good": ("✓", "green"), "note": ("i", "cyan"), "problem": ("!", "yellow"), "blocks": ("✗", "red")}
@@ -33,8 +34,8 @@ def doctor(
     if json:
         typer.echo(json_text.dumps(record(facts, found), indent=2))
     else:
-        console = Console()
-        console.print(table(found, is_ascii=console.options.ascii_only))
+        screen = console()
+        screen.print(table(found, is_ascii=screen.options.ascii_only))
     if not can_train(found):
         raise typer.Exit(2)
 

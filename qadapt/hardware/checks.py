@@ -2,7 +2,7 @@
 
 Pure: the facts are gathered elsewhere (`cli/doctor_facts.py`), so every conclusion is a test without the
 machine. CUDA's rules: a build runs on a driver of the same CUDA major version or a later one, on cards that
-it has code for (docs.nvidia.com/deploy/cuda-compatibility); torch lists those in `torch.cuda.get_arch_list()`.
+it has code for (docs.nvidia.com/deploy/cuda-compatibility); `torch.cuda.get_arch_list()` lists those.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SHARD_BYTES = 2 * 1024**3
-_SLICE_VALUES = 8 * 1024**2
+_SLICE_VALUES = 2 * 1024**2
 _READ_BYTES = 4 * 1024**2
 _READABLE = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
