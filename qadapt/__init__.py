@@ -1,1 +1,50 @@
-"""qadapt fine-tunes 7B-class language models on the GPU you already own."""
+"""qadapt fine-tunes 7B-class language models on the GPU you already own.
+
+The functions are the commands: `estimate`, `plan`, `train`, `export`, and `load` for a base with its adapter.
+They are imported when first used, so `import qadapt` costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qadapt.planning import estimate as estimate
+    from qadapt.planning import plan as plan
+    from qadapt.run import export as export
+    from qadapt.run import load as load
+    from qadapt.run import train as train
+
+__all__ = ["estimate", "export", "load", "plan", "train"]
+
+_HOMES = {
+    "estimate": "qadapt.planning",
+    "export": "qadapt.run",
+    "load": "qadapt.run",
+    "plan": "qadapt.planning",
+    "train": "qadapt.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Surface(ModuleType):
+    """Keeps `qadapt.train` the function although a subpackage has that name, too.
+
+    Importing `qadapt.train.step` binds the subpackage as an attribute of its parent; imports find it in
+    `sys.modules` all the same. (Customizing a module by its class: Python data model, section 3.3.2.)
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Surface

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -24,21 +24,17 @@ from qadapt.data.sources import read_conversations
 from qadapt.engine.recompute import recompute_all
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, StageStarted, Warned
-from qadapt.hardware.cards import Card
-from qadapt.hardware.probe import probe
 from qadapt.model.cache import ignore
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model
-from qadapt.plan.fit import fit
-from qadapt.plan.setting import setting_of
+from qadapt.planning import AdapterType, ComputeType, ask_of
 from qadapt.recipe import Recipe
 from qadapt.shape import find_shape
 from qadapt.stage import Report
 from qadapt.train.loop import LoopSettings
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.stored_plan import Ingredients, StoredPlan
-from qadapt.units import parse_bytes
 
 
 def find_base(recipe: Recipe, report: Report) -> ModelFiles:
@@ -123,28 +119,13 @@ def make_plan(recipe: Recipe, files: ModelFiles, contract: PromptContract, rows:
     device = choose_device(recipe.memory.device)
     compute_dtype = choose_compute_dtype(recipe.memory.compute_dtype, device)
     adapter_dtype = choose_adapter_dtype(recipe.adapter.dtype, compute_dtype)
-    shape = find_shape(str(files.folder))
-    longest = recipe.model_copy(update={"data": recipe.data.model_copy(update={"length": rows.longest})})
-    setting = setting_of(
-        longest,
-        shape,
-        device=cast(Literal["cpu", "cuda"], device.type),
-        compute_dtype=cast(Literal["bf16", "fp16", "fp32"], compute_dtype),
-        adapter_dtype=cast(Literal["bf16", "fp32"], adapter_dtype),
-        supervised_share=rows.supervised_tokens / rows.tokens,
+    question = ask_of(
+        recipe,
+        shape=find_shape(str(files.folder)),
+        types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
-    free_bytes, card = _free(device)
-    budget = recipe.memory.budget
-    plan = fit(
-        shape,
-        setting,
-        budget_bytes=parse_bytes(budget) if budget is not None else free_bytes,
-        rows_per_step=recipe.train.rows_per_step,
-        free=frozenset(
-            knob for knob in ("micro_batch", "recompute") if getattr(recipe.memory, knob) == "auto"
-        ),
-        card=card,
-    )
+    share = rows.supervised_tokens / rows.tokens
+    plan = question.changed({"length": rows.longest, "supervised_share": share}).plan()
     return StoredPlan(
         steps=step_count(recipe, rows),
         device=device.type,
@@ -166,14 +147,6 @@ def step_count(recipe: Recipe, rows: Rows) -> int:
     if recipe.train.steps is not None:
         return recipe.train.steps
     return math.ceil(recipe.train.epochs * len(rows.train) / recipe.train.rows_per_step)
-
-
-def _free(device: torch.device) -> tuple[int, Card | None]:
-    machine = probe()
-    if device.type == "cpu":
-        return machine.host_available_bytes, None
-    chosen = machine.devices[device.index or 0]
-    return chosen.free_bytes, chosen.card
 
 
 def environment() -> dict[str, object]:

@@ -17,7 +17,7 @@ RUNGS = (
     {"model", "adapters", "data"},
     {"train"},
     {"export", "view", "serve"},
-    {"run", "run_parts"},
+    {"run", "run_parts", "planning"},
     {"cli", "__init__"},
     {"__main__"},
 )

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -119,7 +119,7 @@ class PromptContract:
             # Earlier turns may lose a part (Qwen3's reasoning) or the text's end (Phi-3), but end alike.
             content = turns[-1]["content"].strip()
             answered = len(before) + len(content)
-            ending = commonprefix([text[answered:], until.rpartition(content)[2]]).rstrip()
+            ending = _common_start(text[answered:], until.rpartition(content)[2]).rstrip()
             if content and ending and text.startswith(content, len(before)):
                 return len(before), answered + len(ending)
         raise BadData(
@@ -138,6 +138,11 @@ class PromptContract:
             ) from None
         assert isinstance(text, str)
         return text
+
+
+def _common_start(left: str, right: str) -> str:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
+    return "".join(character for character, _ in same)
 
 
 def load_contract(folder: Path) -> PromptContract:
