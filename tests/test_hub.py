@@ -116,6 +116,12 @@ def test_progress_rises_to_the_total(hub: Hub, tiny: Repository, tmp_path: Path)
     assert seen[-1] == (total, total)
 
 
+def test_size_that_the_list_states_wrongly_does_no_harm(hub: Hub, tiny: Repository, tmp_path: Path) -> None:
+    name = "model-00002-of-00002.safetensors"
+    tiny.stated_sizes[name] = 0
+    assert (fetch(hub, tmp_path).folder / name).read_bytes() == tiny.files[name]
+
+
 def test_damaged_download_is_refused_and_deleted(hub: Hub, tiny: Repository, tmp_path: Path) -> None:
     name = "model-00002-of-00002.safetensors"
     tiny.served[name] = tiny.files[name][:-1] + b"\0"

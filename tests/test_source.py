@@ -60,6 +60,8 @@ def test_fingerprint_follows_the_weights_and_not_the_place(tmp_path: Path) -> No
     assert find_model(str(write_folder(tmp_path / "c", fill=8))).fingerprint != first
     other = CONFIG | {"rms_norm_eps": 1e-6}
     assert find_model(str(write_folder(tmp_path / "d", config=other))).fingerprint != first
+    rewritten = dict(reversed(CONFIG.items())) | {"transformers_version": "9.0"}
+    assert find_model(str(write_folder(tmp_path / "e", config=rewritten))).fingerprint == first
 
 
 def test_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -41,13 +41,19 @@ class RemoteFile:
     sha256: str | None
 
 
-def remote_file(url: str, *, size_bytes: int) -> RemoteFile:
+def remote_file(url: str, *, listed_bytes: int) -> RemoteFile:
     """Asks the hub for a file's identity; for large files the etag is their sha256.
+
+    Args:
+        url: The file.
+        listed_bytes: Its length in the repository's list, used if the file's own answer names none.
 
     Raises:
         HfHubHTTPError: The hub refused.
     """
-    etag = get_hf_file_metadata(url).etag or ""
+    answer = get_hf_file_metadata(url)
+    etag = answer.etag or ""
+    size_bytes = answer.size or listed_bytes
     sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
     return RemoteFile(url, etag or hashlib.sha256(url.encode()).hexdigest(), size_bytes, sha256)
 

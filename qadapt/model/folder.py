@@ -20,6 +20,7 @@ from qadapt.shape import shape_from_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_from_model_config")
 _SAMPLES = 32
 _SAMPLE_BYTES = 4096
 _QUANTIZED_NAME = re.compile(
@@ -30,9 +31,9 @@ _QUANTIZED_NAME = re.compile(
 def checked_folder(folder: Path, *, name: str) -> str:
     """Checks that a folder holds a whole 16-bit model that can be trained, and gives its fingerprint.
 
-    The fingerprint is a sha256 over config.json and, of each weight file, header, size and blocks sampled
-    evenly: the same for the same weights wherever they lie, and cheap for 100 GB. It recognizes a model, it
-    does not prove that no bit has flipped.
+    The fingerprint is a sha256 over the values of config.json (without who wrote it) and, of each weight
+    file, header, size and blocks sampled evenly: the same for the same weights wherever they lie, and cheap
+    for 100 GB. It recognizes a model, it does not prove that no bit has flipped.
 
     Raises:
         BadModel: A file is missing, half-written, pickled or quantized, or needs code from the repository.
@@ -46,7 +47,8 @@ def checked_folder(folder: Path, *, name: str) -> str:
             f"{name}: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}).",
             cure="Copy the tokenizer files of the model into the folder.",
         )
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    values = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in files:
         digest.update(_sampled(file))
     return digest.hexdigest()

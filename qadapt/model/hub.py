@@ -81,10 +81,10 @@ class _Repository:
             )
         )
 
-    def remote(self, file: str, *, size_bytes: int) -> RemoteFile:
+    def remote(self, file: str, *, listed_bytes: int) -> RemoteFile:
         """A file that is not in the cache, as the hub describes it."""
         url = hf_hub_url(self.name, file, revision=self.commit, endpoint=self.endpoint)
-        return remote_file(url, size_bytes=size_bytes)
+        return remote_file(url, listed_bytes=listed_bytes)
 
 
 def snapshot(
@@ -116,14 +116,20 @@ def snapshot(
     kept = Path(cache / "hub" if cache else constants.HF_HUB_CACHE)
     with _hub_errors(name, revision=revision, endpoint=endpoint), output_errors(kept):
         api = HfApi(endpoint=endpoint)
-        commit = api.resolve_revision(name, revision=revision, cache_dir=kept).resolved
-        repository = _Repository(name, commit, endpoint, kept)
         try:
-            info = api.model_info(name, revision=commit, files_metadata=True)
+            # The first request is the one with a time limit: a firewall may swallow it without an answer.
+            info = api.model_info(
+                name, revision=revision, files_metadata=True, timeout=constants.DEFAULT_REQUEST_TIMEOUT
+            )
         except (httpx2.TransportError, OfflineModeIsEnabled):
-            return Snapshot(_whole_local(repository), commit)
+            known = api.resolve_revision(name, revision=revision, cache_dir=kept, local_files_only=True)
+            repository = _Repository(name, known.resolved, endpoint, kept)
+            return Snapshot(_whole_local(repository), known.resolved)
+        assert info.sha is not None, "the hub names the commit of every model"
+        api.resolve_revision(name, revision=revision, cache_dir=kept)  # notes it for the time without network
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        return Snapshot(_fetched(repository, sizes, report=report), info.sha or commit)
+        repository = _Repository(name, info.sha, endpoint, kept)
+        return Snapshot(_fetched(repository, sizes, report=report), info.sha)
 
 
 def _whole_local(repository: _Repository) -> Path:
@@ -163,7 +169,7 @@ def _fetch_weights(
     """
     parts = folder.parent.parent / "blobs"
     remotes = {
-        file: repository.remote(file, size_bytes=size)
+        file: repository.remote(file, listed_bytes=size)
         for file, size in sizes.items()
         if repository.cached(file) is None
     }
