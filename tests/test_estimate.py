@@ -1,4 +1,4 @@
-"""The closed form against the real step: static bytes equal, the peak within its stated error.
+"""The closed form against the real step: what stays equal to the byte, the peak within its stated error.
 
 The step is the one that trains: the package's own loader, adapters, loss and optimizer, on ugly sizes,
 counted by a dispatch mode that follows storages.
@@ -7,6 +7,7 @@ counted by a dispatch mode that follows storages.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import weakref
 from collections.abc import Iterable
@@ -180,7 +181,7 @@ class Ledger(TorchDispatchMode):
 
 
 def working_peak(folder: Path, setting: Setting) -> int:
-    """Bytes that come and go at the highest moment of one real micro-batch."""
+    """Bytes that one real micro-batch adds at its highest moment, its first gradients among them."""
     model = build(folder, setting)
     ids = torch.randint(3, 1003, (setting.rows, setting.length))
     count = math.ceil(setting.length * setting.supervised_share)
@@ -194,15 +195,22 @@ def working_peak(folder: Path, setting: Setting) -> int:
 
 def expect_close(family: str, folders: dict[str, Path], setting: Setting) -> None:
     estimate = estimate_step(shape_of(family), setting)
-    static = sum(estimate.categories[name] for name in STATIC)
+    static = sum(estimate.categories[name] for name in STATIC if name != "gradients")
     predicted = max(estimate.phase_bytes["loss"], estimate.phase_bytes["layer"]) - static
     measured = working_peak(folders[family], setting)
     assert predicted == pytest.approx(measured, rel=RELATIVE_ERROR), f"{predicted / measured - 1:+.2%}"
 
 
-@pytest.mark.parametrize("recompute", ["all", "none"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "recompute"),
+    [
+        *itertools.product(("llama", "gemma2", "phi3"), ("fp32", "bf16"), ("all", "none")),
+        ("mistral", "bf16", "all"),
+        ("qwen2", "fp32", "none"),
+        ("qwen3", "bf16", "all"),
+        ("qwen3", "fp32", "none"),
+    ],
+)
 def test_the_peak_of_a_real_step_is_met_for_every_family(
     family: str, dtype: Any, recompute: Any, folders: dict[str, Path]
 ) -> None:

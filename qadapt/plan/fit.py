@@ -7,6 +7,7 @@ screen and no recipe file.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qadapt.errors import DoesNotFit
@@ -15,27 +16,24 @@ from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.knobs import KNOBS, Knob, micro_batches
 from qadapt.plan.ladder import ladder
 from qadapt.plan.setting import Setting
-from qadapt.plan.speed import relative_cost
+from qadapt.plan.speed import NOMINAL, step_seconds
 from qadapt.shape import ModelShape
 from qadapt.units import format_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is placed in memory; `reasons` gives each choice with its price."""
+    """How a step is placed in memory; `reasons` gives each choice with its price.
+
+    `seconds_per_step` is of one optimizer step, all its micro-batches; None if the device's speed is unknown.
+    """
 
     setting: Setting
     estimate: Estimate
     budget_bytes: int
     micro_batches_per_step: int
+    seconds_per_step: float | None
     reasons: tuple[str, ...]
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Seconds of one optimizer step, all its micro-batches; None if the device's speed is unknown."""
-        if self.estimate.seconds_per_step is None:
-            return None
-        return self.estimate.seconds_per_step * self.micro_batches_per_step
 
 
 def fit(
@@ -62,85 +60,90 @@ def fit(
         BadRecipe: See `check_setting`.
     """
     knobs = [knob for knob in KNOBS if knob.name in free]
-    tried = _combinations(shape, setting, knobs, rows_per_step=rows_per_step, card=card)
-    fitting = [estimate for estimate in tried if estimate.fits(budget_bytes)]
-    if not fitting:
-        raise _does_not_fit(shape, tried, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
-
-    def order(estimate: Estimate) -> tuple[float, int, int]:
-        count = micro_batches(rows_per_step, estimate.setting.rows)
-        return (_seconds(shape, estimate) * count, count, estimate.needed_bytes)
-
-    best = min(fitting, key=order)
-    reasons = [
-        _reason(knob, shape, best, tried=tried, budget_bytes=budget_bytes, rows_per_step=rows_per_step)
-        for knob in knobs
+    tried = [
+        _candidate(shape, changed, rows_per_step=rows_per_step, card=card)
+        for changed in _combinations(setting, knobs, rows_per_step)
     ]
+    fitting = [candidate for candidate in tried if candidate.estimate.fits(budget_bytes)]
+    if not fitting:
+        least = min((candidate.estimate for candidate in tried), key=lambda each: each.needed_bytes)
+        raise _does_not_fit(shape, least, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
+    best = min(fitting, key=lambda each: (each.cost, each.count, each.estimate.needed_bytes))
     return Plan(
-        setting=best.setting,
-        estimate=best,
+        setting=best.estimate.setting,
+        estimate=best.estimate,
         budget_bytes=budget_bytes,
-        micro_batches_per_step=micro_batches(rows_per_step, best.setting.rows),
-        reasons=tuple(reasons),
+        micro_batches_per_step=best.count,
+        seconds_per_step=best.seconds,
+        reasons=tuple(
+            _reason(knob, best, tried, budget_bytes=budget_bytes, rows_per_step=rows_per_step)
+            for knob in knobs
+        ),
     )
 
 
-def _combinations(
-    shape: ModelShape, setting: Setting, knobs: list[Knob], *, rows_per_step: int, card: Card | None
-) -> list[Estimate]:
-    estimates = []
+@dataclass(frozen=True)
+class _Candidate:
+    """A combination: `cost` is its seconds, or a number that compares like them where no speed is known."""
+
+    estimate: Estimate
+    count: int
+    seconds: float | None
+    cost: float
+
+
+def _candidate(shape: ModelShape, setting: Setting, *, rows_per_step: int, card: Card | None) -> _Candidate:
+    seconds = step_seconds(shape, setting, rows_per_step=rows_per_step, card=card)
+    cost = seconds
+    if cost is None:
+        cost = step_seconds(shape, setting, rows_per_step=rows_per_step, card=NOMINAL)
+    assert cost is not None
+    return _Candidate(
+        estimate=estimate_step(shape, setting, card=card),
+        count=micro_batches(rows_per_step, setting.rows),
+        seconds=seconds,
+        cost=cost,
+    )
+
+
+def _combinations(setting: Setting, knobs: list[Knob], rows_per_step: int) -> Iterator[Setting]:
     for values in itertools.product(*(knob.values(setting, rows_per_step) for knob in knobs)):
         changed = setting
         for knob, value in zip(knobs, values, strict=True):
             changed = knob.change(changed, value, rows_per_step=rows_per_step)
-        estimates.append(estimate_step(shape, changed, card=card))
-    return estimates
-
-
-def _seconds(shape: ModelShape, estimate: Estimate) -> float:
-    """Seconds of a micro-batch, or a number that compares like them where no speed is known."""
-    if estimate.seconds_per_step is not None:
-        return estimate.seconds_per_step
-    return relative_cost(shape, estimate.setting)
+        yield changed
 
 
 def _reason(
-    knob: Knob,
-    shape: ModelShape,
-    best: Estimate,
-    *,
-    tried: list[Estimate],
-    budget_bytes: int,
-    rows_per_step: int,
+    knob: Knob, best: _Candidate, tried: list[_Candidate], *, budget_bytes: int, rows_per_step: int
 ) -> str:
     """Why a knob stands where it does: what the next value up would take and change."""
-    chosen = knob.value_of(best.setting)
-    values = knob.values(best.setting, rows_per_step)
-    place = values.index(chosen) if chosen in values else 0
+    setting = best.estimate.setting
+    chosen = knob.value_of(setting)
+    values = knob.values(setting, rows_per_step)
+    place = values.index(chosen)
     text = knob.describe(chosen)
     if place == 0:
         return f"{text}: there is room for it."
-    above = knob.change(best.setting, values[place - 1], rows_per_step=rows_per_step)
-    other = next(estimate for estimate in tried if estimate.setting == above)
-    more = other.needed_bytes - best.needed_bytes
-    here = _seconds(shape, best) * micro_batches(rows_per_step, best.setting.rows)
-    there = _seconds(shape, other) * micro_batches(rows_per_step, above.rows)
-    change = f"{abs(there / here - 1):.0%} {'faster' if there < here else 'slower'}"
-    needs = f"{knob.describe(values[place - 1])} would take {format_bytes(more)} more"
-    if other.fits(budget_bytes):
+    above = knob.change(setting, values[place - 1], rows_per_step=rows_per_step)
+    other = next(each for each in tried if each.estimate.setting == above)
+    more = format_bytes(other.estimate.needed_bytes - best.estimate.needed_bytes)
+    word = "faster" if other.cost < best.cost else "slower"
+    change = f"{abs(other.cost / best.cost - 1):.0%} {word}"
+    needs = f"{knob.describe(values[place - 1])} would take {more} more"
+    if other.estimate.fits(budget_bytes):
         return f"{text}: {needs} and be {change}."
-    return f"{text}: {needs} than this, and does not fit ({change})."
+    return f"{text}: {needs}, too much, and be {change}."
 
 
 def _does_not_fit(
     shape: ModelShape,
-    tried: list[Estimate],
+    least: Estimate,
     *,
     budget_bytes: int,
     rows_per_step: int,
     card: Card | None,
 ) -> DoesNotFit:
-    least = min(tried, key=lambda estimate: estimate.needed_bytes)
     where = f" on {card.name}" if card else ""
     changes = ladder(shape, least.setting, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
     problem = (

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from qadapt.hardware.cards import Card, cards, this_platform
 from qadapt.plan.estimate import Estimate, estimate_step
-from qadapt.plan.knobs import KNOBS, Knob, micro_batches
+from qadapt.plan.knobs import KNOBS, Knob
 from qadapt.plan.setting import Setting
+from qadapt.plan.speed import step_seconds
 from qadapt.shape import ModelShape
 from qadapt.units import GIB, format_bytes
 
@@ -58,7 +59,8 @@ def ladder(
         if change is not None:
             found.append(change)
     found.sort(key=lambda change: (not change.is_enough, change.rung, change.seconds_lost or 0.0))
-    larger = _larger_card(now) if setting.device == "cuda" else None
+    owned = card.memory_bytes if card else budget_bytes
+    larger = _larger_card(now, owned_bytes=owned) if setting.device == "cuda" else None
     return (*found, larger) if larger else tuple(found)
 
 
@@ -83,7 +85,7 @@ def _turned(
             text=knob.describe(value),
             rung=knob.rung,
             bytes_won=won,
-            seconds_lost=None if knob.name == "length" else _lost(now, estimate, rows_per_step),
+            seconds_lost=_lost(shape, now.setting, changed, rows_per_step=rows_per_step, card=card),
             is_enough=estimate.fits(budget_bytes),
         )
         if best.is_enough:
@@ -91,22 +93,29 @@ def _turned(
     return best
 
 
-def _lost(now: Estimate, then: Estimate, rows_per_step: int) -> float | None:
-    if now.seconds_per_step is None or then.seconds_per_step is None:
+def _lost(
+    shape: ModelShape, now: Setting, then: Setting, *, rows_per_step: int, card: Card | None
+) -> float | None:
+    before = step_seconds(shape, now, rows_per_step=rows_per_step, card=card)
+    after = step_seconds(shape, then, rows_per_step=rows_per_step, card=card)
+    if before is None or after is None or now.length != then.length:
         return None
-    before = now.seconds_per_step * micro_batches(rows_per_step, now.setting.rows)
-    return then.seconds_per_step * micro_batches(rows_per_step, then.setting.rows) - before
+    return after - before
 
 
-def _larger_card(now: Estimate) -> Change | None:
-    """The smallest desktop card on which it fits as it is."""
+def _larger_card(now: Estimate, *, owned_bytes: int) -> Change | None:
+    """The smallest gaming card above the one at hand on which it fits as it is."""
     platform = this_platform()
-    fitting = [
+    larger = [
         card
         for card in cards()
-        if card.name.startswith("RTX") and "Laptop" not in card.name and now.fits(card.free_bytes(platform))
+        if card.name.startswith("RTX ")
+        and not card.name.startswith("RTX A")
+        and "Laptop" not in card.name
+        and round(card.memory_bytes / GIB) > round(owned_bytes / GIB)
+        and now.fits(card.free_bytes(platform))
     ]
-    if not fitting:
+    if not larger:
         return None
-    smallest = min(fitting, key=lambda card: (round(card.memory_bytes / GIB), card.tflops or 0.0))
+    smallest = min(larger, key=lambda card: (round(card.memory_bytes / GIB), card.tflops or 0.0))
     return Change(f"a larger card, such as the {smallest.name}", 4, 0, None, is_enough=True)

@@ -9,6 +9,8 @@ and reads it again. Error: stated as a factor of 2 either way; published steps a
 
 from __future__ import annotations
 
+import dataclasses
+
 from qadapt.hardware.cards import Card
 from qadapt.plan.adapters import trainable
 from qadapt.plan.setting import Setting
@@ -54,6 +56,20 @@ def micro_batch_seconds(shape: ModelShape, setting: Setting, card: Card | None) 
     return computing + moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
 
 
-def relative_cost(shape: ModelShape, setting: Setting) -> float:
-    """Seconds of one micro-batch on a nominal device, for comparing settings where no speed is known."""
-    return operations(shape, setting) / 1e12 + moved_bytes(shape, setting) / 1e12
+def step_seconds(
+    shape: ModelShape, setting: Setting, *, rows_per_step: int, card: Card | None
+) -> float | None:
+    """Seconds of one optimizer step: its full micro-batches and the smaller last one; None if unknown."""
+    whole, rest = divmod(rows_per_step, setting.rows)
+    seconds = 0.0
+    for count, rows in ((whole, setting.rows), (1 if rest else 0, rest)):
+        if count:
+            each = micro_batch_seconds(shape, dataclasses.replace(setting, rows=rows), card)
+            if each is None:
+                return None
+            seconds += count * each
+    return seconds
+
+
+NOMINAL = Card("a nominal device", 0, tflops_spec=1.0, bandwidth_gb=100.0)
+"""For comparing settings where no speed is known: only ratios of its seconds mean anything."""

@@ -29,7 +29,7 @@ def base_weight_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def constant_bytes(linear: Linear, setting: Setting) -> int:
-    """The quantization constants of one 4-bit layer: absmax values, their own scales and offset, code books."""
+    """The constants of one 4-bit layer: absmax values, their own scales and offset, code books."""
     blocks = math.ceil(linear.weights / BLOCK)
     code = setting.tensor_bytes(CODE_VALUES, 4)
     if not setting.double_quant:

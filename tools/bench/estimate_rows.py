@@ -5,7 +5,7 @@ whose stack the closed form can describe are compared, allocated bytes with allo
 with tokens per second; the others are counted with the reason. Nothing is fitted to the rows.
 
 How the comparable stacks are described:
-* plain transformers + PEFT after `prepare_model_for_kbit_training` on a T4: activations, embeddings, norms and
+* plain transformers + PEFT after `prepare_model_for_kbit_training`, T4: activations, embeddings, norms and
   head in fp32, every token supervised, the caller holds the logits, no gradients yet, AdamW with fp32 states;
 * the same without quantization, in fp16 with fp32 adapters;
 * A100 rows in bf16 with fused attention: fp32 adapters used under autocast (their inputs are kept in bf16),

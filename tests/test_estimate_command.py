@@ -1,0 +1,264 @@
+"""`qadapt estimate` and `qadapt plan` as a user runs them: verdicts, JSON by its schema, bad input, speed."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+import qadapt
+from qadapt.cli.estimate import estimate, plan
+from qadapt.errors import QadaptError
+from qadapt.hardware import target as targets
+from qadapt.hardware.probe import Machine
+from qadapt.hardware.target import find_target
+from qadapt.plan.estimate import estimate_step
+from qadapt.plan.setting import Setting
+from qadapt.shape import find_shape
+from qadapt.units import GIB
+from qadapt.view.tables import EstimateTable, bar
+
+SCHEMA = json.loads(
+    (Path(qadapt.__file__).parent / "schemas" / "estimate.schema.json").read_text(encoding="utf-8")
+)
+app = typer.Typer()
+app.command()(estimate)
+app.command()(plan)
+
+
+@pytest.fixture(autouse=True)
+def _cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever machine the tests run on, here it has 16 GiB free and no card."""
+    monkeypatch.setattr(targets, "probe", lambda: Machine((), 24 * GIB, 16 * GIB, 100 * GIB))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False, env={"COLUMNS": "100"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def values_of(*arguments: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(run(*arguments, "--json"))
+    return values
+
+
+def problems(value: Any, schema: dict[str, Any], place: str = "$") -> list[str]:
+    """What of a value the schema does not allow: the part of JSON Schema that ours uses."""
+    found: list[str] = []
+    kinds = {
+        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float),
+        "null": type(None),
+    }  # fmt: skip
+    names = schema.get("type", [])
+    names = [names] if isinstance(names, str) else names
+    is_bool_for_number = isinstance(value, bool) and "boolean" not in names
+    if names and (is_bool_for_number or not any(isinstance(value, kinds[name]) for name in names)):  # type: ignore[arg-type]
+        return [f"{place} is no {names}"]
+    if "const" in schema and value != schema["const"]:
+        found.append(f"{place} is not {schema['const']}")
+    if "enum" in schema and value not in schema["enum"]:
+        found.append(f"{place} is none of {schema['enum']}")
+    if value is not None and "minimum" in schema and value < schema["minimum"]:
+        found.append(f"{place} is below {schema['minimum']}")
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        found += [f"{place}.{name} is missing" for name in schema.get("required", []) if name not in value]
+        if schema.get("additionalProperties") is False:
+            found += [f"{place}.{name} is not in the schema" for name in value if name not in known]
+        for name, inner in known.items():
+            found += problems(value[name], inner, f"{place}.{name}") if name in value else []
+    if isinstance(value, list) and "items" in schema:
+        for index, item in enumerate(value):
+            found += problems(item, schema["items"], f"{place}[{index}]")
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("Llama-3.1-8B", "--card", "RTX 4060", "--length", "4096"),
+        ("Llama-3.1-8B", "--card", "RTX 4090", "--rows", "2", "--supervised", "0.3"),
+        ("smollm2-135m",),
+        ("gemma-2-9b", "--vram", "15GiB", "--recompute", "none"),
+        ("Qwen2.5-7B", "--card", "T4", "train.rows_per_step=8", "adapter.rank=4"),
+    ],
+)
+def test_the_json_is_what_its_schema_says(arguments: tuple[str, ...]) -> None:
+    values = values_of("estimate", *arguments)
+    assert problems(values, SCHEMA) == []
+    assert values["peak_allocated_bytes"] == sum(values["categories"].values())
+    assert values["fits"] == (
+        values["needed_bytes"] + values["error_bytes"] <= values["target"]["free_bytes"]
+    )
+    assert bool(values["changes"]) != values["fits"]
+    assert values["exact"] is False
+
+
+def test_the_schema_check_can_fail() -> None:
+    values = values_of("estimate", "smollm2-135m")
+    del values["fits"]
+    values["peak_phase"] = "later"
+    values["host_bytes"] = True
+    values["categories"]["loss"] = -1
+    values["more"] = 1
+    assert len(problems(values, SCHEMA)) == 5
+
+
+def test_the_table_shows_categories_verdict_and_ladder() -> None:
+    output = run("estimate", "Llama-3.1-8B", "--card", "RTX 4060", "--length", "2048")
+    for words in (
+        "meta-llama/Llama-3.1-8B",
+        "base weights               3.25 GiB",
+        "recompute boundaries      512.0 MiB",
+        "does not fit: 9.33 ± ",
+        "of 7.06 GiB free on RTX 4060 8GB",
+        "at the loss: the logits and their gradient",
+        "per 1,000 steps",
+        "data.length=512 (-",
+        "no GPU has confirmed this step",
+    ):
+        assert words in output
+    fitting = run("estimate", "Llama-3.1-8B", "--card", "RTX 4090", "--length", "2048")
+    assert "fits: " in fitting
+    assert "What would make it fit" not in fitting
+
+
+@pytest.mark.parametrize("width", [44, 60, 80, 140])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_table_keeps_to_its_width(width: int, encoding: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
+    console = Console(width=width, file=stream, legacy_windows=False)
+    shape, target = find_shape("Llama-3.1-8B"), find_target("RTX 4060")
+    table = EstimateTable(shape, estimate_step(shape, Setting(), card=target.card), target, 16)
+    lines = "".join(segment.text for segment in console.render(table)).splitlines()
+    assert max(len(line) for line in lines) <= width
+    assert any(line.startswith("quantization constants") for line in lines)
+    bars = "".join(lines)
+    assert ("█" in bars) == (encoding == "utf-8" and width > 50)
+
+
+def test_a_bar_shows_anything_above_nothing() -> None:
+    assert (bar(1.0, 4), bar(0.5, 4), bar(0.001, 4), bar(0.0, 4)) == ("████", "██", "▏", "")
+    assert (bar(0.5, 4, is_ascii=True), bar(0.001, 4, is_ascii=True)) == ("##", "#")
+
+
+def test_without_a_card_it_is_this_machine() -> None:
+    values = values_of("estimate", "Qwen2.5-0.5B")
+    assert values["target"]["device"] == "cpu"
+    assert (values["setting"]["compute_dtype"], values["setting"]["adapter_dtype"]) == ("fp32", "fp32")
+    assert (values["setting"]["optimizer"], values["context_bytes"]) == ("adamw", 0)
+    assert values["host_bytes"] > values["peak_allocated_bytes"]
+
+
+def test_turing_gets_fp16_with_fp32_adapters() -> None:
+    setting = values_of("estimate", "Qwen2.5-1.5B", "--card", "T4")["setting"]
+    assert (setting["compute_dtype"], setting["adapter_dtype"]) == ("fp16", "fp32")
+
+
+def test_options_and_overrides_reach_the_step() -> None:
+    setting = values_of(
+        "estimate", "smollm2-135m", "adapter.rank=8", "memory.micro_batch=2", "train.rows_per_step=4",
+        "--length", "300", "--card", "4060",
+    )["setting"]  # fmt: skip
+    assert (setting["rank"], setting["rows"], setting["length"], setting["accumulates"]) == (8, 2, 300, True)
+    assert values_of("estimate", "smollm2-135m", "--rows", "3")["micro_batches_per_step"] == 1
+
+
+@pytest.fixture()
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "model: meta-llama/Llama-3.1-8B\n"
+        "data: {sources: [{path: rows.jsonl}], length: 512}\n"
+        "run: {name: mine}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_recipe_is_planned_with_reasons(recipe: Path) -> None:
+    values = values_of("plan", str(recipe), "--card", "RTX 3060 12GB")
+    assert problems(values, SCHEMA) == []
+    assert values["fits"]
+    assert len(values["reasons"]) == 2
+    assert values["micro_batches_per_step"] * values["setting"]["rows"] >= 16
+    output = run("plan", str(recipe), "--card", "RTX 3060 12GB")
+    assert "The plan, each choice with its price:" in output
+    assert "rows at a time" in output or "row at a time" in output
+
+
+def test_a_recipe_is_estimated_as_it_stands(recipe: Path) -> None:
+    values = values_of("estimate", str(recipe), "memory.micro_batch=4", "--vram", "20GiB")
+    assert (values["setting"]["rows"], values["micro_batches_per_step"]) == (4, 4)
+    budget = values_of("estimate", str(recipe), "memory.budget=9GiB", "--card", "RTX 4090")
+    assert (budget["target"]["free_bytes"], budget["target"]["assumption"]) == (9 * GIB, "memory.budget")
+
+
+def test_models_and_cards_are_listed() -> None:
+    models = run("estimate", "--models")
+    assert "mistralai/Mistral-7B-v0.3" in models and "7.25 B" in models
+    assert "RTX 5090 32GB" in run("estimate", "--cards")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("estimate",), "needs a model or a recipe"),
+        (("estimate", "Llma-3.1-8B"), "Did you mean `meta-llama/Llama-3.1-8B`?"),
+        (("estimate", "no-such.yaml"), "There is no recipe file 'no-such.yaml'"),
+        (("estimate", "Llama-3.1-8B", "--card", "RTX 4061"), "Did you mean `RTX 4060 8GB`?"),
+        (("estimate", "Llama-3.1-8B", "--vram", "7.3"), "'7.3' is not an amount of memory"),
+        (("estimate", "Llama-3.1-8B", "--length", "0"), "length = 0"),
+        (("estimate", "Llama-3.1-8B", "--rows", "-1"), "rows = -1"),
+        (("estimate", "Llama-2-7b-hf", "--length", "5000"), "above the context"),
+        (("estimate", "Llama-3.1-8B", "--rank", "5000"), "rank = 5000 is above 1024"),
+        (("estimate", "Llama-3.1-8B", "--recompute", "some"), "Give all or none."),
+        (("estimate", "Llama-3.1-8B", "adaptr.rank=3"), "did you mean `adapter`?"),
+        (("estimate", "Llama-3.1-8B", "adapter.rank"), "is not an override"),
+        (("plan", "Llama-3.1-8B"), "There is no recipe file"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(QadaptError) as caught:
+        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert words in str(caught.value)
+    assert caught.value.cure
+
+
+def test_a_plan_that_cannot_fit_names_the_cheapest_change(recipe: Path) -> None:
+    with pytest.raises(QadaptError, match="Cheapest change: "):
+        CliRunner().invoke(
+            app, ["plan", str(recipe), "data.length=8192", "--card", "4060"], catch_exceptions=False
+        )
+
+
+FRESH = """
+import sys, time
+start = time.process_time()
+from qadapt.cli.main import run
+run(["estimate", "meta-llama/Llama-3.1-8B", "--card", "RTX 4060 8GB", "--length", "4096"])
+seconds = time.process_time() - start
+heavy = {"torch", "transformers", "peft", "bitsandbytes", "qadapt.recipe"} & set(sys.modules)
+print("HEAVY", sorted(heavy), "SECONDS", seconds)
+"""
+
+
+def test_a_known_model_is_estimated_at_once_without_torch_or_a_recipe() -> None:
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, encoding="utf-8")
+    elapsed = time.perf_counter() - start
+    assert "does not fit" in result.stdout, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("HEAVY [] SECONDS")
+    assert float(last.split()[-1]) < 0.5  # of the processor: other processes may hold the clock up
+    assert elapsed < 5

@@ -1,0 +1,265 @@
+"""The plan against exhaustive search, the ladder's prices against two estimates, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qadapt.errors import BadRecipe, DoesNotFit
+from qadapt.hardware.cards import cards, find_card
+from qadapt.plan.adapters import trainable
+from qadapt.plan.estimate import disk_parts, estimate_step
+from qadapt.plan.fit import Plan, fit
+from qadapt.plan.knobs import KNOBS, PLANNED, micro_batches
+from qadapt.plan.ladder import ladder
+from qadapt.plan.setting import Setting, auto_dtypes, setting_of
+from qadapt.plan.speed import micro_batch_seconds, operations, step_seconds
+from qadapt.recipe import Recipe
+from qadapt.shape import find_shape, known_models
+from qadapt.units import GIB
+from qadapt.view.tables import cards_table
+
+LLAMA = find_shape("meta-llama/Llama-3.1-8B")
+SMALL = find_shape("HuggingFaceTB/SmolLM2-135M")
+CARD = find_card("RTX 4060")
+TIGHT = 1.2  # GiB: less than the small model takes with everything kept, one row at a time
+
+
+def plan_of(budget: float, setting: Setting = Setting(length=512), rows_per_step: int = 12) -> Plan:  # noqa: B008
+    return fit(
+        SMALL, setting, budget_bytes=round(budget * GIB), rows_per_step=rows_per_step, free=PLANNED, card=CARD
+    )
+
+
+@settings(max_examples=25)
+@given(
+    budget=st.floats(0.8, 12),
+    rows_per_step=st.integers(1, 12),
+    length=st.integers(64, 2048),
+    share=st.floats(0.0, 1.0),
+)
+def test_the_plan_is_the_fastest_of_all_that_fit(
+    budget: float, rows_per_step: int, length: int, share: float
+) -> None:
+    setting = Setting(length=length, supervised_share=share)
+    fitting = []
+    for rows, recompute in itertools.product(range(1, rows_per_step + 1), ("all", "none")):
+        changes: dict[str, Any] = {"rows": rows, "recompute": recompute, "accumulates": rows_per_step > rows}
+        tried = dataclasses.replace(setting, **changes)
+        if estimate_step(SMALL, tried, card=CARD).fits(round(budget * GIB)):
+            fitting.append(step_seconds(SMALL, tried, rows_per_step=rows_per_step, card=CARD))
+    if not fitting:
+        with pytest.raises(DoesNotFit):
+            plan_of(budget, setting, rows_per_step)
+        return
+    plan = plan_of(budget, setting, rows_per_step)
+    assert plan.estimate.fits(plan.budget_bytes)
+    assert plan.micro_batches_per_step == micro_batches(rows_per_step, plan.setting.rows)
+    assert plan.seconds_per_step == min(fitting)  # type: ignore[type-var]
+
+
+@given(st.floats(0.8, 20), st.floats(1.0, 2.0))
+def test_more_memory_is_never_slower(budget: float, factor: float) -> None:
+    try:
+        less = plan_of(budget)
+    except DoesNotFit:
+        return
+    more = plan_of(budget * factor)
+    assert less.seconds_per_step is not None and more.seconds_per_step is not None
+    assert more.seconds_per_step <= less.seconds_per_step
+
+
+def test_a_roomy_card_keeps_everything_and_a_tight_one_recomputes() -> None:
+    roomy, tight = plan_of(40), plan_of(TIGHT)
+    assert (roomy.setting.recompute, roomy.setting.rows, roomy.setting.accumulates) == ("none", 12, False)
+    assert tight.setting.recompute == "all"
+    assert tight.setting.rows < 12
+    assert tight.setting.accumulates
+
+
+def test_every_choice_is_given_with_its_price() -> None:
+    reasons = plan_of(TIGHT).reasons
+    assert len(reasons) == len(PLANNED)
+    assert "rows at a time would take" in reasons[0] and "too much" in reasons[0]
+    assert reasons[1].startswith("recompute every layer: keep every layer's activations would take ")
+    assert "MiB more" in reasons[1] or "GiB more" in reasons[1]
+    assert plan_of(40).reasons[0] == "12 rows at a time: there is room for it."
+
+
+def test_knobs_that_are_not_free_stay_where_they_stand() -> None:
+    setting = Setting(length=512, rows=2, recompute="all")
+    plan = fit(SMALL, setting, budget_bytes=40 * GIB, rows_per_step=8, free=frozenset(), card=CARD)
+    assert (plan.setting, plan.micro_batches_per_step, plan.reasons) == (setting, 4, ())
+
+
+def test_without_a_known_speed_the_plan_has_no_seconds_but_is_made() -> None:
+    setting = Setting(length=300, device="cpu", compute_dtype="fp32", adapter_dtype="fp32", optimizer="adamw")
+    plan = fit(SMALL, setting, budget_bytes=20 * GIB, rows_per_step=4, free=PLANNED)
+    assert plan.seconds_per_step is None
+    assert plan.setting.recompute == "none"
+
+
+def test_micro_batches_of_a_step_are_never_needlessly_large() -> None:
+    values = KNOBS[0].values(Setting(), 10)
+    assert values == (10, 5, 4, 3, 2, 1)
+    assert [micro_batches(10, rows) for rows in values] == [1, 2, 3, 4, 5, 10]  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        fit(
+            LLAMA,
+            Setting(length=4096),
+            budget_bytes=round(7.3 * GIB),
+            rows_per_step=16,
+            free=PLANNED,
+            card=CARD,
+        )
+    problem, cure = caught.value.problem, caught.value.cure
+    assert problem.startswith("meta-llama/Llama-3.1-8B at 4,096 tokens needs 12.")
+    assert problem.endswith("7.30 GiB are free on RTX 4060 8GB.")
+    assert cure.startswith("Cheapest change: data.length=512 (-")
+    assert "a larger card, such as the RTX 4060 Ti 16GB" in cure
+
+
+def test_the_ladder_prices_each_change_as_the_difference_of_two_estimates() -> None:
+    setting = Setting(length=2048, rows=8, recompute="none", double_quant=False, optimizer="adamw")
+    changes = ladder(LLAMA, setting, budget_bytes=round(15 * GIB), rows_per_step=8, card=CARD)
+    now = estimate_step(LLAMA, setting, card=CARD)
+    by_text = {change.text: change for change in changes}
+    for text, changed in {
+        "recompute every layer": dataclasses.replace(setting, recompute="all"),
+        "model.double_quant=true": dataclasses.replace(setting, double_quant=True),
+        "train.optimizer=adamw-8bit": dataclasses.replace(setting, optimizer="adamw-8bit"),
+    }.items():
+        then = estimate_step(LLAMA, changed, card=CARD)
+        assert by_text[text].bytes_won == now.needed_bytes - then.needed_bytes > 0
+        assert by_text[text].seconds_lost == pytest.approx(then.seconds_per_step - now.seconds_per_step)  # type: ignore[operator]
+    assert by_text["recompute every layer"].sentence.endswith("s slower per step)")
+    enough = [change.is_enough for change in changes]
+    assert enough == sorted(enough, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"length": 0}, "length = 0: a row needs at least one token."),
+        ({"length": -4}, "length = -4: a row needs at least one token."),
+        ({"rows": 0}, "rows = 0: a step needs at least one row."),
+        (
+            {"length": 9000},
+            "length = 9,000 is above the context of HuggingFaceTB/SmolLM2-135M, 8,192 tokens.",
+        ),
+        ({"rank": 0}, "rank = 0: an adapter needs at least rank 1."),
+        (
+            {"rank": 193},
+            "rank = 193 is above 192, the narrowest adapted layer of HuggingFaceTB/SmolLM2-135M.",
+        ),
+        ({"supervised_share": 1.5}, "supervised share = 1.5: a share lies between 0 and 1."),
+        ({"targets": ("q_prj",)}, "adapter target 'q_prj' is no linear layer of HuggingFaceTB/SmolLM2-135M."),
+    ],
+)
+def test_a_setting_that_is_no_step_is_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadRecipe) as caught:
+        estimate_step(SMALL, dataclasses.replace(Setting(), **changes))
+    assert caught.value.problem == problem
+    assert caught.value.cure
+
+
+def test_a_misspelt_target_is_answered_with_the_nearest_layer() -> None:
+    with pytest.raises(BadRecipe) as caught:
+        estimate_step(SMALL, Setting(targets=("q_prj",)))
+    assert caught.value.cure.startswith("Did you mean `q_proj`?")
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    values = {"model": "smollm2-135m", "data": {"sources": [{"path": "a.jsonl"}]}, "run": {"name": "a"}}
+    return Recipe.model_validate({**values, **sections})
+
+
+def test_a_recipe_becomes_a_setting_by_the_devices_rules() -> None:
+    setting = setting_of(recipe(), SMALL, device="cuda", compute_dtype="bf16", adapter_dtype="bf16")
+    assert (setting.optimizer, setting.rows, setting.recompute) == ("adamw-8bit", 1, "all")
+    assert (setting.length, setting.rank, setting.accumulates) == (2048, 16, True)
+    setting = setting_of(recipe(), SMALL, device="cpu", compute_dtype="fp32", adapter_dtype="fp32")
+    assert setting.optimizer == "adamw"
+    named = recipe(
+        adapter={"dtype": "fp32", "rank": 4},
+        memory={"micro_batch": 3, "recompute": "none", "compute_dtype": "fp16"},
+        train={"rows_per_step": 3, "optimizer": "adamw"},
+    )
+    setting = setting_of(named, SMALL, device="cuda", compute_dtype="bf16", adapter_dtype="bf16")
+    assert (setting.adapter_dtype, setting.compute_dtype, setting.optimizer) == ("fp32", "fp16", "adamw")
+    assert (setting.rows, setting.recompute, setting.accumulates) == (3, "none", False)
+
+
+def test_types_follow_what_the_card_computes_natively() -> None:
+    assert auto_dtypes("cuda", has_bf16=True) == ("bf16", "bf16")
+    assert auto_dtypes("cuda", has_bf16=False) == ("fp16", "fp32")
+    assert auto_dtypes("cpu", has_bf16=True) == ("fp32", "fp32")
+
+
+def test_operations_are_two_per_weight_token_and_pass() -> None:
+    setting = Setting(length=256, recompute="none", supervised_share=0.5)
+    weights = LLAMA.parameters - 2 * LLAMA.embedding_weights - LLAMA.norm_weights
+    dense = 2 * 2 * weights * 256 + 4 * LLAMA.embedding_weights * 128
+    assert operations(LLAMA, setting) == pytest.approx(dense, rel=0.03)  # the rest: scores and adapters
+    recomputed = dataclasses.replace(setting, recompute="all")
+    assert 1.45 < operations(LLAMA, recomputed) / operations(LLAMA, setting) < 1.5
+
+
+def test_an_unknown_speed_gives_no_time() -> None:
+    assert micro_batch_seconds(SMALL, Setting(), find_card("RTX 4050 laptop")) is None
+    assert micro_batch_seconds(SMALL, Setting(), None) is None
+
+
+@given(
+    name=st.sampled_from(sorted(known_models())),
+    length=st.integers(1, 2000),
+    rows=st.integers(1, 9),
+    recompute=st.sampled_from(["all", "none"]),
+    share=st.floats(0, 1),
+)
+def test_an_estimate_is_whole_and_grows_with_the_batch(
+    name: str, length: int, rows: int, recompute: Any, share: float
+) -> None:
+    shape = find_shape(name)
+    setting = Setting(length=length, rows=rows, recompute=recompute, supervised_share=share)
+    estimate = estimate_step(shape, setting)
+    assert all(amount >= 0 for amount in estimate.categories.values())
+    assert estimate.peak_allocated_bytes == max(estimate.phase_bytes.values())
+    assert estimate.disk_bytes == sum(disk_parts(shape, setting).values())
+    assert not estimate.exact
+    larger = estimate_step(shape, dataclasses.replace(setting, rows=rows + 1))
+    assert larger.peak_allocated_bytes >= estimate.peak_allocated_bytes
+    assert trainable(shape, setting) > 0
+
+
+def test_a_thousand_estimates_take_seconds() -> None:
+    start = time.process_time()
+    for rows in range(1, 1001):
+        estimate_step(LLAMA, Setting(rows=rows, length=1024))
+    assert time.process_time() - start < 3
+
+
+def test_cards_against_models_gives_the_longest_row_that_fits() -> None:
+    names = ("RTX 4060", "RTX 3060 12GB", "RTX 4090")
+    table = cards_table([SMALL, LLAMA], [find_card(name) for name in names], 4096, supervised_share=0.5)
+    assert table.lengths[2] == (4096, 4096)
+    eight, twelve = table.lengths[0][1], table.lengths[1][1]
+    assert eight is not None and twelve is not None and eight < twelve
+    lines = table.markdown().splitlines()
+    assert lines[0] == "| card | SmolLM2-135M | Llama-3.1-8B |"
+    assert lines[-1] == "| RTX 4090 24GB | 4,096 | 4,096 |"
+    assert len(lines) == 5
+
+
+def test_a_model_that_no_length_fits_is_a_dash() -> None:
+    laptop = [card for card in cards() if card.name == "RTX 3050 Laptop 4GB"]
+    assert "–" in cards_table([LLAMA], laptop, 4096).markdown()
