@@ -6,6 +6,8 @@ Three moments are compared, and the highest one is the estimate (`peak_phase`):
     layer    the same without logits (unless held), and the last layer going backward, recomputed if need be
     update   adapters, gradients, states and the optimizer's own temporaries; no activations
 
+An evaluation with the same micro-batch stays below the loss moment: nothing is kept, nothing goes backward.
+
 The static categories are exact to the byte. What activations and kernels take is not shown to be exact:
 `RELATIVE_ERROR` covers what was found against ledgers of real steps on a CPU (`tests/test_estimate.py`) and
 published peaks (`tools/bench/estimate_rows.py`). Reserved bytes are a range: published ratios of reserved to

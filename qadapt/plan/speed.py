@@ -18,6 +18,9 @@ from qadapt.shape import ModelShape
 
 EFFICIENCY = 0.55
 """Share of the matrix product's speed that a whole step reaches: assumed, 0.3 to 0.75 are seen."""
+LAUNCH_SECONDS = 2e-3
+"""Least time of one layer in one pass: the processor launching some hundred kernels. Assumed; it binds small
+models (a published T4 host took about 3 ms)."""
 BANDWIDTH_SHARE = 0.7
 """Share of the bandwidth that dequantization reaches: assumed."""
 FP32_FACTOR = 4
@@ -53,7 +56,8 @@ def micro_batch_seconds(shape: ModelShape, setting: Setting, card: Card | None) 
         return None
     slower = FP32_FACTOR if setting.compute_dtype == "fp32" else 1
     computing = operations(shape, setting) * slower / (card.tflops * 1e12 * EFFICIENCY)
-    return computing + moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
+    moving = moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
+    return max(computing + moving, shape.layers * passes(setting) * LAUNCH_SECONDS)
 
 
 def step_seconds(

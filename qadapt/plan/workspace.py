@@ -3,6 +3,8 @@
 CUDA figures are from sources, not measured here: cuBLAS workspaces from PyTorch's `CUDABlas`
 (`:4096:2:16:8`; 32 MiB on compute capability 9, 10, 12), FlashAttention-2's backward from its fp32
 accumulator for dq and its expanded dk, dv under grouped queries. No GPU has confirmed them for this step.
+Not counted: before compute capability 8.0 there is no FlashAttention, and fused attention with grouped
+queries may fall back to one that makes T x T scores.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class EstimateTable:
             table.add_row("reserved", f"{low} to {high} with memory to spare; less under pressure")
         table.add_row("host", f"{format_bytes(estimate.host_bytes)} of memory, {_disk(self.shape, estimate)}")
         table.add_row("time", self._time())
-        table.add_row("precision", precision_words(estimate))
+        table.add_row("precision", precision_words(estimate, self.target))
         return table
 
     def _time(self) -> str:
@@ -151,12 +151,14 @@ def verdict(estimate: Estimate, target: Target) -> Text:
     return Text.assemble((word, style), amounts, (f" ({target.assumption})", "dim"))
 
 
-def precision_words(estimate: Estimate) -> str:
+def precision_words(estimate: Estimate, target: Target) -> str:
     """What is exact, what is a range, what nobody has measured."""
     shares = f"{estimate.relative_error:.0%}"
     text = f"what stays is exact to the byte, what comes and goes within {shares}"
     if estimate.setting.device == "cuda":
         text += "; context and reserved bytes are ranges; no GPU has confirmed this step"
+    if estimate.setting.device == "cuda" and not target.has_bf16:
+        text += "; Turing may compute attention with T x T scores, which are not counted"
     return text
 
 
