@@ -22,6 +22,8 @@ class Repository:
     is_gated: bool = False
     cuts: list[int] = field(default_factory=list)
     """Bytes after which the next downloads of weights break off, one entry each."""
+    weights_status: int = 200
+    """With another status the host of the weights refuses them."""
     stated_sizes: dict[str, int] = field(default_factory=dict)
     """Sizes that the listing states instead of the true ones."""
     served: dict[str, bytes] = field(default_factory=dict)
@@ -133,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "EntryNotFound")
         elif file.endswith(".safetensors") and not is_cdn:
             self.redirect(repository.files[file])
+        elif is_cdn and repository.weights_status != 200:
+            self.send(repository.weights_status, {}, b"no")
         else:
             self.content(repository, file, is_head=is_head)
 

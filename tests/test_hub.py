@@ -176,10 +176,21 @@ def test_gated_model_without_access_never_shows_the_token(
 def test_unknown_model_and_unknown_revision_are_told_apart(
     hub: Hub, tiny: Repository, tmp_path: Path
 ) -> None:
-    with pytest.raises(HubRefused, match="owner/none does not exist on the hub, or is private"):
+    with pytest.raises(HubRefused, match="owner/none is no folder here, and it does not exist on the hub"):
         fetch(hub, tmp_path, "owner/none")
     with pytest.raises(HubRefused, match="has no revision 'v9'"):
         fetch(hub, tmp_path, revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("status", "problem"), [(403, "does not let this account or token read"), (503, "with status 503")]
+)
+def test_host_of_the_weights_that_refuses_is_one_clear_error(
+    hub: Hub, tiny: Repository, tmp_path: Path, status: int, problem: str
+) -> None:
+    tiny.weights_status = status
+    with pytest.raises(HubRefused, match=problem):
+        fetch(hub, tmp_path)
 
 
 def test_commit_can_be_asked_for(hub: Hub, tiny: Repository, tmp_path: Path) -> None:

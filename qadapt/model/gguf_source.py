@@ -152,6 +152,8 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 
 
 def _convert(reader: gguf.GGUFReader, path: Path, *, folder: Path, report: Report) -> None:
+    size = path.stat().st_size
+    report(f"reading the configuration in {path.name}", 0, size)
     config, shapes = read_gguf_config(reader, path)
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
     require_free(folder, total, purpose=f"Converting {path.name}")
@@ -163,7 +165,9 @@ def _convert(reader: gguf.GGUFReader, path: Path, *, folder: Path, report: Repor
         dtype = "BF16"  # the same names and sizes: the files are written over
         _write_weights(sources, dtype, path=path, folder=folder, report=report)
     write_config(config, folder, dtype={"F16": "float16", "BF16": "bfloat16"}[dtype])
+    report(f"reading the tokenizer in {path.name}", 0, size)
     write_tokenizer(path, folder)
+    report(f"reading the tokenizer in {path.name}", size, size)
 
 
 def _sources(

@@ -242,7 +242,8 @@ def _hub_errors(name: str, *, revision: str | None, endpoint: str | None) -> Ite
         ) from None
     except RepositoryNotFoundError:
         raise HubRefused(
-            f"{name} does not exist on the hub, or is private and this account may not see it.",
+            f"{name} is no folder here, and it does not exist on the hub, "
+            "or is private and not for this account.",
             cure=f"Check the spelling on {page}; for a private model log in with `hf auth login`.",
         ) from None
     except HfHubHTTPError as error:

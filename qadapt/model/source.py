@@ -66,18 +66,18 @@ def find_model(
     """
     place = Path(source).expanduser()
     kept = cache or cache_folder()
-    is_hub_id = _HUB_ID.fullmatch(source) is not None
-    if revision is not None and (source == SMOLLM2.alias or place.exists()):
+    is_alias = source.lower() == SMOLLM2.alias
+    if revision is not None and (is_alias or place.exists()):
         raise BadModel(
             f"{source} has no revisions ({revision!r}): only hub models do.", cure="Leave the revision out."
         )
-    if source == SMOLLM2.alias:
+    if is_alias:
         return _converted(source, lambda: _packaged_folder(SMOLLM2, cache=kept, report=report))
     if place.is_dir():
         return ModelFiles(source, place.resolve(), None, checked_folder(place, name=source))
     if place.is_file() and place.suffix.lower() == ".gguf":
         return _converted(source, lambda: folder_from_gguf(place, cache=kept, report=report))
-    if is_hub_id and place.suffix.lower() != ".gguf":
+    if _HUB_ID.fullmatch(source) and place.suffix.lower() != ".gguf":
         from qadapt.model.hub import snapshot
 
         found = snapshot(source, revision=revision, cache=cache, endpoint=endpoint, report=report)
