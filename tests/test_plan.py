@@ -28,6 +28,7 @@ from qadapt.view.tables import cards_table
 LLAMA = find_shape("meta-llama/Llama-3.1-8B")
 SMALL = find_shape("HuggingFaceTB/SmolLM2-135M")
 CARD = find_card("RTX 4060")
+KNOB = {knob.name: knob for knob in KNOBS}
 TIGHT = 1.2  # GiB: less than the small model takes with everything kept, one row at a time
 
 
@@ -109,6 +110,15 @@ def test_micro_batches_of_a_step_are_never_needlessly_large() -> None:
     values = KNOBS[0].values(Setting(), 10)
     assert values == (10, 5, 4, 3, 2, 1)
     assert [micro_batches(10, rows) for rows in values] == [1, 2, 3, 4, 5, 10]  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 131_072))
+def test_shorter_lengths_fall_in_steps_of_a_quarter_or_so(length: int) -> None:
+    lengths = KNOB["length"].values(Setting(length=length), 1)
+    assert lengths[0] == length
+    assert list(lengths) == sorted(set(lengths), reverse=True)  # type: ignore[type-var]
+    assert all(each >= 256 and each % 64 == 0 for each in lengths[1:])  # type: ignore[operator]
+    assert KNOB["length"].values(Setting(length=2048), 1) == (2048, 1536, 1024, 768, 512, 384, 256)
 
 
 def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:

@@ -65,6 +65,12 @@ def _halves(value: int, least: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def _lengths(length: int) -> tuple[int, ...]:
+    """The length, then three quarters and a half of it, and so on, in whole 64s down to 256."""
+    shorter = (whole // 4 * part // 64 * 64 for whole in _halves(length, 256) for part in (3, 2))
+    return (length, *dict.fromkeys(each for each in shorter if 256 <= each < length))
+
+
 def _rows_text(value: Value) -> str:
     return "1 row at a time" if value == 1 else f"{value} rows at a time"
 
@@ -103,7 +109,7 @@ KNOBS: tuple[Knob, ...] = (
         "length",
         "length",
         3,
-        lambda setting, _: _halves(setting.length, 256),
+        lambda setting, _: _lengths(setting.length),
         lambda value: f"data.length={value}",
     ),
     Knob(

@@ -50,10 +50,10 @@ class EstimateTable:
         yield self._facts(options.max_width)
         if self.changes:
             yield Text("\nWhat would make it fit, cheapest first:", style="bold")
-            for change in self.changes:
-                mark, style = ("•", "") if change.is_enough else ("◦", "dim")
-                note = "" if change.is_enough else "; not enough alone"
-                yield Text(f"  {'-' if options.ascii_only else mark} {change.sentence}{note}", style=style)
+            lines = [
+                Text(change.sentence) if change.is_enough else _not_enough(change) for change in self.changes
+            ]
+            yield bullets(lines, is_ascii=options.ascii_only)
 
     def _title(self) -> Text:
         text = Text(self.shape.name, style="bold")
@@ -115,8 +115,7 @@ class PlanTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table
         yield Text("\nThe plan, each choice with its price:", style="bold")
-        for reason in self.reasons:
-            yield Text(f"  {'-' if options.ascii_only else '•'} {reason}")
+        yield bullets([Text(reason) for reason in self.reasons], is_ascii=options.ascii_only)
 
 
 def setting_words(setting: Setting) -> str:
@@ -160,6 +159,20 @@ def precision_words(estimate: Estimate, target: Target) -> str:
     if estimate.setting.device == "cuda" and not target.has_bf16:
         text += "; Turing may compute attention with T x T scores, which are not counted"
     return text
+
+
+def bullets(lines: Sequence[Text], *, is_ascii: bool = False) -> Table:
+    """A list whose longer lines go on under their first word."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(width=3, justify="right")
+    table.add_column()
+    for line in lines:
+        table.add_row("-" if is_ascii else "•", line)
+    return table
+
+
+def _not_enough(change: Change) -> Text:
+    return Text(f"{change.sentence}; not enough alone", style="dim")
 
 
 def bar(share: float, width: int, *, is_ascii: bool = False) -> str:
