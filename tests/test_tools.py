@@ -260,7 +260,11 @@ def test_the_stamp_changes_with_what_is_installed(monkeypatch: pytest.MonkeyPatc
             "out of reach",
         ),
         ("ERROR: Could not install: [Errno 28] No space left on device", "no room on the disk"),
-        ("ERROR: No matching distribution found for torch==2.13.0", "has no torch==2.13.0"),
+        (
+            "(from versions: none)\nERROR: No matching distribution found for hatchling",
+            "out of reach, or has no",
+        ),
+        ("ERROR: No matching distribution found for torch==2.13.0", "index has no torch==2.13.0"),
         (
             "Collecting x\nERROR: metadata is broken\n",
             "could not install the libraries: ERROR: metadata is broken",

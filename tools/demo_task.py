@@ -15,10 +15,11 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Message = dict[str, str]
-Row = dict[str, list[Message]]
+if TYPE_CHECKING:  # so that a Python that is too old can still read this file, and be told so
+    Message = dict[str, str]
+    Row = dict[str, list[Message]]
 
 TRAINING_ROWS = 640
 HELD_OUT_ROWS = 64

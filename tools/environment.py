@@ -145,19 +145,21 @@ def _install(kind: str) -> None:
     said = _run_with_status([*pip, "install", *options, "--editable", f"{ROOT}[dev]"])
     if said is None:
         return
-    if re.search(r"(NewConnectionError|ConnectTimeout|NameResolution|ProxyError|Read timed out)", said):
+    missing = re.findall(r"No matching distribution found for (\S+)", said)
+    if re.search(r"NewConnectionError|ConnectTimeout|NameResolution|ProxyError|Read timed out", said):
         problem = "The package index is out of reach."
         cure = "Connect to the network (or set pip's index) and run the same command again; it goes on."
     elif "No space left" in said:
         problem, cure = f"There is no room on the disk for {VENV}.", "Free about 3 GB and run this again."
-    elif found := re.findall(r"No matching distribution found for (\S+)", said):
-        problem = f"The package index has no {found[-1]} for this Python and system."
+    elif missing and "(from versions: none)" in said:
+        problem = f"The package index is out of reach, or has no {missing[-1]} for this Python and system."
+        cure = "Check the network and pip's index; else use Python 3.11 to 3.13 on a 64-bit system."
+    elif missing:
+        problem = f"The package index has no {missing[-1]} for this Python and system."
         cure = f"Use Python 3.11 to 3.13 on a 64-bit system, or change the pin in {CONSTRAINTS}."
     else:
-        problem, cure = (
-            f"pip could not install the libraries: {_last_line(said)}",
-            f"All it said is in {LOG}.",
-        )
+        problem = f"pip could not install the libraries: {_last_line(said)}"
+        cure = f"All it said is in {LOG}."
     raise CannotSetUp(problem, cure)
 
 
@@ -165,23 +167,15 @@ def _run_with_status(command: list[str]) -> str | None:
     """Runs pip with what it is at as one changing line; all of its output if it fails, else None."""
     said = []
     is_live = sys.stdout.isatty()
-    with (
-        LOG.open("w", encoding="utf-8", buffering=1) as log,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        ) as pip,
-    ):
-        assert pip.stdout is not None
-        for line in pip.stdout:
-            log.write(line)
-            said.append(line)
-            if is_live and line.startswith(("Collecting", "Downloading", "  Downloading", "Installing")):
-                print(f"\r\x1b[K  {line.strip()[:76]}", end="", flush=True)
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    # Two statements, because a Python that is too old has to read this file to be told so.
+    with LOG.open("w", encoding="utf-8", buffering=1) as log:  # noqa: SIM117
+        with subprocess.Popen(command, **piped) as pip:  # type: ignore[call-overload]
+            for line in pip.stdout:
+                log.write(line)
+                said.append(line)
+                if is_live and line.startswith(("Collecting", "Downloading", "  Downloading", "Installing")):
+                    print(f"\r\x1b[K  {line.strip()[:76]}", end="", flush=True)
     if is_live:
         print("\r\x1b[K", end="", flush=True)
     return None if pip.returncode == 0 else "".join(said)
