@@ -122,7 +122,7 @@ def test_the_table_shows_categories_verdict_and_ladder() -> None:
         "recompute boundaries      512.0 MiB",
         "does not fit: 9.33 ± ",
         "of 7.06 GiB free on RTX 4060 8GB",
-        "at the loss: the logits and their gradient",
+        "at the loss: the logits and their gradient; every token counted",
         "per 1,000 steps",
         "data.length=512 (-",
         "no GPU has confirmed this step",
@@ -192,6 +192,9 @@ def test_a_recipe_is_planned_with_reasons(recipe: Path) -> None:
     assert values["fits"]
     assert len(values["reasons"]) == 2
     assert values["micro_batches_per_step"] * values["setting"]["rows"] >= 16
+    answers = values_of("plan", str(recipe), "--card", "RTX 3060 12GB", "--supervised", "0.2")
+    assert answers["setting"]["supervised_share"] == 0.2
+    assert answers["seconds_per_1000_steps"] < values["seconds_per_1000_steps"]
     output = run("plan", str(recipe), "--card", "RTX 3060 12GB")
     assert "The plan, each choice with its price:" in output
     assert "rows at a time" in output or "row at a time" in output

@@ -21,6 +21,10 @@ CardOption = Annotated[
     str | None, typer.Option(help="A card, such as `RTX 4060`; `--cards` lists them. Default: this machine.")
 ]
 VramOption = Annotated[str | None, typer.Option(help="What is free on the card, such as 7.3GiB.")]
+SupervisedOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the tokens that the loss counts, such as 0.4. Default: all, the worst case."),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the values as JSON (schemas/estimate.schema.json).")
 ]
@@ -40,9 +44,7 @@ def estimate(
     rows: Annotated[int | None, typer.Option(help="Rows in one forward pass.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     recompute: Annotated[str | None, typer.Option(help="all or none: activation checkpointing.")] = None,
-    supervised: Annotated[
-        float | None, typer.Option(help="Share of the tokens that the loss counts; unknown counts as all.")
-    ] = None,
+    supervised: SupervisedOption = None,
     models: Annotated[bool, typer.Option("--models", help="List the known models and leave.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="List the known cards and leave.")] = False,
     json: JsonOption = False,
@@ -81,6 +83,7 @@ def plan(
     *,
     card: CardOption = None,
     vram: VramOption = None,
+    supervised: SupervisedOption = None,
     json: JsonOption = False,
 ) -> None:
     """The fastest way to run a recipe within a card's memory, each choice with its price.
@@ -91,6 +94,8 @@ def plan(
     from qadapt.view.tables import EstimateTable, PlanTable
 
     question = ask_recipe(recipe, overrides or (), card=card, vram=vram)
+    if supervised is not None:
+        question = question.changed({"supervised_share": supervised})
     found = question.plan()
     if json:
         record = plan_record(

@@ -83,7 +83,9 @@ class EstimateTable:
         table = Table.grid(padding=(0, 1, 0, 0))
         table.add_column(width=9, no_wrap=True, style="dim")
         table.add_column(max_width=max(20, width - 11))
-        table.add_row("peak", PHASES[estimate.peak_phase])
+        is_worst = estimate.peak_phase == "loss" and estimate.setting.supervised_share == 1
+        note = "; every token counted, the worst case (--supervised)" if is_worst else ""
+        table.add_row("peak", f"{PHASES[estimate.peak_phase]}{note}")
         if estimate.context_bytes:
             low, high = (format_bytes(amount) for amount in estimate.context_range_bytes)
             context = f"{format_bytes(estimate.context_bytes)} assumed, {low} to {high} seen"
