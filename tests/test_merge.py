@@ -218,6 +218,14 @@ def test_progress_counts_every_byte_once(tiny, tmp_path):
     assert (last.form, last.base, last.folder) == ("merged-fp16", "dequantized", str(tmp_path / "out"))
 
 
+def test_merge_leaves_the_number_of_threads_as_it_was(tiny, tmp_path, llama_adapter):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for _ in merge(model_folder=tiny("llama"), adapter_folder=llama_adapter, target=tmp_path / "out"):
+        assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def llama_adapter(tiny, tmp_path) -> Path:
     make_adapter(AutoModelForCausalLM.from_pretrained(tiny("llama")), tmp_path / "adapter")

@@ -19,6 +19,7 @@ import torch
 from qadapt.errors import BadExport
 from qadapt.export.adapter import Adapter, Update
 from qadapt.export.nf4 import Rows, dequantized_rows, row_grid
+from qadapt.export.threads import one_thread
 from qadapt.model.shards import TensorEntry
 from qadapt.model.tensor_files import TensorReader, row_elements, rows_of
 from qadapt.model.tensor_values import TORCH_DTYPES, bytes_of, tensor_of
@@ -74,13 +75,14 @@ class MergedRows:
         update = self._adapter.update(entry.name) if entry.name in self._adapted else None
         for first in range(0, rows_of(source), chunk):
             last = min(first + chunk, rows_of(source))
-            merged = rows(first, last)
-            if entry.dtype in FLOATS:
-                merged = merged.float()  # torch converts bf16 to fp16 many times faster by way of fp32
-                if update is not None:
-                    merged = _updated(merged, update, first, last)
-                _check_range(entry, merged)
-                merged = merged.to(TORCH_DTYPES[entry.dtype])
+            with one_thread():
+                merged = rows(first, last)
+                if entry.dtype in FLOATS:
+                    merged = merged.float()  # torch converts bf16 to fp16 many times faster by way of fp32
+                    if update is not None:
+                        merged = _updated(merged, update, first, last)
+                    _check_range(entry, merged)
+                    merged = merged.to(TORCH_DTYPES[entry.dtype])
             yield bytes_of(merged)
 
     def _chunk_rows(self, source: TensorEntry) -> int:

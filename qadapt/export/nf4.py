@@ -24,6 +24,8 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
+from qadapt.export.threads import one_thread
+
 BLOCK = 64
 _SCALE_BLOCK = 256
 _SMALLEST_SCALE = 1e-38
@@ -73,12 +75,13 @@ def _stored_scales(
     rows: Rows, *, shape: tuple[int, int], dtype: torch.dtype, chunk_rows: int
 ) -> torch.Tensor:
     """The scales of all blocks after their own 8-bit round trip."""
-    scales = torch.cat(
-        [
-            _scales(rows(first, min(first + chunk_rows, shape[0])).to(dtype))
-            for first in range(0, shape[0], chunk_rows)
-        ]
-    )
+    with one_thread():
+        scales = torch.cat(
+            [
+                _scales(rows(first, min(first + chunk_rows, shape[0])).to(dtype))
+                for first in range(0, shape[0], chunk_rows)
+            ]
+        )
     mean = scales.mean()
     codes, state = quantize_blockwise(scales - mean, blocksize=_SCALE_BLOCK)
     restored: torch.Tensor = dequantize_blockwise(codes, state)
