@@ -49,12 +49,14 @@ def test_the_plan_is_the_fastest_of_all_that_fit(
     budget: float, rows_per_step: int, length: int, share: float
 ) -> None:
     setting = Setting(length=length, supervised_share=share)
-    fitting = []
+    fitting: list[float] = []
     for rows, recompute in itertools.product(range(1, rows_per_step + 1), ("all", "none")):
         changes: dict[str, Any] = {"rows": rows, "recompute": recompute, "accumulates": rows_per_step > rows}
         tried = dataclasses.replace(setting, **changes)
         if estimate_step(SMALL, tried, card=CARD).fits(round(budget * GIB)):
-            fitting.append(step_seconds(SMALL, tried, rows_per_step=rows_per_step, card=CARD))
+            seconds = step_seconds(SMALL, tried, rows_per_step=rows_per_step, card=CARD)
+            assert seconds is not None
+            fitting.append(seconds)
     if not fitting:
         with pytest.raises(DoesNotFit):
             plan_of(budget, setting, rows_per_step)
@@ -62,7 +64,7 @@ def test_the_plan_is_the_fastest_of_all_that_fit(
     plan = plan_of(budget, setting, rows_per_step)
     assert plan.estimate.fits(plan.budget_bytes)
     assert plan.micro_batches_per_step == micro_batches(rows_per_step, plan.setting.rows)
-    assert plan.seconds_per_step == min(fitting)  # type: ignore[type-var]
+    assert plan.seconds_per_step == pytest.approx(min(fitting), rel=1e-4)  # whole learned tokens, rounded up
 
 
 @given(st.floats(0.8, 20), st.floats(1.0, 2.0))
