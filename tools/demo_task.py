@@ -52,8 +52,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# The held-out words are everyday ones, which the tokenizer of the demo's model writes as one or two tokens: the
-# task is to read an order, not to spell.
+# The held-out words are everyday ones, one or two tokens each for the demo's model: the task is to read an
+# order, not to spell.
 TRAINING = Words(
     names=_words(
         "Marta Jonas Aisha Pedro Lena Omar Ruth Felix Nadia Bruno Clara Viktor Sofia Hugo Amira Paul "
