@@ -20,9 +20,9 @@ from peft import PeftModel
 from qadapt.adapters.facts import AdapterFacts, read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.rows import Rows, cut_rows
+from qadapt.data.rows import cut_rows
 from qadapt.errors import BadRun
-from qadapt.events import AdapterAttached, Event, Resumed, RunFinished, RunStarted, Stopped, Warned
+from qadapt.events import AdapterAttached, Event, Resumed, RunFinished, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
 from qadapt.model.load import load_base
@@ -32,18 +32,18 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder, create_run, discard_run, find_run
 from qadapt.run_parts import (
+    Material,
     adapt,
     adapter_facts,
     conversations_to_evaluate,
     environment,
-    find_base,
     find_same_base,
-    ingredients,
     loop_settings,
     make_plan,
     optimizer_of,
     place_base,
-    prepare_rows,
+    prepare,
+    started,
 )
 from qadapt.stage import with_progress
 from qadapt.train.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_newest
@@ -76,24 +76,14 @@ def train(recipe: Recipe) -> Iterator[Event]:
 
 def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
     quiet_libraries()
-    files = yield from with_progress("finding the base", lambda report: find_base(recipe, report))
-    contract, rows = yield from prepare_rows(recipe, files)
-    plan = make_plan(recipe, files, contract, rows)
+    material = yield from prepare(recipe)
+    plan = make_plan(recipe, material)
     run.recipe.write_text(dump_yaml(recipe), encoding="utf-8")
     run.write_json(run.plan, plan.values())
     run.write_json(run.environment, environment())
-    yield RunStarted(
-        name=recipe.run.name,
-        model=files.name,
-        method=f"{recipe.adapter.method}, rank {recipe.adapter.rank}",
-        device=plan.device,
-        steps=plan.steps,
-    )
+    yield started(recipe, plan)
     yield plan.event()
-    base = yield from place_base(recipe, plan, files)
-    model = yield from adapt(recipe, plan, base)
-    facts = adapter_facts(recipe, plan, files, contract)
-    yield from _steps(recipe, plan, run, model=model, rows=rows, facts=facts)
+    yield from _steps(recipe, plan, run, material=material)
 
 
 def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
@@ -115,6 +105,8 @@ def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
 def _resumed_run(run: RunFolder) -> Iterator[Event]:
     quiet_libraries()
     recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
+    yield started(recipe, plan)
+    yield plan.event()
     checkpoint, problems = load_newest(run.path)
     for problem in problems:
         yield Warned(message=problem, cure="The checkpoint before it is used.")
@@ -123,13 +115,9 @@ def _resumed_run(run: RunFolder) -> Iterator[Event]:
             f"The run {recipe.run.name} has no whole checkpoint to go on from.",
             cure=f"Delete {run.path} and train anew.",
         )
-    files = yield from with_progress("finding the base", lambda report: find_base(recipe, report))
-    contract, rows = yield from prepare_rows(recipe, files)
-    plan.ingredients.check_same(ingredients(files, contract, rows))
-    base = yield from place_base(recipe, plan, files)
-    model = yield from adapt(recipe, plan, base)
-    facts = adapter_facts(recipe, plan, files, contract)
-    yield from _steps(recipe, plan, run, model=model, rows=rows, facts=facts, checkpoint=checkpoint)
+    material = yield from prepare(recipe)
+    plan.ingredients.check_same(material.ingredients)
+    yield from _steps(recipe, plan, run, material=material, checkpoint=checkpoint)
 
 
 def _steps(
@@ -137,18 +125,18 @@ def _steps(
     plan: StoredPlan,
     run: RunFolder,
     *,
-    model: PeftModel,
-    rows: Rows,
-    facts: AdapterFacts,
+    material: Material,
     checkpoint: Checkpoint | None = None,
 ) -> Iterator[Event]:
     start = time.monotonic()
-    torch.manual_seed(recipe.train.seed)
     with PeakMeter(choose_device(plan.device)) as meter:
+        base = yield from place_base(recipe, plan, material.files)
+        model = yield from adapt(recipe, plan, base)
+        torch.manual_seed(recipe.train.seed)
         loop = Loop(
             model,
             optimizer_of(recipe, plan, model),
-            rows=rows,
+            rows=material.rows,
             settings=loop_settings(recipe, plan),
             run_folder=run.path,
             meter=meter,
@@ -162,6 +150,7 @@ def _steps(
             yield event
             if isinstance(event, Stopped):
                 return
+    facts = adapter_facts(recipe, plan, material)
     yield _finish(loop, model, run, facts=facts, seconds=time.monotonic() - start)
 
 

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -16,14 +17,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
-from qadapt.adapters.lora import attach_lora, trainable
+from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.formats import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, read_rows, split_conversations
 from qadapt.data.sources import read_conversations
 from qadapt.engine.recompute import recompute_all
 from qadapt.errors import BadRun
-from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, StageStarted, Warned
+from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
 from qadapt.model.cache import ignore
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
@@ -31,15 +32,60 @@ from qadapt.model.source import ModelFiles, find_model
 from qadapt.planning import AdapterType, ComputeType, ask_of
 from qadapt.recipe import Recipe
 from qadapt.shape import find_shape
-from qadapt.stage import Report
+from qadapt.stage import Report, with_progress
 from qadapt.train.loop import LoopSettings
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.stored_plan import Ingredients, StoredPlan
 
 
-def find_base(recipe: Recipe, report: Report) -> ModelFiles:
-    """The files of the recipe's model, fetched or converted the first time."""
-    return find_model(recipe.model.source, revision=recipe.model.revision, report=report)
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of before anything is on the device."""
+
+    files: ModelFiles
+    contract: PromptContract
+    rows: Rows
+
+    @property
+    def ingredients(self) -> Ingredients:
+        """What must be the same when the run is resumed."""
+        return Ingredients(
+            base=self.files.fingerprint, template=self.contract.fingerprint, rows=self.rows.fingerprint
+        )
+
+
+def prepare(recipe: Recipe) -> Generator[Event, None, Material]:
+    """Finds the recipe's base, fetching or converting it the first time, and reads its rows."""
+    model = recipe.model
+    files = yield from with_progress(
+        "finding the base", lambda report: find_model(model.source, revision=model.revision, report=report)
+    )
+    yield StageStarted(stage="reading the rows")
+    contract = load_contract(files.folder)
+    rows = _read_rows(recipe, contract)
+    for message, cure in rows.warnings:
+        yield Warned(message=message, cure=cure)
+    yield DataReady(
+        rows=len(rows.train),
+        held_out_rows=len(rows.held_out),
+        tokens=rows.tokens,
+        supervised_tokens=rows.supervised_tokens,
+        truncated_rows=rows.truncated,
+        longest_row_tokens=rows.longest,
+    )
+    return Material(files, contract, rows)
+
+
+def _read_rows(recipe: Recipe, contract: PromptContract) -> Rows:
+    data = recipe.data
+    return read_rows(
+        [(Path(source.path), source.limit) for source in data.sources],
+        contract,
+        form=data.format,
+        held_out=Path(data.held_out) if data.held_out is not None else data.held_out_fraction,
+        length=data.length,
+        seed=recipe.train.seed,
+    )
 
 
 def find_same_base(facts: AdapterFacts, report: Report = ignore) -> ModelFiles:
@@ -55,32 +101,6 @@ def find_same_base(facts: AdapterFacts, report: Report = ignore) -> ModelFiles:
             cure="Put the files back as they were.",
         )
     return files
-
-
-def prepare_rows(recipe: Recipe, files: ModelFiles) -> Generator[Event, None, tuple[PromptContract, Rows]]:
-    """Reads the recipe's rows by the model's prompt contract."""
-    yield StageStarted(stage="reading the rows")
-    data = recipe.data
-    contract = load_contract(files.folder)
-    rows = read_rows(
-        [(Path(source.path), source.limit) for source in data.sources],
-        contract,
-        form=data.format,
-        held_out=Path(data.held_out) if data.held_out is not None else data.held_out_fraction,
-        length=data.length,
-        seed=recipe.train.seed,
-    )
-    for message, cure in rows.warnings:
-        yield Warned(message=message, cure=cure)
-    yield DataReady(
-        rows=len(rows.train),
-        held_out_rows=len(rows.held_out),
-        tokens=rows.tokens,
-        supervised_tokens=rows.supervised_tokens,
-        truncated_rows=rows.truncated,
-        longest_row_tokens=rows.longest,
-    )
-    return contract, rows
 
 
 def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Conversation]:
@@ -104,24 +124,19 @@ def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Convers
     return apart
 
 
-def ingredients(files: ModelFiles, contract: PromptContract, rows: Rows) -> Ingredients:
-    """What must be the same when the run is resumed."""
-    return Ingredients(base=files.fingerprint, template=contract.fingerprint, rows=rows.fingerprint)
-
-
-def make_plan(recipe: Recipe, files: ModelFiles, contract: PromptContract, rows: Rows) -> StoredPlan:
+def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
     """The fastest setting that fits this machine now, for the rows as they are.
 
     Raises:
         BadRecipe: The recipe asks for something this device or model has not.
         DoesNotFit: No setting fits; the cure lists the cheapest changes.
     """
-    device = choose_device(recipe.memory.device)
+    device, rows = choose_device(recipe.memory.device), material.rows
     compute_dtype = choose_compute_dtype(recipe.memory.compute_dtype, device)
     adapter_dtype = choose_adapter_dtype(recipe.adapter.dtype, compute_dtype)
     question = ask_of(
         recipe,
-        shape=find_shape(str(files.folder)),
+        shape=find_shape(str(material.files.folder)),
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
     share = rows.supervised_tokens / rows.tokens
@@ -138,7 +153,18 @@ def make_plan(recipe: Recipe, files: ModelFiles, contract: PromptContract, rows:
         predicted_peak_bytes=plan.estimate.peak_allocated_bytes,
         budget_bytes=plan.budget_bytes,
         reasons=tuple(plan.reasons),
-        ingredients=ingredients(files, contract, rows),
+        ingredients=material.ingredients,
+    )
+
+
+def started(recipe: Recipe, plan: StoredPlan) -> RunStarted:
+    """What is trained on what."""
+    return RunStarted(
+        name=recipe.run.name,
+        model=recipe.model.source,
+        method=f"{recipe.adapter.method}, rank {recipe.adapter.rank}",
+        device=plan.device,
+        steps=plan.steps,
     )
 
 
@@ -186,15 +212,8 @@ def adapt(recipe: Recipe, plan: StoredPlan, base: PreTrainedModel) -> Generator[
     """Attaches the recipe's adapter to the base."""
     adapter = recipe.adapter
     base_parameters = base.num_parameters()
-    model = attach_lora(
-        base,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        dtype=DTYPES[plan.adapter_dtype],
-        seed=recipe.train.seed,
-    )
+    lora = Lora(rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets)
+    model = attach_lora(base, lora, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed)
     trained = trainable(model)
     yield AdapterAttached(
         trainable=sum(parameter.numel() for parameter in trained.values()),
@@ -235,16 +254,14 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
     )
 
 
-def adapter_facts(
-    recipe: Recipe, plan: StoredPlan, files: ModelFiles, contract: PromptContract
-) -> AdapterFacts:
+def adapter_facts(recipe: Recipe, plan: StoredPlan, material: Material) -> AdapterFacts:
     """What the adapter is trained on, to stand beside it."""
     return AdapterFacts(
-        base=files.name,
-        revision=files.revision,
-        fingerprint=files.fingerprint,
+        base=material.files.name,
+        revision=material.files.revision,
+        fingerprint=material.files.fingerprint,
         quantization=recipe.model.quantization,
         double_quant=recipe.model.double_quant,
         load_dtype=plan.compute_dtype,
-        prompt_fingerprint=contract.fingerprint,
+        prompt_fingerprint=material.contract.fingerprint,
     )

@@ -92,7 +92,7 @@ def test_a_template_that_cannot_be_proven_is_refused(tiny_model: TinyModel) -> N
     contract.tokenizer.chat_template = (
         "{% for message in messages|reverse %}{{ message['content'] }}|{% endfor %}"
     )
-    with pytest.raises(BadData, match="row 1: .*continuation"):
+    with pytest.raises(BadData, match=r"row 1: .*continuation"):
         contract.encode(conversation(("user", "one?"), ("assistant", "alpha")))
 
 
@@ -143,7 +143,7 @@ def test_a_missing_an_empty_and_a_foreign_file_are_told_apart(tmp_path: Path) ->
         read_conversations(empty)
     foreign = tmp_path / "rows.docx"
     foreign.write_bytes(b"PK")
-    with pytest.raises(BadData, match="'.docx', which is not read"):
+    with pytest.raises(BadData, match=r"'\.docx', which is not read"):
         read_conversations(foreign)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"messages": "\xe9"}\n')

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qadapt.errors import BadOutput, BadRun
 from qadapt.events import Evaluated, Event, Resumed, RunFinished, RunStarted, StepDone, Stopped, Warned
-from qadapt.view.journal import FILE_NAME, Journal, effective, follow, read_events, run_names
+from qadapt.run_folder import run_names
+from qadapt.view.journal import FILE_NAME, Journal, effective, follow, read_events
 
 
 def started(steps: int = 10) -> RunStarted:

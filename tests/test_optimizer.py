@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -111,7 +113,7 @@ def test_the_learning_rate_rises_and_falls_to_its_final_share(schedule: str) -> 
     assert rates[10] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.55, abs=1e-6), "half-way, both are half-way"
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
 
 
 def test_a_constant_learning_rate_stays() -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qadapt import control
-from qadapt.adapters.lora import attach_lora, trainable
+from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import micro_batches
 from qadapt.data.prompt import Tokens
 from qadapt.engine.recompute import recompute_all
-from qadapt.errors import BadOutput, BadRecipe, BadRun, Diverged, QadaptError
+from qadapt.errors import BadOutput, BadRecipe, BadRun, Diverged, QadaptError, Unsupported
 from qadapt.events import (
     CheckpointSaved,
     Evaluated,
@@ -105,13 +105,7 @@ def test_a_run_learns_and_leaves_everything_it_should(tmp_path: Path, tiny_model
     assert isinstance(finished, RunFinished)
     assert finished.best_loss == min(event.loss for event in evaluated)
     run = tmp_path / "runs" / "first"
-    for name in (
-        "recipe.yaml",
-        "plan.json",
-        "environment.json",
-        "events.jsonl",
-        "adapter/adapter_config.json",
-    ):
+    for name in ("recipe.yaml", "plan.json", "environment.json", "adapter/adapter_model.safetensors"):
         assert (run / name).is_file(), name
     assert read_events(run) == events, "the journal holds what was yielded"
     config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -229,7 +223,7 @@ def adapted(model: Path, *, recompute: bool = False, dtype: torch.dtype = torch.
     base = load_base(model, quantization="nf4", double_quant=True, dtype=dtype, device=CPU)
     if recompute:
         recompute_all(base)
-    made = attach_lora(base, rank=4, alpha=8, dropout=0.0, targets="all-linear", dtype=dtype, seed=0)
+    made = attach_lora(base, Lora(rank=4, alpha=8), dtype=dtype, seed=0)
     draw = torch.Generator().manual_seed(1)
     for parameter in trainable(made).values():
         parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
@@ -314,6 +308,11 @@ def test_every_four_bit_layer_keeps_its_weights_as_they_are(tiny_model: TinyMode
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_a_width_that_four_bits_on_a_cpu_compute_wrong_is_refused(tiny_model: TinyModel) -> None:
+    with pytest.raises(Unsupported, match="96 wide"):
+        adapted(tiny_model("llama", width=96))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_the_update(tiny_model: TinyModel) -> None:

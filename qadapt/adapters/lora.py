@@ -6,6 +6,7 @@ Beside PEFT's two files stand the facts of `facts.py`: which base, how it was he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,16 +17,17 @@ from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.errors import BadRecipe
 
 
-def attach_lora(
-    model: PreTrainedModel,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: str | Sequence[str],
-    dtype: torch.dtype,
-    seed: int,
-) -> PeftModel:
+@dataclass(frozen=True)
+class Lora:
+    """The adapters: an update of `rank`, times alpha / rank, on `targets` (`all-linear` or names)."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+
+
+def attach_lora(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed: int) -> PeftModel:
     """The base with new adapters, which alone are trainable.
 
     The second factor starts at zero, so the first forward pass equals the base's.
@@ -34,7 +36,7 @@ def attach_lora(
         BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
     """
     linears = linear_layers(model)
-    chosen = set(linears) if targets == "all-linear" else set(targets)
+    chosen = set(linears) if lora.targets == "all-linear" else set(lora.targets)
     unknown = sorted(chosen - set(linears))
     if unknown:
         raise BadRecipe(
@@ -42,13 +44,17 @@ def attach_lora(
             cure=f"Choose from: {', '.join(linears)}; or all-linear.",
         )
     narrowest = min(linears[name] for name in chosen)
-    if rank > narrowest:
+    if lora.rank > narrowest:
         raise BadRecipe(
-            f"adapter.rank is {rank}; the narrowest adapted layer is {narrowest} wide.",
+            f"adapter.rank is {lora.rank}; the narrowest adapted layer is {narrowest} wide.",
             cure=f"Set adapter.rank to at most {narrowest}; 8 to 64 is usual.",
         )
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(chosen), task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(chosen),
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,7 +10,6 @@ import sys
 from typing import Annotated
 
 import typer
-from click.exceptions import ClickException
 
 from qadapt.cli.doctor import doctor
 from qadapt.cli.estimate import estimate, plan
@@ -21,8 +20,9 @@ from qadapt.cli.screen import error_console
 from qadapt.cli.train import resume, train
 from qadapt.cli.watch import watch
 from qadapt.errors import QadaptError
+from qadapt.quiet import quiet_libraries
 
-CURABLE, INTERRUPTED = 2, 130
+CURABLE = 2
 
 app = typer.Typer(
     name="qadapt",
@@ -64,17 +64,14 @@ def run(arguments: list[str]) -> int:
 
         typer.echo(f"qadapt {version('qadapt')}")
         return 0
+    quiet_libraries()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
+    except SystemExit as leaving:  # how Typer ends: 0, its own usage errors (2), or typer.Exit
+        return leaving.code if isinstance(leaving.code, int) else 0
     except QadaptError as error:
         screen = error_console()
         screen.print(f"error: {error.problem}", style="bold red", markup=False, soft_wrap=True)
         screen.print(error.cure, markup=False, soft_wrap=True)
         return CURABLE
-    except ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        error_console().print("interrupted", markup=False)
-        return INTERRUPTED
-    return code if isinstance(code, int) else 0
+    return 0

@@ -58,10 +58,10 @@ def resume(
     Example: `qadapt resume my-run`.
     """
     from qadapt.run_folder import find_run
-    from qadapt.view.journal import effective, read_events
+    from qadapt.view.journal import read_events
 
     run_folder = find_run(run, folder).path
-    before = effective(read_events(run_folder))
+    before = read_events(run_folder)
     with _announced("starting"):
         from qadapt.run import resume as resume_run
     _watch_over(resume_run(run, folder=folder), run_folder, is_quiet=quiet, is_plain=plain, before=before)
@@ -87,7 +87,6 @@ def _watch_over(
             before=before,
         )
     if state.stopped is not None:
-        error_console().print(f"`qadapt resume {run_folder}` goes on", markup=False, soft_wrap=True)
         raise typer.Exit(130)
 
 

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qadapt.errors import BadModel
+from qadapt.errors import BadModel, Unsupported
+
+NF4_BLOCK = 64
 
 
 def load_base(
@@ -31,6 +33,7 @@ def load_base(
 
     Raises:
         BadModel: The files do not make a causal language model.
+        Unsupported: A layer has a width that 4 bits on this device compute wrong.
     """
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -54,6 +57,7 @@ def load_base(
         ) from None
     model.requires_grad_(False)
     _keep_quantized_weights(model)
+    _check_widths(model)
     return model
 
 
@@ -66,3 +70,15 @@ def _keep_quantized_weights(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _check_widths(model: PreTrainedModel) -> None:
+    """Refuses what bitsandbytes 0.50 dequantizes wrong on CPUs, silently: rows that end within a block."""
+    if model.device.type != "cpu":
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % NF4_BLOCK:
+            raise Unsupported(
+                f"{name} is {module.in_features} wide, no multiple of {NF4_BLOCK}: 4 bits on a CPU go wrong.",
+                cure="Train it with model.quantization=none, or on CUDA.",
+            )

@@ -30,6 +30,7 @@ from qadapt.events import (
     from_line,
     to_line,
 )
+from qadapt.run_folder import run_names
 
 FILE_NAME = "events.jsonl"
 STEPPED = (StepDone, MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Stopped, RunFinished)
@@ -141,15 +142,6 @@ def follow(
     """
     _check_folder(run_folder)
     return _tail(run_folder / FILE_NAME, poll_seconds=poll_seconds, sleep=sleep)
-
-
-def run_names(runs_folder: Path) -> list[str]:
-    """The names of the runs in a folder, the latest first."""
-    if not runs_folder.is_dir():
-        return []
-    journals = [path for path in runs_folder.glob(f"*/{FILE_NAME}") if path.is_file()]
-    journals.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent.name for path in journals]
 
 
 def _tail(path: Path, *, poll_seconds: float, sleep: Callable[[float], None]) -> Iterator[Event]:

@@ -1,0 +1,191 @@
+"""The commands as a user meets them: what they print, where, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qadapt.cli.main import run
+from qadapt.view.journal import read_events
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+def write_recipe(folder: Path, model: Path, *, steps: int = 4, rows: int = 12) -> Path:
+    messages = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {number}"},
+                {"role": "assistant", "content": str(number)},
+            ]
+        }
+        for number in range(rows)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in messages), encoding="utf-8")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {model}
+adapter: {{rank: 4}}
+data:
+  sources: [{{path: {data}}}]
+  held_out_fraction: 0.25
+  length: 128
+train: {{steps: {steps}, rows_per_step: 4, learning_rate: 1e-2, evaluate_every: 2}}
+memory: {{compute_dtype: fp32}}
+run: {{name: first, folder: {folder / "runs"}}}
+""",
+        encoding="utf-8",
+    )
+    return recipe
+
+
+def test_train_evaluate_export_and_watch_follow_each_other(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, runs = write_recipe(tmp_path, tiny_model("llama")), str(tmp_path / "runs")
+    assert run(["train", str(recipe)]) == 0
+    trained = capsys.readouterr()
+    assert "step 4" in trained.out.lower().replace("/4", "")
+    assert trained.err == ""
+    assert run(["evaluate", "first", "--folder", runs, "--answers", "2", "--longest", "4", "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["rows"] == 3
+    assert evaluated["loss"] < evaluated["base_loss"]
+    assert len(evaluated["answers"]) == 2
+    assert run(["evaluate", "first", "--folder", runs, "--answers", "1", "--longest", "4"]) == 0
+    assert "with the adapter" in capsys.readouterr().out
+    assert run(["watch", "first", "--folder", runs, "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert run(["export", "first", "--folder", runs, "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert (Path(exported["folder"]) / "model.safetensors").is_file()
+
+
+def test_quiet_says_the_end_only(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_model("llama"))
+    assert run(["train", str(recipe), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "reading the rows" not in said
+    assert "qadapt export first" in said
+
+
+CASES = [
+    (["train", "{recipe}", "train.stps=3"], "did you mean `steps`?"),
+    (["train", "{recipe}", "train.steps=0", "adapter.rank=-1", "data.lenght=5"], "has 3 problems"),
+    (["train", "nothing.yaml"], "There is no recipe file"),
+    (["train", "{recipe}", "nonsense"], "'nonsense' is not an override"),
+    (["train", "{recipe}", "data.sources=[{{path: none.jsonl}}]"], "There is no data file"),
+    (["train", "{recipe}", "model.source={folder}"], "no config.json"),
+    (["train", "{recipe}", "model.source=no such model"], "no such model"),
+    (["train", "{recipe}", "data.length=900000"], "context"),
+    (["train", "{recipe}", "memory.budget=lots"], "not an amount of memory"),
+    (["estimate", "Llama-3.1-8C"], "Did you mean"),
+    (["estimate", "Llama-3.1-8B", "--card", "RTX 4061"], "RTX 4061"),
+    (["estimate", "Llama-3.1-8B", "--length", "0"], "length"),
+    (["estimate", "Llama-3.1-8B", "--rows", "-3"], "rows"),
+    (["estimate", "Llama-3.1-8B", "--rank", "999999"], "rank"),
+    (["estimate"], "needs a model or a recipe"),
+    (["plan", "llama-3.1-8b-qlora-8gb", "--vram", "1GiB"], "1.00 GiB"),
+    (["resume", "none"], "There is no run 'none'"),
+    (["export", "none"], "There is no run 'none'"),
+    (["evaluate", "none"], "There is no run 'none'"),
+    (["watch", "none"], "none"),
+    (["recipes", "none"], "There is no recipe file"),
+    (["frobnicate"], "No such command"),
+    (["train"], "Missing"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "problem"), CASES, ids=[" ".join(case[0][:3]) for case in CASES])
+def test_bad_input_is_one_message_and_exit_code_2(
+    tmp_path: Path,
+    tiny_model: TinyModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, tiny_model("llama"))
+    before = sorted(tmp_path.rglob("*"))
+    code = run([text.format(recipe=recipe, folder=tmp_path) for text in arguments])
+    said = capsys.readouterr()
+    assert code == 2
+    assert problem in said.err
+    assert "Traceback" not in said.err
+    assert said.out == "" or arguments[0] == "train", "results and errors do not mix"
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "runs"] == before, "nothing is left"
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qadapt.cli import recipes
+
+    def broken(name: str) -> None:
+        raise ZeroDivisionError(name)
+
+    monkeypatch.setattr(recipes, "console", broken)
+    with pytest.raises((ZeroDivisionError, TypeError)):
+        run(["recipes"])
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "qadapt", *arguments]
+
+
+def test_help_and_version_start_in_a_blink_and_without_torch() -> None:
+    program = (
+        "import sys, time; start = time.process_time()\n"
+        "from qadapt.cli.main import run\n"
+        "code = run(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), 'heavy imports'\n"
+        "print('seconds', time.process_time() - start, file=sys.stderr)\n"
+    )
+    for arguments in (["--help"], ["--version"]):
+        taken = []
+        for _ in range(3):
+            done = subprocess.run(
+                [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+            )
+            taken.append(float(done.stderr.split()[-1]))
+        assert min(taken) < 0.3, arguments
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
+def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = write_recipe(tmp_path, tiny_model("llama"), steps=400)
+    with subprocess.Popen(
+        command("train", str(recipe)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        journal = tmp_path / "runs/first/events.jsonl"
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            if journal.is_file() and '"StepDone"' in journal.read_text(encoding="utf-8"):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "finishing the step" in err
+    assert "qadapt resume" in out
+    last = read_events(tmp_path / "runs/first")[-1]
+    assert type(last).__name__ == "Stopped"
+    done = subprocess.run(
+        command("resume", str(tmp_path / "runs/first"), "--plain"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert type(read_events(tmp_path / "runs/first")[-1]).__name__ == "RunFinished"
+    assert "kernels" not in done.stderr + err, "notices of libraries do not reach the screen"
