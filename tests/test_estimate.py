@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qadapt.adapters.lora import attach_lora, trainable
+from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import recompute_all
 from qadapt.model.load import load_base
@@ -76,15 +76,8 @@ def build(folder: Path, setting: Setting) -> torch.nn.Module:
     )
     if setting.recompute == "all":
         recompute_all(base)
-    return attach_lora(
-        base,
-        rank=setting.rank,
-        alpha=16,
-        dropout=setting.dropout,
-        targets=setting.targets,
-        dtype=DTYPES[setting.adapter_dtype],
-        seed=0,
-    ).train()
+    lora = Lora(rank=setting.rank, alpha=16, dropout=setting.dropout, targets=setting.targets)
+    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
 
 
 def quantization_tensors(model: torch.nn.Module) -> list[Tensor]:
