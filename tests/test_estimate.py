@@ -34,12 +34,12 @@ from qadapt.train.optimizer import make_optimizer
 
 CONFIG = {
     "hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 32, "intermediate_size": 352, "vocab_size": 1003, "max_position_embeddings": 999,
+    "head_dim": 32, "intermediate_size": 448, "vocab_size": 1003, "max_position_embeddings": 999,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 48},
+    "qwen3": {"head_dim": 64},
     "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 64},
 }
 CPU = Setting(
