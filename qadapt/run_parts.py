@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.data.batches import widest_share
 from qadapt.data.formats import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, read_rows, split_conversations
@@ -139,7 +140,7 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         shape=find_shape(str(material.files.folder)),
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
-    share = rows.supervised_tokens / rows.tokens
+    share = widest_share(rows.train, rows_per_step=recipe.train.rows_per_step, seed=recipe.train.seed)
     plan = question.changed({"length": rows.longest, "supervised_share": share}).plan()
     return StoredPlan(
         steps=step_count(recipe, rows),

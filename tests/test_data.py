@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step
+from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step, widest_share
 from qadapt.data.formats import Conversation, Message
 from qadapt.data.prompt import PromptContract, Tokens, load_contract
 from qadapt.data.rows import read_rows
@@ -219,6 +219,19 @@ def test_micro_batches_hold_every_learned_token_once(lengths: list[int], size: i
     assert learned == sum(batch.supervised_tokens for batch in batches)
     assert sum(len(batch.input_ids) for batch in batches) == len(rows)
     assert sum(batch.tokens for batch in batches) == sum(lengths)
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 12), st.integers(1, 6))
+def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
+    lengths: list[int], rows_per_step: int, size: int
+) -> None:
+    draw = torch.Generator().manual_seed(sum(lengths))
+    rows = [random_row(draw, length) for length in lengths]
+    share = widest_share(rows, rows_per_step=rows_per_step, seed=0)
+    for step in range(-(-len(rows) // rows_per_step)):
+        chosen = rows_of_step(step, row_count=len(rows), rows_per_step=rows_per_step, seed=0)
+        for batch in micro_batches([rows[index] for index in chosen], size=size, pad_id=0):
+            assert len(batch.positions) <= share * max(lengths) + 1e-9
 
 
 def test_a_target_is_the_token_after_its_position() -> None:

@@ -84,6 +84,12 @@ def test_every_recipe_the_readme_names_is_shipped() -> None:
     assert set(named) <= set(shipped_recipes())
 
 
+def test_the_table_of_cards_is_what_the_estimate_says() -> None:
+    from readme import table
+
+    assert table() in text_of("README.md"), "run `python tools/readme.py`"
+
+
 def test_a_wrong_command_would_be_found() -> None:
     assert problem_of(["estimat", "x"]) == "no command estimat"
     assert problem_of(["train", "x", "--fastest"]) == "no option --fastest of train"

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -58,6 +59,22 @@ def _order(epoch: int, row_count: int, seed: int) -> tuple[int, ...]:
     order = list(range(row_count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
+
+
+def widest_share(rows: Sequence[Tokens], *, rows_per_step: int, seed: int) -> float:
+    """The largest share of a step's positions that reaches the head, over the first pass, unsplit.
+
+    A position reaches the head if any row of the micro-batch learns its next token, so smaller micro-batches
+    never send a larger share of the longest row than this.
+    """
+    steps = -(-len(rows) // rows_per_step)
+    longest = max(len(row.ids) for row in rows)
+    widest = 0
+    for step in range(steps):
+        chosen = rows_of_step(step, row_count=len(rows), rows_per_step=rows_per_step, seed=seed)
+        learned = [row.supervised[1:] for row in (rows[index] for index in chosen)]
+        widest = max(widest, sum(map(any, zip_longest(*learned))))
+    return widest / longest
 
 
 def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[MicroBatch]:
