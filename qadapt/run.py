@@ -22,7 +22,7 @@ from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import cut_rows
 from qadapt.errors import BadRun
-from qadapt.events import AdapterAttached, Event, Resumed, RunFinished, Stopped, Warned
+from qadapt.events import Event, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
 from qadapt.model.load import load_base
@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> Iterator[Event]:
     try:
         with Journal(run.journal) as journal:
             for event in journal.record(_new_run(recipe, run)):
-                has_begun = has_begun or isinstance(event, AdapterAttached)
+                has_begun = has_begun or isinstance(event, StepDone)
                 yield event
     finally:
         if not has_begun:
@@ -83,17 +83,16 @@ def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
     run.write_json(run.environment, environment())
     yield started(recipe, plan)
     yield plan.event()
-    yield from _steps(recipe, plan, run, material=material)
+    yield from _steps(recipe, plan, run, material=material, is_resumed=False)
 
 
 def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
-    """Goes on with a run that stopped, was killed or lost power, from its newest whole checkpoint.
+    """Goes on with a run that stopped, was killed or lost power, from its newest checkpoint or its start.
 
     The stored plan is executed; nothing is planned or measured anew.
 
     Raises:
-        BadRun: There is no such run, it has finished, it has no checkpoint, or base, template or rows
-        changed.
+        BadRun: There is no such run, it never began, it has finished, or base, template or rows changed.
     """
     run = find_run(name, folder)
     if any(isinstance(event, RunFinished) for event in effective(read_events(run.path))):
@@ -109,15 +108,10 @@ def _resumed_run(run: RunFolder) -> Iterator[Event]:
     yield plan.event()
     checkpoint, problems = load_newest(run.path)
     for problem in problems:
-        yield Warned(message=problem, cure="The checkpoint before it is used.")
-    if checkpoint is None:
-        raise BadRun(
-            f"The run {recipe.run.name} has no whole checkpoint to go on from.",
-            cure=f"Delete {run.path} and train anew.",
-        )
+        yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
     material = yield from prepare(recipe)
     plan.ingredients.check_same(material.ingredients)
-    yield from _steps(recipe, plan, run, material=material, checkpoint=checkpoint)
+    yield from _steps(recipe, plan, run, material=material, is_resumed=True, checkpoint=checkpoint)
 
 
 def _steps(
@@ -126,6 +120,7 @@ def _steps(
     run: RunFolder,
     *,
     material: Material,
+    is_resumed: bool,
     checkpoint: Checkpoint | None = None,
 ) -> Iterator[Event]:
     start = time.monotonic()
@@ -145,7 +140,8 @@ def _steps(
             loop.scale_loss()
         if checkpoint is not None:
             loop.restore(checkpoint)
-            yield Resumed(step=checkpoint.step)
+        if is_resumed:
+            yield Resumed(step=loop.progress.step)
         for event in loop.events():
             yield event
             if isinstance(event, Stopped):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -430,11 +429,27 @@ def test_resume_refuses_what_cannot_be_resumed(tmp_path: Path, tiny_model: TinyM
     list(train(make_recipe(tmp_path, tiny_model("llama"), steps=1)))
     with pytest.raises(BadRun, match="has finished"):
         list(resume("first", folder=folder))
-    shutil.rmtree(tmp_path / "runs/first/checkpoints")
-    lines = (tmp_path / "runs/first/events.jsonl").read_text(encoding="utf-8").splitlines()[:3]
-    (tmp_path / "runs/first/events.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(BadRun, match="no whole checkpoint"):
+    journal = tmp_path / "runs/first/events.jsonl"
+    journal.write_text(journal.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    (tmp_path / "runs/first/plan.json").write_text('{"version": 1', encoding="utf-8")
+    with pytest.raises(BadRun, match=r"plan.*cannot be read"):
         list(resume("first", folder=folder))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_the_same(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    for name in ("straight", "broken"):
+        (tmp_path / name).mkdir()
+    list(train(make_recipe(tmp_path / "straight", tiny_model("llama"))))
+    events = train(make_recipe(tmp_path / "broken", tiny_model("llama")))
+    for event in events:
+        if isinstance(event, StepDone) and event.step == 2:
+            break
+    events.close()  # type: ignore[attr-defined]
+    resumed = list(resume("first", folder=str(tmp_path / "broken/runs")))
+    assert only(Resumed, resumed)[0].step == 0
+    assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(tmp_path / "broken/runs/first"))
 
 
 def test_cuda_is_refused_where_there_is_none(tmp_path: Path, tiny_model: TinyModel) -> None:

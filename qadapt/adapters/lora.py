@@ -5,16 +5,18 @@ Beside PEFT's two files stand the facts of `facts.py`: which base, how it was he
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
-from qadapt.errors import BadRecipe
+from qadapt.errors import BadOutput, BadRecipe
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,26 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None:
-    """Writes the adapter as a plain PEFT folder with its facts."""
+    """Writes the adapter as a plain PEFT folder with its facts, whole or not at all.
+
+    Raises:
+        BadOutput: The place is read-only or full.
+    """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = facts.base, facts.revision
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    write_facts(facts, folder)
+    building = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        model.save_pretrained(str(building), save_embedding_layers=False)
+        write_facts(facts, building)
+        shutil.rmtree(folder, ignore_errors=True)
+        building.replace(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise BadOutput(
+            f"The adapter {folder} cannot be written: {error}",
+            cure="Make room or make the folder writable, then `qadapt resume`.",
+        ) from None
 
 
 def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:

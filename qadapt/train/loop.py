@@ -99,7 +99,7 @@ class Loop:
     def events(self) -> Iterator[Event]:
         """Trains from where the run stands to its last step, an early stop, or a request to stop."""
         self.model.train()
-        while self.progress.step < self.settings.steps:
+        while self.progress.step < self.settings.steps and not self._has_lost_patience():
             if control.is_asked(self.run_folder, "stop"):
                 yield from self._stop("asked to stop")
                 return
@@ -113,8 +113,6 @@ class Loop:
                 yield self._evaluate()
             if has_evaluated or is_last or _is_due(step, self.settings.checkpoint_every):
                 yield self.save()
-            if self._has_lost_patience() and not is_last:
-                return
 
     def _step(self) -> StepDone:
         settings, step = self.settings, self.progress.step

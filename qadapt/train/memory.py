@@ -36,6 +36,7 @@ class PeakMeter:
 
     def __enter__(self) -> PeakMeter:
         if self._device.type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._thread.start()

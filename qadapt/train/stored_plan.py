@@ -84,4 +84,5 @@ def read_plan(path: Path) -> StoredPlan:
         ingredients = Ingredients(**values.pop("ingredients"))
         return StoredPlan(ingredients=ingredients, reasons=tuple(values.pop("reasons")), **values)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRun(f"The plan {path} cannot be read: {error}", cure="Start the run anew.") from None
+        problem = f"The plan {path} cannot be read: {error}"
+        raise BadRun(problem, cure="The run never began; delete its folder.") from None
