@@ -115,7 +115,7 @@ ROW: demo_task.Row = {
         {"role": "user", "content": "..."},
         {
             "role": "assistant",
-            "content": '{"name":"Mona","items":{"mint beer":2},"time":"09:30","pickup":true}',
+            "content": '{"name":"Mona","items":{"mint shake":2},"time":"09:30","pickup":true}',
         },
     ]
 }
@@ -127,7 +127,7 @@ RIGHT = ROW["messages"][2]["content"]
     [
         RIGHT,
         json.dumps(json.loads(RIGHT)),
-        '{"pickup":true,"time":"09:30","items":{"mint beer":2},"name":"Mona"}',
+        '{"pickup":true,"time":"09:30","items":{"mint shake":2},"name":"Mona"}',
     ],
 )
 def test_the_right_json_counts_however_it_is_spaced_and_ordered(answer: str) -> None:
@@ -149,7 +149,7 @@ def test_the_right_json_counts_however_it_is_spaced_and_ordered(answer: str) -> 
         RIGHT.replace("true", "1"),
         RIGHT.replace(":2}", ":2.0}"),
         RIGHT.replace(":2}", ':"2"}'),
-        RIGHT.replace("mint beer", "mint beers"),
+        RIGHT.replace("mint shake", "mint shakes"),
         RIGHT.replace("Mona", "mona"),
         RIGHT.replace("09:30", "9:30"),
         RIGHT.replace('"pickup":true', '"pickup":true,"note":""'),

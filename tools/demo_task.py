@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # so that a Python that is too old can still read this file, 
     Message = dict[str, str]
     Row = dict[str, list[Message]]
 
-TRAINING_ROWS = 640
+TRAINING_ROWS = 768
 HELD_OUT_ROWS = 64
 
 SYSTEM = "Order to JSON."
@@ -96,9 +96,9 @@ HELD_OUT = Words(
         "George Henry Jacob Joseph Thomas William"
     ),
     menus=(
-        (_words("mint cold mango peach"), _words("lemonade beer shake")),
+        (_words("mint cold mango peach"), _words("lemonade bottle shake")),
         (_words("turkey salmon rice corn garlic"), _words("stew plate basket steak")),
-        (_words("carrot cinnamon orange banana"), _words("tart biscuit slice")),
+        (_words("carrot cinnamon orange banana"), _words("tart slice stick")),
     ),
 )
 
@@ -141,7 +141,7 @@ def make_rows(count: int, seed: int, *, held_out: bool) -> list[Row]:
 
 def _order(draw: random.Random, words: Words) -> tuple[str, str]:
     name = draw.choice(words.names)
-    items = draw.sample(words.items, draw.choice((1, 1, 1, 2)))
+    items = draw.sample(words.items, draw.choice((1, 1, 2)))
     counts = [draw.choice((1, 1, 2, 2, 3, 4, 5, 6)) for _ in items]
     said_time, time = _time(draw)
     pickup = draw.random() < 0.5
