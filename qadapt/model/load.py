@@ -2,21 +2,28 @@
 
 `transformers` streams the files: each tensor is quantized as it is read and its source let go. Measured
 (`tools/bench/load_memory.py`): anonymous memory stays under the resident model plus its two largest source
-tensors. Knows nothing of adapters.
+tensors. A missing tensor it would fill with random numbers and go on; so names and shapes are compared before.
+Knows nothing of adapters.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qadapt.errors import BadModel, Unsupported
+from qadapt.model.tensor_files import open_model
 
 NF4_BLOCK = 64
+_COMPUTED_ANEW = re.compile(r"rotary_emb\.inv_freq$")
+"""What old files hold besides the weights; the library computes it from the configuration."""
+_NAMED = 3
 
 
 def load_base(
@@ -32,7 +39,8 @@ def load_base(
         device: Where it lives.
 
     Raises:
-        BadModel: The files do not make a causal language model.
+        BadModel: The files do not make the causal language model of their configuration: a tensor is missing,
+            has another shape, or is not of that model.
         Unsupported: A layer has a width that 4 bits on this device compute wrong.
     """
     config = BitsAndBytesConfig(
@@ -42,6 +50,7 @@ def load_base(
         bnb_4bit_compute_dtype=dtype,
     )
     try:
+        _check_tensors(folder)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -59,6 +68,38 @@ def load_base(
     _keep_quantized_weights(model)
     _check_widths(model)
     return model
+
+
+def _check_tensors(folder: Path) -> None:
+    """Compares the tensors in the files with those of the configured model; reads headers only.
+
+    A tied head may be in the files or not. All proven families are stored under their names in memory.
+    """
+    with open_model(folder) as reader:
+        stored = {name: entry.shape for name, entry in reader.entries.items()}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := [name for name, _ in model.named_parameters() if name not in stored]:
+        raise _wrong_tensors(folder, "lack tensors of the model in config.json", missing)
+    odd = [name for name in stored if name not in known and not _COMPUTED_ANEW.search(name)]
+    if odd:
+        raise _wrong_tensors(folder, "hold tensors that the model in config.json does not have", odd)
+    misshapen = [
+        f"{name} is {shape} instead of {known[name]}"
+        for name, shape in stored.items()
+        if known.get(name, shape) != shape
+    ]
+    if misshapen:
+        raise _wrong_tensors(folder, "contradict the shapes in config.json", misshapen)
+
+
+def _wrong_tensors(folder: Path, what: str, names: Sequence[str]) -> BadModel:
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return BadModel(
+        f"The weight files in {folder} {what}: {', '.join(names[:_NAMED])}{more}.",
+        cure="Get config.json and all weight files again, from one revision of the model.",
+    )
 
 
 def _keep_quantized_weights(model: PreTrainedModel) -> None:
