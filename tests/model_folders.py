@@ -37,7 +37,7 @@ def write_folder(
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (folder / "tokenizer.json").write_text('{"model": {}}', encoding="utf-8")
     (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     list(
         write_shards(

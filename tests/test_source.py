@@ -97,6 +97,33 @@ def test_folder_that_lacks_something_says_what(
     assert cure in error.cure
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"model": {"type"', "is no JSON"),
+        (b"", "is no JSON"),
+        (b"[]", "no JSON object"),
+        (b"\xff", "no JSON"),
+    ],
+)
+def test_broken_tokenizer_or_generation_file_is_named(
+    tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / name).write_bytes(content)
+    error = refused(folder)
+    assert isinstance(error, BadModel)
+    assert f"{folder / name} " in error.problem
+    assert problem in error.problem
+
+
+def test_tokenizer_without_its_model_is_incomplete(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    assert "tokenizer.json is incomplete" in refused(folder).problem
+
+
 def test_adapter_folder_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     assert "It is an adapter" in refused(tmp_path).cure

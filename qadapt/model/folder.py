@@ -19,6 +19,13 @@ from qadapt.model.shards import INDEX_NAME, SINGLE_NAME, read_header
 from qadapt.shape import shape_from_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_OTHER_JSON = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_from_model_config")
 _SAMPLES = 32
@@ -36,7 +43,8 @@ def checked_folder(folder: Path, *, name: str) -> str:
     for 100 GB. It recognizes a model, it does not prove that no bit has flipped.
 
     Raises:
-        BadModel: A file is missing, half-written, pickled or quantized, or needs code from the repository.
+        BadModel: A file is missing, half-written, no JSON, pickled or quantized, or the model needs code from its
+            repository.
         Unsupported: The architecture is not proven here.
     """
     config = read_config(folder, name=name)
@@ -47,6 +55,7 @@ def checked_folder(folder: Path, *, name: str) -> str:
             f"{name}: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}).",
             cure="Copy the tokenizer files of the model into the folder.",
         )
+    _check_json_files(folder)
     values = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in files:
@@ -63,13 +72,27 @@ def read_config(folder: Path, *, name: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise BadModel(f"{name}: {folder} is no model folder: it has no config.json.", cure=_cure_of(folder))
+    return _read_json(path)
+
+
+def _check_json_files(folder: Path) -> None:
+    """Finds a configuration or tokenizer file that was cut off, which its readers would only stumble over."""
+    for file in (*TOKENIZER_FILES, *_OTHER_JSON):
+        path = folder / file
+        if path.suffix == ".json" and path.is_file():
+            values = _read_json(path)
+            if file == "tokenizer.json" and "model" not in values:
+                raise BadModel(f"{path} is incomplete: it has no model.", cure="Get the file again.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadModel(f"{path} is no JSON: {error}.", cure="Get the file again.") from None
-    if not isinstance(config, dict):
+    if not isinstance(values, dict):
         raise BadModel(f"{path} is no JSON object.", cure="Get the file again.")
-    return config
+    return values
 
 
 def _cure_of(folder: Path) -> str:
@@ -113,12 +136,6 @@ def already_quantized(name: str, *, method: str) -> BadModel:
         f"{name} is already quantized ({method}); qadapt quantizes the 16-bit weights itself.",
         cure=f"Give the 16-bit model, {suggestion}.",
     )
-
-
-def quantized_name(name: str) -> str | None:
-    """The quantization that a repository's name admits (`bnb-4bit`, `AWQ`), before anything is fetched."""
-    match = _QUANTIZED_NAME.search(name)
-    return match[2] if match else None
 
 
 def weight_files(folder: Path, *, name: str) -> list[Path]:
