@@ -3,8 +3,11 @@
 import errno
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from collections.abc import Callable
@@ -265,6 +268,64 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path, number: int, problem
         (folder / "half").write_text("half", encoding="utf-8")
         raise OSError(number, "said the system")
     assert not list(tmp_path.iterdir())
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def folder_of_process(parent: Path, pid: int, *, stem: str = "model", age_hours: float = 0) -> Path:
+    """The temporary folder of an attempt by another process."""
+    with staged(parent / "elsewhere" / stem) as own:
+        folder = parent / own.name.replace(f"-{os.getpid()}-", f"-{pid}-")
+    shutil.rmtree(parent / "elsewhere")
+    folder.mkdir()
+    (folder / "half").write_text("half", encoding="utf-8")
+    then = time.time() - 3600 * age_hours
+    os.utime(folder, (then, then))
+    return folder
+
+
+def test_next_attempt_clears_what_dead_ones_left(tmp_path: Path) -> None:
+    alive = folder_of_process(tmp_path, os.getpid())
+    dead = folder_of_process(tmp_path, dead_pid())
+    stuck = folder_of_process(tmp_path, os.getpid(), age_hours=25)
+    other = folder_of_process(tmp_path, dead_pid(), stem="model-2")
+    assert dead.exists()
+    assert stuck.exists()
+    with staged(tmp_path / "model"):
+        assert not dead.exists()
+        assert not stuck.exists()
+    assert alive.exists()
+    assert other.exists()
+    assert (tmp_path / "model").is_dir()
+
+
+def test_folder_of_another_machine_is_left_alone_for_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    young = folder_of_process(tmp_path, dead_pid())
+    old = folder_of_process(tmp_path, dead_pid(), age_hours=25)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    with staged(tmp_path / "model"):
+        assert young.exists()
+        assert not old.exists()
+
+
+def test_folder_of_a_killed_process_is_cleared_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from qadapt.model.cache import staged\n"
+        "with staged(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('half')\n"
+        "    os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with staged(tmp_path / "model"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_cache_below_a_file_is_one_clear_error(tmp_path: Path) -> None:

@@ -1,24 +1,32 @@
 """The cache on disk: where it lies, whether there is room, and folders that appear whole or not at all.
 
 Knows nothing of models. What is written under `staged` has a temporary name until it is complete, then one
-rename makes it visible; so whatever carries a final name in the cache is whole, whoever was interrupted.
+rename makes it visible; so whatever carries a final name in the cache is whole, whoever was interrupted. What
+a killed process leaves is cleared by the next one that works on the same target.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import platform
+import re
 import shutil
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+import psutil
 
 from qadapt.errors import BadOutput
 from qadapt.units import format_bytes
 
 _SPARE_BYTES = 64 * 1024**2
+_ABANDONED_SECONDS = 24 * 3600
 
 
 def ignore(stage: str, done_bytes: int, total_bytes: int) -> None:
@@ -82,10 +90,49 @@ def staged(target: Path) -> Iterator[Path]:
     """
     with output_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent))
-        try:
+        with working_folder(target.parent, stem=target.name[:40]) as folder:
             yield folder
             if not target.exists():
                 folder.replace(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def working_folder(parent: Path, *, stem: str) -> Iterator[Path]:
+    """A temporary folder in an existing one, gone afterwards; those that dead processes left go first.
+
+    Its name is hidden and says whose it is: stem, machine and process.
+
+    Args:
+        parent: Where it is made.
+        stem: Names the work. Leftovers of the same stem are cleared.
+    """
+    _clear_leftovers(parent, stem=stem)
+    folder = Path(tempfile.mkdtemp(prefix=f".{stem}-{_machine()}-{os.getpid()}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_leftovers(parent: Path, *, stem: str) -> None:
+    """Deletes temporary folders whose process is dead, or which nobody has added to for a day.
+
+    The second rule is for other machines that share the cache, and for a process number that is in use again.
+    """
+    pattern = re.compile(rf"\.{re.escape(stem)}-(?:([0-9a-f]{{8}})-(\d+)-)?[a-z0-9_]{{8}}")
+    for path in parent.iterdir():
+        if match := pattern.fullmatch(path.name):
+            is_dead = match[1] == _machine() and not psutil.pid_exists(int(match[2]))
+            if is_dead or _age_seconds(path) > _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _age_seconds(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # its process has just finished
+        return 0.0
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"

