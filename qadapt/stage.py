@@ -9,21 +9,32 @@ from typing import TypeVar
 
 from qadapt.events import Event, StageAdvanced, StageStarted
 
+_FAREWELL_SECONDS = 5.0
+"""How long an abandoned call may take to notice and to clear up."""
+
 Result = TypeVar("Result")
 Report = Callable[[str, int, int], None]
 """Called with the stage, the bytes done and the bytes in total."""
+
+
+class _Abandoned(BaseException):
+    """Ends a call that nobody waits for any more; never leaves this file."""
 
 
 def with_progress(stage: str, work: Callable[[Report], Result]) -> Generator[Event, None, Result]:
     """Runs `work(report)` in a thread and yields what it reports; its result is the generator's.
 
     Use it as `result = yield from with_progress(...)`. An error of the work is raised here.
+    If the generator is closed or interrupted, the next report ends the work, which so can clear up.
     """
     reports: queue.Queue[Event | None] = queue.Queue()
     outcome: list[Result] = []
     failure: list[BaseException] = []
+    is_abandoned = threading.Event()
 
     def report(name: str, done: int, total: int) -> None:
+        if is_abandoned.is_set():
+            raise _Abandoned
         reports.put(StageAdvanced(stage=name, done=done, total=total))
 
     def run() -> None:
@@ -34,9 +45,14 @@ def with_progress(stage: str, work: Callable[[Report], Result]) -> Generator[Eve
         reports.put(None)
 
     yield StageStarted(stage=stage)
-    threading.Thread(target=run, name=stage, daemon=True).start()
-    while (event := reports.get()) is not None:
-        yield event
+    thread = threading.Thread(target=run, name=stage, daemon=True)
+    thread.start()
+    try:
+        while (event := reports.get()) is not None:
+            yield event
+    finally:
+        is_abandoned.set()
+        thread.join(_FAREWELL_SECONDS)
     if failure:
         raise failure[0]
     return outcome[0]
