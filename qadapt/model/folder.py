@@ -43,8 +43,8 @@ def checked_folder(folder: Path, *, name: str) -> str:
     for 100 GB. It recognizes a model, it does not prove that no bit has flipped.
 
     Raises:
-        BadModel: A file is missing, half-written, no JSON, pickled or quantized, or the model needs code from its
-            repository.
+        BadModel: A file is missing, half-written, no JSON, pickled or quantized, or the model
+            needs code from its repository.
         Unsupported: The architecture is not proven here.
     """
     config = read_config(folder, name=name)

@@ -2,7 +2,7 @@
 
 `transformers` streams the files: each tensor is quantized as it is read and its source let go. Measured
 (`tools/bench/load_memory.py`): anonymous memory stays under the resident model plus its two largest source
-tensors. A missing tensor it would fill with random numbers and go on; so names and shapes are compared before.
+tensors. It would fill a missing tensor with random numbers and go on, so names and shapes are compared first.
 Knows nothing of adapters.
 """
 
