@@ -1,6 +1,6 @@
 """How a watcher asks a running run for something: a small file in the run's folder, on every system.
 
-The run looks between micro-batches and takes the request away when it has done it.
+The run looks between steps and takes the request away when it has done it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-Request = Literal["stop", "save"]
+Request = Literal["stop"]
 
 
 def ask(run_folder: Path, request: Request) -> None:

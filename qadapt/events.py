@@ -32,6 +32,7 @@ class RunStarted(Event):
     method: str
     device: str
     steps: int
+    folder: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

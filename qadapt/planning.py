@@ -180,6 +180,7 @@ def ask_of(
     *,
     card: str | None = None,
     vram: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
     shape: ModelShape | None = None,
     types: tuple[ComputeType, AdapterType] | None = None,
 ) -> Question:
@@ -189,13 +190,14 @@ def ask_of(
         recipe: The recipe.
         card: A card's name; default: this machine.
         vram: What is free on the card.
+        device: Where it will run, if that has been chosen; default: the recipe's.
         shape: The model's shape, if it is at hand; default: a known model's.
         types: Of products and of adapters, if they have been chosen; default: by the card.
 
     Raises:
         QadaptError: The model or the card is wrong.
     """
-    target = find_target(card, vram, device=recipe.memory.device)
+    target = find_target(card, vram, device=device or recipe.memory.device)
     if recipe.memory.budget is not None and vram is None:
         free_bytes = parse_bytes(recipe.memory.budget)
         target = dataclasses.replace(target, free_bytes=free_bytes, assumption="memory.budget")

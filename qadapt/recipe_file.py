@@ -127,11 +127,20 @@ def check_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(details) for details in error.errors()]
+        errors = error.errors()
+        problems = [_problem(details) for details in errors if not _is_echo(details, errors)]
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "\n".join(f"  - {problem}" for problem in problems)
     raise BadRecipe(
         f"{origin} has {count}:\n{listed}", cure="Correct the recipe, or override with section.key=value."
+    )
+
+
+def _is_echo(details: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is called too short only because what stands in it is wrong, which is said already."""
+    place = details["loc"]
+    return details["type"] == "too_short" and any(
+        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in errors
     )
 
 

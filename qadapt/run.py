@@ -17,20 +17,22 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from qadapt import control
 from qadapt.adapters.facts import AdapterFacts, read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.rows import cut_rows
+from qadapt.data.rows import cut_rows, no_rows_left
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
+from qadapt.model.cache import output_errors
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_device
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
-from qadapt.run_folder import RunFolder, create_run, discard_run, find_run
+from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
 from qadapt.run_parts import (
     Material,
     adapt,
@@ -43,10 +45,11 @@ from qadapt.run_parts import (
     optimizer_of,
     place_base,
     prepare,
+    resolved,
     started,
 )
 from qadapt.stage import with_progress
-from qadapt.train.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, load_newest
+from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.loop import Loop
 from qadapt.train.memory import PeakMeter
@@ -65,8 +68,8 @@ def train(recipe: Recipe) -> Iterator[Event]:
     run = create_run(Path(recipe.run.folder), recipe.run.name)
     has_begun = False
     try:
-        with Journal(run.journal) as journal:
-            for event in journal.record(_new_run(recipe, run)):
+        with working_on(run), Journal(run.journal) as journal:
+            for event in journal.record(_new_run(resolved(recipe), run)):
                 has_begun = has_begun or isinstance(event, StepDone)
                 yield event
     finally:
@@ -76,12 +79,13 @@ def train(recipe: Recipe) -> Iterator[Event]:
 
 def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
     quiet_libraries()
-    material = yield from prepare(recipe)
+    material = yield from prepare(recipe, revision=recipe.model.revision)
     plan = make_plan(recipe, material)
-    run.recipe.write_text(dump_yaml(recipe), encoding="utf-8")
-    run.write_json(run.plan, plan.values())
-    run.write_json(run.environment, environment())
-    yield started(recipe, plan)
+    with output_errors(run.path):
+        run.write(run.recipe, dump_yaml(recipe))
+        run.write_json(run.plan, plan.values())
+        run.write_json(run.environment, environment())
+    yield started(recipe, plan, run)
     yield plan.event()
     yield from _steps(recipe, plan, run, material=material, is_resumed=False)
 
@@ -92,36 +96,31 @@ def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
     The stored plan is executed; nothing is planned or measured anew.
 
     Raises:
-        BadRun: There is no such run, it never began, it has finished, or base, template or rows changed.
+        BadRun: There is no such run, it never began, it has finished, another process works on it, or base,
+        template or rows changed.
     """
     run = find_run(name, folder)
-    if any(isinstance(event, RunFinished) for event in effective(read_events(run.path))):
-        raise BadRun(f"The run {name} has finished.", cure=f"`qadapt export {name}` writes the merged model.")
-    with Journal(run.journal) as journal:
-        yield from journal.record(_resumed_run(run))
+    with working_on(run):
+        if any(isinstance(event, RunFinished) for event in effective(read_events(run.path))):
+            cure = f"`qadapt export {name}` writes the merged model."
+            raise BadRun(f"The run {name} has finished.", cure=cure)
+        control.take(run.path, "stop")  # one that an earlier process did not live to see
+        with Journal(run.journal) as journal:
+            yield from journal.record(_resumed_run(run))
 
 
 def _resumed_run(run: RunFolder) -> Iterator[Event]:
     quiet_libraries()
     recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
-    yield started(recipe, plan)
-    yield plan.event()
-    checkpoint, problems = load_newest(run.path)
-    for problem in problems:
-        yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
-    material = yield from prepare(recipe)
+    material = yield from prepare(recipe, revision=plan.revision)
     plan.ingredients.check_same(material.ingredients)
-    yield from _steps(recipe, plan, run, material=material, is_resumed=True, checkpoint=checkpoint)
+    yield started(recipe, plan, run)
+    yield plan.event()
+    yield from _steps(recipe, plan, run, material=material, is_resumed=True)
 
 
 def _steps(
-    recipe: Recipe,
-    plan: StoredPlan,
-    run: RunFolder,
-    *,
-    material: Material,
-    is_resumed: bool,
-    checkpoint: Checkpoint | None = None,
+    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, is_resumed: bool
 ) -> Iterator[Event]:
     start = time.monotonic()
     with PeakMeter(choose_device(plan.device)) as meter:
@@ -138,28 +137,41 @@ def _steps(
         )
         if plan.compute_dtype == "fp16":
             loop.scale_loss()
-        if checkpoint is not None:
-            loop.restore(checkpoint)
         if is_resumed:
-            yield Resumed(step=loop.progress.step)
+            yield from _restore(loop, run)
         for event in loop.events():
             yield event
             if isinstance(event, Stopped):
                 return
     facts = adapter_facts(recipe, plan, material)
-    yield _finish(loop, model, run, facts=facts, seconds=time.monotonic() - start)
+    yield from _finish(loop, model, run, facts=facts, seconds=time.monotonic() - start)
+
+
+def _restore(loop: Loop, run: RunFolder) -> Iterator[Event]:
+    checkpoint, problems = load_newest(run.path)
+    for problem in problems:
+        yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+    yield Resumed(step=loop.progress.step)
 
 
 def _finish(
     loop: Loop, model: PeftModel, run: RunFolder, *, facts: AdapterFacts, seconds: float
-) -> RunFinished:
+) -> Iterator[Event]:
     """Writes the adapter of the best evaluation, else of the last step."""
     progress = loop.progress
     best_step = progress.best_step if progress.best_step is not None else progress.step
     if best_step != progress.step:
-        loop.restore_adapter(load_checkpoint(checkpoint_folder(run.path, best_step)))
+        folder = checkpoint_folder(run.path, best_step)
+        damage = find_damage(folder)
+        if damage is None:
+            loop.restore_adapter(load_checkpoint(folder))
+        else:
+            best_step = progress.step
+            yield Warned(message=damage, cure="It was the best; the last step is kept instead.")
     save_adapter(model, run.adapter, facts=facts)
-    return RunFinished(
+    yield RunFinished(
         step=progress.step,
         adapter=str(run.adapter),
         best_step=best_step,
@@ -255,6 +267,8 @@ def evaluate(
     tuned = load(name, folder=folder)
     chosen = conversations_to_evaluate(recipe, data)
     rows = cut_rows(chosen, tuned.contract, length=recipe.data.length).rows
+    if not rows:
+        raise no_rows_left("evaluate on", length=recipe.data.length)
     loss, base_loss = evaluate_rows(tuned.model, rows, size=plan.micro_batch, pad_id=tuned.contract.pad_id)
     return Evaluation(
         rows=len(rows),

@@ -15,9 +15,13 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from qadapt.errors import BadOutput, BadRun
 
@@ -57,11 +61,15 @@ class RunFolder:
         """Where an exported model goes."""
         return self.path / "export" / form
 
+    def write(self, path: Path, text: str) -> None:
+        """Writes a file, whole or not at all."""
+        building = path.with_name(f".{path.name}.tmp")
+        building.write_text(text, encoding="utf-8")
+        building.replace(path)
+
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Writes a file of plain values, whole or not at all."""
-        building = path.with_name(f".{path.name}.tmp")
-        building.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        building.replace(path)
+        self.write(path, json.dumps(values, indent=2) + "\n")
 
 
 def create_run(folder: Path, name: str) -> RunFolder:
@@ -86,6 +94,27 @@ def create_run(folder: Path, name: str) -> RunFolder:
             cure="Make the folder writable, or choose another with run.folder=...",
         ) from None
     return RunFolder(path)
+
+
+@contextmanager
+def working_on(run: RunFolder) -> Iterator[None]:
+    """Holds a run for this process; the system lets go of it when the process ends, however.
+
+    Raises:
+        BadRun: Another process works on it.
+    """
+    lock = FileLock(run.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadRun(
+            f"Another process works on the run {run.path.name}.",
+            cure=f"`qadapt watch {run.path.name}` shows it; wait for its end, or stop it with Ctrl-C.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def discard_run(run: RunFolder) -> None:

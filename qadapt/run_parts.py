@@ -7,10 +7,10 @@ import platform
 import sys
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,7 @@ from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import widest_share
 from qadapt.data.formats import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.rows import Rows, read_rows, split_conversations
+from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations
 from qadapt.engine.recompute import recompute_all
 from qadapt.errors import BadRun
@@ -32,11 +32,14 @@ from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_
 from qadapt.model.source import ModelFiles, find_model
 from qadapt.planning import AdapterType, ComputeType, ask_of
 from qadapt.recipe import Recipe
+from qadapt.run_folder import RunFolder
 from qadapt.shape import find_shape
 from qadapt.stage import Report, with_progress
 from qadapt.train.loop import LoopSettings
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.stored_plan import Ingredients, StoredPlan
+
+SHARE_STEPS = 2000  # so many steps are looked at for the widest micro-batch
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,31 @@ class Material:
         )
 
 
-def prepare(recipe: Recipe) -> Generator[Event, None, Material]:
-    """Finds the recipe's base, fetching or converting it the first time, and reads its rows."""
-    model = recipe.model
-    files = yield from with_progress(
-        "finding the base", lambda report: find_model(model.source, revision=model.revision, report=report)
-    )
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that the run can be found and gone on with from any folder."""
+    values = recipe.model_dump()
+    for source in values["data"]["sources"]:
+        source["path"] = str(Path(source["path"]).absolute())
+    if recipe.data.held_out is not None:
+        values["data"]["held_out"] = str(Path(recipe.data.held_out).absolute())
+    if Path(recipe.model.source).exists():
+        values["model"]["source"] = str(Path(recipe.model.source).absolute())
+    return Recipe.model_validate(values)
+
+
+def prepare(recipe: Recipe, *, revision: str | None) -> Generator[Event, None, Material]:
+    """Reads the recipe's rows, finds its base (fetching or converting it the first time), renders the rows.
+
+    The rows come first: a mistake in them costs no download.
+    """
     yield StageStarted(stage="reading the rows")
+    kept, apart = _conversations(recipe)
+    source = recipe.model.source
+    files = yield from with_progress(
+        "finding the base", lambda report: find_model(source, revision=revision, report=report)
+    )
     contract = load_contract(files.folder)
-    rows = _read_rows(recipe, contract)
+    rows = make_rows(kept, apart, contract, length=recipe.data.length)
     for message, cure in rows.warnings:
         yield Warned(message=message, cure=cure)
     yield DataReady(
@@ -77,14 +96,12 @@ def prepare(recipe: Recipe) -> Generator[Event, None, Material]:
     return Material(files, contract, rows)
 
 
-def _read_rows(recipe: Recipe, contract: PromptContract) -> Rows:
+def _conversations(recipe: Recipe) -> tuple[list[Conversation], list[Conversation]]:
     data = recipe.data
-    return read_rows(
+    return split_conversations(
         [(Path(source.path), source.limit) for source in data.sources],
-        contract,
         form=data.format,
         held_out=Path(data.held_out) if data.held_out is not None else data.held_out_fraction,
-        length=data.length,
         seed=recipe.train.seed,
     )
 
@@ -110,16 +127,9 @@ def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Convers
     Raises:
         BadRun: No file is given and the run held out none.
     """
-    section = recipe.data
-    chosen = data or (Path(section.held_out) if section.held_out is not None else None)
-    if chosen is not None:
-        return read_conversations(chosen, form=section.format)
-    _, apart = split_conversations(
-        [(Path(source.path), source.limit) for source in section.sources],
-        form=section.format,
-        held_out=section.held_out_fraction,
-        seed=recipe.train.seed,
-    )
+    if data is not None:
+        return read_conversations(data, form=recipe.data.format)
+    _, apart = _conversations(recipe)
     if not apart:
         raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
     return apart
@@ -137,13 +147,20 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
     adapter_dtype = choose_adapter_dtype(recipe.adapter.dtype, compute_dtype)
     question = ask_of(
         recipe,
-        shape=find_shape(str(material.files.folder)),
+        device=cast(Literal["cpu", "cuda"], device.type),
+        shape=replace(find_shape(str(material.files.folder)), name=material.files.name),
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
-    share = widest_share(rows.train, rows_per_step=recipe.train.rows_per_step, seed=recipe.train.seed)
+    steps = step_count(recipe, rows)
+    share = widest_share(
+        rows.train,
+        steps=min(steps, SHARE_STEPS),
+        rows_per_step=recipe.train.rows_per_step,
+        seed=recipe.train.seed,
+    )
     plan = question.changed({"length": rows.longest, "supervised_share": share}).plan()
     return StoredPlan(
-        steps=step_count(recipe, rows),
+        steps=steps,
         device=device.type,
         micro_batch=plan.setting.rows,
         recompute=plan.setting.recompute,
@@ -154,11 +171,12 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         predicted_peak_bytes=plan.estimate.peak_allocated_bytes,
         budget_bytes=plan.budget_bytes,
         reasons=tuple(plan.reasons),
+        revision=material.files.revision,
         ingredients=material.ingredients,
     )
 
 
-def started(recipe: Recipe, plan: StoredPlan) -> RunStarted:
+def started(recipe: Recipe, plan: StoredPlan, run: RunFolder) -> RunStarted:
     """What is trained on what."""
     return RunStarted(
         name=recipe.run.name,
@@ -166,6 +184,7 @@ def started(recipe: Recipe, plan: StoredPlan) -> RunStarted:
         method=f"{recipe.adapter.method}, rank {recipe.adapter.rank}",
         device=plan.device,
         steps=plan.steps,
+        folder=str(run.path),
     )
 
 

@@ -127,17 +127,18 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert problem in said.err
     assert "Traceback" not in said.err
     assert said.out == "" or arguments[0] == "train", "results and errors do not mix"
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "runs"] == before, "nothing is left"
+    left = [path for path in sorted(tmp_path.rglob("*")) if path != tmp_path / "runs"]
+    assert left == before, "nothing is left but the empty folder of runs"
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     from qadapt.cli import recipes
 
-    def broken(name: str) -> None:
-        raise ZeroDivisionError(name)
+    def broken() -> None:
+        raise ZeroDivisionError
 
     monkeypatch.setattr(recipes, "console", broken)
-    with pytest.raises((ZeroDivisionError, TypeError)):
+    with pytest.raises(ZeroDivisionError):
         run(["recipes"])
 
 

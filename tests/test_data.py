@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step, widest_share
 from qadapt.data.formats import Conversation, Message
 from qadapt.data.prompt import PromptContract, Tokens, load_contract
-from qadapt.data.rows import read_rows
+from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations
 from qadapt.errors import BadData, BadModel
 
@@ -28,6 +28,13 @@ ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assi
 def write_lines(path: Path, rows: list[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_rows(
+    path: Path, contract: PromptContract, *, held_out: Path | float = 0.0, length: int = 128, seed: int = 0
+) -> Rows:
+    kept, apart = split_conversations([(path, None)], form="auto", held_out=held_out, seed=seed)
+    return make_rows(kept, apart, contract, length=length)
 
 
 def conversation(*turns: tuple[str, str]) -> Conversation:
@@ -174,7 +181,7 @@ def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_out(
     ends_late = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y " * 90}]}
     path = write_lines(tmp_path / "rows.jsonl", [ROW, long, ends_late])
     contract = load_contract(tiny_model("qwen2"))
-    rows = read_rows([(path, None)], contract, form="auto", held_out=0.0, length=100, seed=0)
+    rows = read_rows(path, contract, held_out=0.0, length=100, seed=0)
     assert len(rows.train) == 2
     assert rows.truncated == 2
     assert max(len(row.ids) for row in rows.train) == 100
@@ -187,7 +194,19 @@ def test_nothing_left_to_train_on_is_an_error(tmp_path: Path, tiny_model: TinyMo
     path = write_lines(tmp_path / "rows.jsonl", [ROW])
     contract = load_contract(tiny_model("qwen2"))
     with pytest.raises(BadData, match="No row is left"):
-        read_rows([(path, None)], contract, form="auto", held_out=0.0, length=8, seed=0)
+        read_rows(path, contract, held_out=0.0, length=8, seed=0)
+
+
+def test_held_out_rows_that_all_lose_their_answer_are_an_error(tmp_path: Path, tiny_model: TinyModel) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [ROW])
+    long = {"messages": [{"role": "user", "content": "x " * 300}, {"role": "assistant", "content": "y"}]}
+    apart = write_lines(tmp_path / "held_out.jsonl", [long])
+    contract = load_contract(tiny_model("qwen2"))
+    with pytest.raises(BadData, match="No row is left to evaluate on"):
+        read_rows(path, contract, held_out=apart, length=100)
+    write_lines(apart, [ROW, long])
+    rows = read_rows(path, contract, held_out=apart, length=100)
+    assert any("1 held-out rows have no answer" in problem for problem, _ in rows.warnings)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -198,7 +217,7 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_model: TinyMode
     ]
     path = write_lines(tmp_path / "rows.jsonl", list(messages))
     contract = load_contract(tiny_model("qwen2"))
-    rows = read_rows([(path, None)], contract, form="auto", held_out=0.25, length=128, seed=1)
+    rows = read_rows(path, contract, held_out=0.25, length=128, seed=1)
     assert len(rows.held_out) == 5
     assert not {row.ids for row in rows.held_out} & {row.ids for row in rows.train}
 
@@ -227,8 +246,9 @@ def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
 ) -> None:
     draw = torch.Generator().manual_seed(sum(lengths))
     rows = [random_row(draw, length) for length in lengths]
-    share = widest_share(rows, rows_per_step=rows_per_step, seed=0)
-    for step in range(-(-len(rows) // rows_per_step)):
+    steps = -(-2 * len(rows) // rows_per_step)
+    share = widest_share(rows, steps=steps, rows_per_step=rows_per_step, seed=0)
+    for step in range(steps):
         chosen = rows_of_step(step, row_count=len(rows), rows_per_step=rows_per_step, seed=0)
         for batch in micro_batches([rows[index] for index in chosen], size=size, pad_id=0):
             assert len(batch.positions) <= share * max(lengths) + 1e-9

@@ -151,6 +151,53 @@ def test_a_request_to_stop_leaves_a_run_that_goes_on(tmp_path: Path, tiny_model:
     assert isinstance(list(resume("first", folder=str(tmp_path / "runs")))[-1], RunFinished)
 
 
+def test_a_request_that_an_earlier_process_left_does_not_stop_the_resumed_run(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    events = train(make_recipe(tmp_path, tiny_model("llama")))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    control.ask(tmp_path / "runs/first", "stop")
+    assert isinstance(list(resume("first", folder=str(tmp_path / "runs")))[-1], RunFinished)
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path, tiny_model: TinyModel) -> None:
+    events = train(make_recipe(tmp_path, tiny_model("llama")))
+    next(event for event in events if isinstance(event, StepDone))
+    with pytest.raises(BadRun, match="Another process works on the run first"):
+        list(resume("first", folder=str(tmp_path / "runs")))
+    assert isinstance(list(events)[-1], RunFinished)
+
+
+def test_a_damaged_best_checkpoint_gives_the_last_step_and_a_warning(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    wild = {"learning_rate": 1.0, "clip_norm": None, "steps": 40, "evaluate_every": 1, "patience": 1}
+    best, ending = 0, []
+    for event in train(make_recipe(tmp_path, tiny_model("llama"), **wild)):
+        ending.append(event)
+        if isinstance(event, Evaluated) and event.is_best:
+            best = event.step
+        elif isinstance(event, Evaluated):
+            (tmp_path / f"runs/first/checkpoints/step-{best:06d}/adapter.safetensors").write_bytes(b"")
+    assert any(f"step-{best:06d} is damaged" in warned.message for warned in only(Warned, ending))
+    assert isinstance(ending[-1], RunFinished)
+    assert ending[-1].best_step == ending[-1].step == best + 1
+
+
+def test_a_run_goes_on_from_another_folder(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = changed(make_recipe(tmp_path, tiny_model("llama")), "data", held_out="held_out.jsonl")
+    events = train(changed(recipe, "data", sources=[{"path": "train.jsonl"}]))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert isinstance(list(resume("first", folder=str(tmp_path / "runs")))[-1], RunFinished)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, tiny_model: TinyModel) -> None:
     recipe = make_recipe(tmp_path, tiny_model("llama"), checkpoint_every=1, keep_checkpoints=3)
     events = train(recipe)
@@ -168,6 +215,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, tiny_
         "step-000005 is damaged: adapter.safetensors" in warned.message for warned in only(Warned, resumed)
     )
     assert only(Resumed, resumed)[0].step == 4
+    assert all((folder / "manifest.json").is_file() for folder in find_checkpoints(run))
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, tiny_model: TinyModel) -> None:

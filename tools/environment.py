@@ -8,12 +8,14 @@ immediate; what cannot be done is said in one sentence, with the cure.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +49,20 @@ def enter() -> None:
     command = [str(PYTHON), *sys.argv]
     sys.stdout.flush()
     if os.name == "nt":
-        sys.exit(subprocess.call(command))
+        sys.exit(call(command))
     os.execv(PYTHON, command)
+
+
+def call(command: Sequence[str], *, folder: Path | None = None) -> int:
+    """Runs a program in a folder and waits for its end, also through Ctrl-C.
+
+    The program gets the interrupt, too, and decides what it means: a run saves itself first.
+    """
+    with subprocess.Popen(command, cwd=folder) as process:
+        while process.poll() is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
+        return process.returncode
 
 
 def is_inside() -> bool:

@@ -61,13 +61,12 @@ def _order(epoch: int, row_count: int, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def widest_share(rows: Sequence[Tokens], *, rows_per_step: int, seed: int) -> float:
-    """The largest share of a step's positions that reaches the head, over the first pass, unsplit.
+def widest_share(rows: Sequence[Tokens], *, steps: int, rows_per_step: int, seed: int) -> float:
+    """The largest share of the longest row's positions that reaches the head in the first `steps` steps.
 
-    A position reaches the head if any row of the micro-batch learns its next token, so smaller micro-batches
-    never send a larger share of the longest row than this.
+    A position reaches the head if any row of the micro-batch learns its next token, so splitting a step into
+    smaller micro-batches never sends more.
     """
-    steps = -(-len(rows) // rows_per_step)
     longest = max(len(row.ids) for row in rows)
     widest = 0
     for step in range(steps):

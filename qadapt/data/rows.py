@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,48 +48,59 @@ class Rows:
         return digest.hexdigest()
 
 
-def read_rows(
-    sources: Sequence[tuple[Path, int | None]],
-    contract: PromptContract,
-    *,
-    form: str,
-    held_out: Path | float,
-    length: int,
-    seed: int,
+def make_rows(
+    train: Sequence[Conversation], held_out: Sequence[Conversation], contract: PromptContract, *, length: int
 ) -> Rows:
-    """Reads the rows of a run.
+    """Renders and cuts the conversations of a run.
 
     Args:
-        sources: Files of training rows, each with how many of its first rows to take (None: all).
-        contract: How conversations become tokens.
-        form: A format's name, or `auto`.
-        held_out: A file of rows to hold out, or the share of the training rows to.
+        train: Conversations to learn.
+        held_out: Conversations to evaluate on, if any.
+        contract: How they become tokens.
         length: Longest row in tokens; longer ones are cut at the end.
-        seed: Of the held-out draw.
 
     Raises:
-        BadData: A file or a row cannot be used, or nothing is left to train on.
+        BadData: The template refuses a row, or nothing is left to train, or to evaluate on.
     """
-    kept, apart = split_conversations(sources, form=form, held_out=held_out, seed=seed)
-    train, held = (cut_rows(part, contract, length=length) for part in (kept, apart))
-    if not train.rows:
-        raise BadData(
-            f"No row is left to train on: within {length} tokens, none has an answer.",
-            cure="Raise data.length, or shorten what stands before the answers.",
-        )
+    learned, apart = (cut_rows(part, contract, length=length) for part in (train, held_out))
+    for part, given, purpose in ((learned, train, "train on"), (apart, held_out, "evaluate on")):
+        if given and not part.rows:
+            raise no_rows_left(purpose, length=length)
     return Rows(
-        train=train.rows,
-        held_out=held.rows,
+        train=learned.rows,
+        held_out=apart.rows,
         pad_id=contract.pad_id,
-        truncated=train.truncated,
-        warnings=_warnings(train, contract, length=length),
+        truncated=learned.truncated + apart.truncated,
+        warnings=(
+            *_cut_warnings(learned, "rows", length=length),
+            *_cut_warnings(apart, "held-out rows", length=length),
+            *_end_warnings(learned, contract),
+        ),
+    )
+
+
+def no_rows_left(purpose: str, *, length: int) -> BadData:
+    """The error for rows that were given and all lost their answers."""
+    return BadData(
+        f"No row is left to {purpose}: within {length} tokens, none has an answer.",
+        cure="Raise data.length, or shorten what stands before the answers.",
     )
 
 
 def split_conversations(
     sources: Sequence[tuple[Path, int | None]], *, form: str, held_out: Path | float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """The conversations to train on, and those to hold out; see `read_rows`."""
+    """The conversations to train on, and those to hold out.
+
+    Args:
+        sources: Files of training rows, each with how many of its first rows to take (None: all).
+        form: A format's name, or `auto`.
+        held_out: A file of rows to hold out, or the share of the training rows to.
+        seed: Of the draw.
+
+    Raises:
+        BadData: A file or a row cannot be used.
+    """
     parts = [read_conversations(path, form=form, limit=limit) for path, limit in sources]
     conversations = [row for part in parts for row in part]
     if isinstance(held_out, Path):
@@ -135,16 +146,17 @@ def cut_rows(conversations: Sequence[Conversation], contract: PromptContract, *,
     )
 
 
-def _warnings(train: CutRows, contract: PromptContract, *, length: int) -> tuple[tuple[str, str], ...]:
-    found: list[tuple[str, str]] = []
-    if train.truncated:
-        problem = f"{train.truncated} rows are longer than {length} tokens and were cut at the end."
-        found.append((problem, "Raise data.length if the ends matter."))
-    if train.without_answer:
-        count, places = len(train.without_answer), ", ".join(train.without_answer[:3])
-        problem = f"{count} rows have no answer within {length} tokens and are left out: {places}."
-        found.append((problem, "Raise data.length, or shorten what stands before the answer."))
-    if not any(contract.ends_turns(row) for row in train.rows[:100]):
+def _cut_warnings(cut: CutRows, kind: str, *, length: int) -> Iterator[tuple[str, str]]:
+    if cut.truncated:
+        problem = f"{cut.truncated} {kind} are longer than {length} tokens and were cut at the end."
+        yield problem, "Raise data.length if the ends matter."
+    if cut.without_answer:
+        count, places = len(cut.without_answer), ", ".join(cut.without_answer[:3])
+        problem = f"{count} {kind} have no answer within {length} tokens and are left out: {places}."
+        yield problem, "Raise data.length, or shorten what stands before the answer."
+
+
+def _end_warnings(cut: CutRows, contract: PromptContract) -> Iterator[tuple[str, str]]:
+    if not any(contract.ends_turns(row) for row in cut.rows[:100]):
         problem = "The chat template ends no answer with an end token: the model will not learn to stop."
-        found.append((problem, "Train the instruct form of the model, whose template does."))
-    return tuple(found)
+        yield problem, "Train the instruct form of the model, whose template does."

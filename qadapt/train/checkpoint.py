@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from qadapt.errors import BadOutput, BadRun
 
 MANIFEST = "manifest.json"
+GROUPS = ("adapter", "optimizer", "random")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> Path:
         BadOutput: The folder cannot be written, or the disk is full; nothing half-written stays.
     """
     target = checkpoint_folder(run_folder, checkpoint.step)
+    if target.exists() and find_damage(target) is None:
+        return target  # this very state was saved before (an evaluation, then a request to stop)
     building = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -81,13 +84,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if damage is not None:
         raise BadRun(damage, cure="Use an older checkpoint.")
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    groups = {name: load_file(folder / f"{name}.safetensors") for name in ("adapter", "optimizer", "random")}
+    # read, not mapped: Windows cannot delete a file that is mapped
+    groups = {name: load((folder / f"{name}.safetensors").read_bytes()) for name in GROUPS}
     return Checkpoint(step=state.pop("step"), values=state, **groups)
 
 
 def find_checkpoints(run_folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first."""
-    return sorted((run_folder / "checkpoints").glob("step-*"))
+    return sorted((run_folder / "checkpoints").glob("step-*"), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder stands after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def load_newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -103,10 +112,26 @@ def load_newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def drop_old(run_folder: Path, *, keep: int, best_step: int | None) -> None:
     """Removes all but the newest `keep` checkpoints and the best one."""
-    kept = {checkpoint_folder(run_folder, best_step)} if best_step is not None else set()
     for folder in find_checkpoints(run_folder)[:-keep]:
-        if folder not in kept:
-            shutil.rmtree(folder)
+        if step_of(folder) != best_step:
+            _remove(folder)
+
+
+def drop_newer(run_folder: Path, step: int) -> None:
+    """Removes the checkpoints after `step`: damaged ones that a resumed run went back behind."""
+    for folder in find_checkpoints(run_folder):
+        if step_of(folder) > step:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise BadOutput(
+            f"The old checkpoint {folder} cannot be removed: {error}",
+            cure="Close what has its files open, then `qadapt resume`.",
+        ) from None
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -125,7 +150,7 @@ def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> 
 
 
 def _groups(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    return {"adapter": checkpoint.adapter, "optimizer": checkpoint.optimizer, "random": checkpoint.random}
+    return dict(zip(GROUPS, (checkpoint.adapter, checkpoint.optimizer, checkpoint.random), strict=True))
 
 
 def _write_manifest(folder: Path) -> None:

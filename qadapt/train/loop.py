@@ -20,6 +20,7 @@ from qadapt.data.rows import Rows
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped
 from qadapt.train.checkpoint import (
     Checkpoint,
+    drop_newer,
     drop_old,
     random_state,
     restore_random_state,
@@ -158,7 +159,7 @@ class Loop:
         return micro_batches(rows, size=self.settings.micro_batch, pad_id=self.rows.pad_id)
 
     def _memory(self) -> MemoryMeasured:
-        peak_bytes = self._meter.peak_bytes
+        peak_bytes = self._meter.peak_bytes + self.optimizer.paged_bytes
         static = static_bytes(self.model, self.optimizer)
         return MemoryMeasured(
             step=self.progress.step, measured=measured(static, peak_bytes), peak_bytes=peak_bytes
@@ -215,6 +216,7 @@ class Loop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to a checkpoint: the next step is the one the saved run would have done."""
+        drop_newer(self.run_folder, checkpoint.step)
         self.restore_adapter(checkpoint)
         self.optimizer.load(checkpoint.optimizer)
         restore_random_state(checkpoint.random, self._device)

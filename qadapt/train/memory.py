@@ -63,7 +63,7 @@ class PeakMeter:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no file's: RssAnon on Linux, the private set elsewhere."""
+    """Memory of this process that is no file's: RssAnon on Linux, the resident set elsewhere."""
     status = Path("/proc/self/status")
     if status.exists():
         found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text(encoding="ascii"))

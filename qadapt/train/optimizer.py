@@ -79,6 +79,11 @@ class CompensatedAdamW:
         """Bytes of states and lost parts."""
         return sum(value.nbytes for value in self.tensors().values())
 
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of states in managed memory, which torch's allocator does not count."""
+        return _paged_bytes(self.inner)
+
 
 class PlainAdamW:
     """AdamW over fp32 parameters: the library's, under the same few calls as `CompensatedAdamW`."""
@@ -108,6 +113,11 @@ class PlainAdamW:
     def state_bytes(self) -> int:
         """Bytes of the states."""
         return sum(value.nbytes for value in self.tensors().values())
+
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of states in managed memory, which torch's allocator does not count."""
+        return _paged_bytes(self.inner)
 
 
 AdapterOptimizer = CompensatedAdamW | PlainAdamW
@@ -185,3 +195,9 @@ def _load_state(optimizer: Optimizer, names: Iterable[str], tensors: dict[str, T
                 value.copy_(saved)  # in place: paged states stay paged
             else:
                 state[key] = int(saved)
+
+
+def _paged_bytes(optimizer: Optimizer) -> int:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    paged = [value for value in values if getattr(value, "is_paged", False)]  # bitsandbytes' mark
+    return sum(value.nbytes for value in paged)

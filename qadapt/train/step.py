@@ -1,7 +1,8 @@
 """One optimizer step: the gradient of the mean loss over all learned tokens of its rows, and the update.
 
 The micro-batches share one denominator, the learned tokens of the whole step, so how rows are split does not
-change the gradient. All that happens between two steps' weights is on this page.
+change the gradient, beyond the rounding of sums (bf16 gradients are rounded after every micro-batch).
+All that happens between two steps' weights is on this page.
 """
 
 from __future__ import annotations

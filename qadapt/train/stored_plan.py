@@ -51,6 +51,7 @@ class StoredPlan:
     predicted_peak_bytes: int
     budget_bytes: int
     reasons: tuple[str, ...]
+    revision: str | None
     ingredients: Ingredients
 
     def event(self) -> Planned:
