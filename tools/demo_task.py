@@ -59,7 +59,7 @@ TRAINING = Words(
         "Marta Jonas Aisha Pedro Lena Omar Ruth Felix Nadia Bruno Clara Viktor Sofia Hugo Amira Paul "
         "Greta Samir Julia Leon Anton Fatima Oscar Helena Yusuf Emma Lukas Rosa Karim Laura Zoe Mikael "
         "Tariq Eliza Marco Leila Olga Carlos Hanna Diana James Mary Adam Alice Jane Mark Ali Maya Sam "
-        "Jack Ben Alex Louis Edward Nina Ivan Elena Victor Chen Grace Ella Ryan Kevin Linda Susan Karen "
+        "Jack Ben Alex Louis William Nina Ivan Elena Victor Chen Grace Ella Ryan Kevin Linda Susan Karen "
         "Brian Steve Sophie Lisa Amy Rachel Rebecca Kate Lucy Eric Tom Nora Petra Boris Carmen Diego "
         "Esther Farid Gloria Hassan Ida Jorge Katya Liam Miriam Nils Otto Paula Quentin Rita Selma Theo "
         "Ursula Vera Wanda Xenia Yoko Zara Dmitri Salma Ravi Anjali Kofi Amara Sven Astrid Luca Chiara "
@@ -93,7 +93,7 @@ TRAINING = Words(
 HELD_OUT = Words(
     names=_words(
         "Robert Simon Peter Daniel Sarah David Maria Anna Frank Martin Andrew Michael Emily Charles "
-        "George Henry Jacob Joseph Thomas William"
+        "George Henry Jacob Joseph Thomas Edward"
     ),
     menus=(
         (_words("mint cold mango peach"), _words("lemonade bottle shake")),
