@@ -11,5 +11,7 @@ def recompute_all(model: PreTrainedModel) -> None:
     The layers' own flag is used, not a wrapper: names stay, and evaluation is not slowed. Non-reentrant, so
     gradients reach the adapters although nothing before them is trained.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.20, the last for Python 3.10, knows it by its old name
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     model.disable_input_require_grads()  # a hook of the library that only the reentrant kind needs
