@@ -79,7 +79,7 @@ def test_quiet_says_the_end_only(
     assert run(["train", str(recipe), "--quiet"]) == 0
     said = capsys.readouterr().out
     assert "reading the rows" not in said
-    assert "qadapt export first" in said
+    assert f"qadapt export {tmp_path / 'runs' / 'first'}" in said, "the command works from any folder"
 
 
 CASES = [
@@ -190,3 +190,25 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: TinyModel)
     assert done.returncode == 0, done.stderr
     assert type(read_events(tmp_path / "runs/first")[-1]).__name__ == "RunFinished"
     assert "kernels" not in done.stderr + err, "notices of libraries do not reach the screen"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of files")
+def test_a_disk_that_takes_no_more_is_one_message_and_leaves_a_whole_run(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_model("llama"))
+    limited = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from qadapt.cli.main import run\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "train", str(recipe), "--plain"], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "runs/first/checkpoints").iterdir()) == []
+    resumed = subprocess.run(command("resume", str(tmp_path / "runs/first")), capture_output=True, text=True)
+    assert resumed.returncode == 0, "with room again the run goes on"

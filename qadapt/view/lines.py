@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from qadapt.events import (
     AdapterAttached,
@@ -131,7 +132,7 @@ class Lines:
 
 def summary(state: RunState) -> list[str]:
     """The end of a run in three to six lines, the last one the next command; nothing when it is not over."""
-    name = state.run.name if state.run else "RUN"
+    name = _run_argument(state)
     if state.stopped is not None:
         kept = (
             f"saved at step {state.saved_step:,}" if state.saved_step is not None else "nothing was saved yet"
@@ -145,6 +146,14 @@ def summary(state: RunState) -> list[str]:
         lines.append(_peak(state))
     lines += [f"adapter: {state.finished.adapter}", f"next: qadapt export {name}"]
     return lines
+
+
+def _run_argument(state: RunState) -> str:
+    """What to call the run in a command: its name where runs are looked for by default, else its folder."""
+    if state.run is None:
+        return "RUN"
+    folder = Path(state.run.folder or f"runs/{state.run.name}")
+    return state.run.name if folder.parent == Path("runs") else str(folder)
 
 
 def format_loss(loss: float | None) -> str:
