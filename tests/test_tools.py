@@ -24,6 +24,7 @@ from demo_task import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -314,6 +315,24 @@ def test_every_dependency_is_pinned_once_for_each_python() -> None:
     assert set(wanted) - {"ruamel.yaml"} <= set(names)
     for name, (_, marker) in zip(names, pins, strict=True):
         assert names.count(name) == (2 if "python_version" in marker and names.count(name) > 1 else 1), name
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_pin_is_one_that_the_project_accepts(python: str) -> None:
+    text = (ROOT / "tools" / "constraints" / "common.txt").read_text(encoding="utf-8")
+    lines = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
+    where = {"python_version": python}
+    pins = {pin.name: pin for pin in lines if pin.marker is None or pin.marker.evaluate(where)}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = [
+        Requirement(text)
+        for text in re.findall(r'^    "([A-Za-z0-9._-]+[><=][^"]+)",$', project, flags=re.MULTILINE)
+    ]
+    checked = [each for each in wanted if each.name in pins]
+    assert len(checked) > 14
+    for each in checked:
+        (pin,) = pins[each.name].specifier
+        assert pin.version in each.specifier, f"{each} on Python {python} is pinned to {pin.version}"
 
 
 def test_the_machine_files_pin_torch_before_anything_else() -> None:
