@@ -10,7 +10,8 @@ from bench.load_memory import make, measure
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from Linux's /proc")
-def test_loading_stays_under_the_resident_model_and_two_tensors(tmp_path: Path) -> None:
-    load = measure(make(tmp_path, width=768, layers=4), "bf16")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_loading_stays_under_the_resident_model_and_two_tensors(tmp_path: Path, dtype: str) -> None:
+    load = measure(make(tmp_path, width=768, layers=4), dtype)
     assert load.resident_bytes < load.peak_bytes + load.largest_two_bytes, "a control: something was loaded"
     assert load.peak_bytes <= load.bound_bytes, load.line
