@@ -28,6 +28,7 @@ class TraceEvent(NamedTuple):
 
     @property
     def is_release(self) -> bool:
+        """Whether the event gives a block back."""
         return self.size_bytes == 0
 
 
