@@ -37,11 +37,11 @@ class TracePeak(NamedTuple):
 
     Args:
         bytes: Sum of the sizes as asked for, without any rounding.
-        index: Position of the event that reached it; -1 for a trace that allocates nothing.
+        position: Index of the event that reached it; -1 for a trace that allocates nothing.
     """
 
     bytes: int
-    index: int
+    position: int
 
 
 def peak_of(trace: Sequence[TraceEvent]) -> TracePeak:
