@@ -1,13 +1,17 @@
 """Bytes that come and go within an operation: what the step keeps is in `activations`.
 
-CUDA figures are from sources, not measured here: cuBLAS workspaces from PyTorch's `CUDABlas`
-(`:4096:2:16:8`; 32 MiB on compute capability 9, 10, 12), FlashAttention-2's backward from its fp32
-accumulator for dq and its expanded dk, dv under grouped queries. No GPU has confirmed them for this step.
-Not counted: before compute capability 8.0 there is no FlashAttention, and fused attention with grouped
-queries may fall back to one that makes T x T scores.
+Two halves. The closed form's: the moments of a layer, and of the loss. The kernels': what CUDA takes inside
+an operation, where no dispatch mode can see it (`kernel_bytes`, asked by the dry run), which attention kernel
+a target takes (`attention_kernel`), and what cuBLAS keeps. The kernels' figures are from PyTorch's sources
+(2.13 and the code just after it), not measured here; published peaks of a T4 and an A100 score them
+(`tools/bench/estimator.py`). The closed form knows fused attention only: where `attention_kernel` says "math"
+it has T x T scores that are not counted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
 
 from qadapt.plan.activations import adapter_input_bytes
 from qadapt.plan.setting import Setting
@@ -17,13 +21,12 @@ from qadapt.units import MIB
 
 FP32 = 4
 
+AttentionKernel = Literal["flash", "efficient", "math"]
+
 
 def library_bytes(setting: Setting, *, compute_capability: float | None) -> int:
-    """The workspace of cuBLAS, taken from the caching allocator at the first product and kept."""
-    if setting.device == "cpu":
-        return 0
-    is_wide = compute_capability is not None and compute_capability >= 9
-    return 32 * MIB if is_wide else 8_519_680
+    """The workspaces of cuBLAS: one of the thread that goes forward, one of the thread that goes backward."""
+    return 0 if setting.device == "cpu" else 2 * blas_workspace_bytes(compute_capability)
 
 
 def mlp_passing_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -101,3 +104,104 @@ def _linear(shape: ModelShape, name: str) -> Linear:
 
 def _up(shape: ModelShape) -> Linear:
     return _linear(shape, "gate_up_proj" if shape.family == "phi3" else "up_proj")
+
+
+def attention_kernel(
+    capability: float, dtype: str, *, head_width: int, grouped: bool, has_mask: bool
+) -> AttentionKernel:
+    """Which kernel `scaled_dot_product_attention` takes on CUDA while training, without dropout.
+
+    Source: PyTorch's `sdp_utils.cpp`. Flash needs compute capability 8.0, 16 bits, no mask; on 8.6 to 8.9 and
+    12.x its backward leaves out head widths of 193 to 224. The memory-efficient one takes fp32 and masks and
+    works from 5.0 on, but refuses grouped queries (`enable_gqa`) in every release up to 2.13; grouped queries
+    without Flash therefore go to the one that makes T x T scores. On 9.0 and 10.0 newer releases may prefer
+    cuDNN's kernel, whose workspace nobody has published: it is taken for Flash here.
+
+    Args:
+        capability: Compute capability of the card: 7.5, 8.6, ...
+        dtype: The values' type: "fp32", "bf16" or "fp16".
+        head_width: Width of one head.
+        grouped: Fewer key-value heads than query heads reach the call (it is given `enable_gqa`).
+        has_mask: The call has a mask tensor; `is_causal` is none.
+    """
+    is_half = dtype != "fp32"
+    if capability >= 8 and is_half and not has_mask and head_width <= 256:
+        is_consumer = 8.6 <= capability < 9 or capability >= 12
+        if not (is_consumer and 192 < head_width <= 224):
+            return "flash"
+    alignment = 8 if is_half else 4 if capability >= 8 else 1
+    is_known = dtype != "bf16" or capability >= 8
+    if is_known and not grouped and head_width % alignment == 0:
+        return "efficient"
+    return "math"
+
+
+def blas_workspace_bytes(capability: float | None) -> int:
+    """What cuBLAS takes from the caching allocator at a thread's first product, and keeps.
+
+    PyTorch gives each thread a handle of its own, and each pair of handle and stream a workspace; the
+    backward pass runs in a thread of the autograd engine. A training process therefore holds two. Source:
+    `CUDABlas.cpp`, `CublasHandlePool.cpp` (`:4096:2:16:8`; 32 MiB on 9.x, 10.x and 12.x).
+    """
+    is_wide = capability is not None and capability >= 9
+    return 32 * MIB if is_wide else 8_519_680
+
+
+def kernel_bytes(op: str, shapes: Sequence[Sequence[int]], *, value_bytes: int, capability: float) -> int:
+    """Bytes a CUDA kernel takes inside one operation, on top of its inputs and outputs; 0 if none are known.
+
+    Only what no dispatch mode can see: attention. Dequantized weights, casts, masks of dropout, temporaries
+    of `_foreach_` optimizers are operations of their own, or outputs.
+
+    Args:
+        op: The operation's name without namespace and overload.
+        shapes: Shapes of its tensor arguments, in order. Attention: (B, H, T, D), keys (B, K, S, D).
+        value_bytes: Bytes of one value of the first tensor argument.
+        capability: Compute capability of the card.
+    """
+    name = op.removeprefix("_scaled_dot_product")
+    if name == "_flash_attention_backward":
+        return _flash_backward_bytes(shapes[1], shapes[2], value_bytes=value_bytes)
+    if name == "_efficient_attention_backward":
+        return _efficient_backward_bytes(shapes[1], shapes[2], value_bytes=value_bytes, capability=capability)
+    if name == "_efficient_attention" and value_bytes < FP32 and shapes[0][3] > 128:
+        rows, heads, length, width = shapes[0]  # `attention.cu`: an fp32 output, as it does not fit registers
+        return rows * heads * length * width * FP32
+    return 0
+
+
+def _flash_backward_bytes(query: Sequence[int], key: Sequence[int], *, value_bytes: int) -> int:
+    """`flash_api.cpp`: an fp32 accumulator for dq, the row sums, dk and dv for every query head."""
+    rows, heads, length, width = query
+    padded = _up_to(length, 128)
+    accumulator = rows * padded * heads * _up_to(width, 32 if width <= 128 else 64) * FP32
+    sums = rows * heads * padded * FP32
+    expanded = 2 * rows * key[2] * heads * width * value_bytes if key[1] != heads else 0
+    return accumulator + sums + expanded
+
+
+def _efficient_backward_bytes(
+    query: Sequence[int], key: Sequence[int], *, value_bytes: int, capability: float
+) -> int:
+    """`attention_backward.cu` and `mem_eff_attention/kernel_backward.h`: the row sums, and one workspace.
+
+    The workspace holds blocks of dq in fp32 and, where dk and dv do not fit registers (16 bits, heads wider
+    than 128), blocks of those. The fp32 kernels get their row sums from a product as large as the output.
+    """
+    rows, heads, length, width = query
+    is_half = value_bytes < FP32
+    block = 128 if is_half and width > 64 else 64
+    blocks = -(-length // block) * -(-width // 64)
+    gradient_q = blocks * (16 + block * 64 * FP32)
+    gradient_kv = 0
+    if is_half and width > 128:
+        splits = max(1, min(-(-key[2] // 64), 200 // (rows * heads)))
+        gradient_kv = 2 * splits * 64 * _up_to(width, block) * FP32
+    workspace = rows * heads * (gradient_q + gradient_kv)
+    sums = rows * heads * length * FP32
+    products = 0 if is_half else rows * heads * length * width * FP32 + sums
+    return sums + max(products, workspace)
+
+
+def _up_to(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
