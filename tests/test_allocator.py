@@ -28,6 +28,37 @@ def allocations(*sizes: int) -> Trace:
     return trace_of(*enumerate(sizes))
 
 
+def run_through(allocator: CachingAllocator, trace: Trace) -> Iterator[dict[int, tuple[TraceEvent, Block]]]:
+    """The live blocks after each event, until memory is out."""
+    live: dict[int, tuple[TraceEvent, Block]] = {}
+    for event in trace:
+        if event.is_release:
+            allocator.free(live.pop(event.key)[1])
+        elif (block := allocator.allocate(event.size_bytes)) is not None:
+            live[event.key] = (event, block)
+        else:
+            return
+        yield live
+
+
+def chains_of(allocator: CachingAllocator, live: Iterable[Block]) -> list[list[Block]]:
+    """All blocks of all segments, in the order of their addresses."""
+    firsts = {}
+    for block in (*live, *(block for pool in allocator.pools for block in pool.free_blocks())):
+        first = block
+        while first.before is not None:
+            first = first.before
+        firsts[id(first)] = first
+    chains = []
+    for first in firsts.values():
+        chain = [first]
+        while (after := chain[-1].after) is not None:
+            assert after.before is chain[-1]
+            chain.append(after)
+        chains.append(chain)
+    return chains
+
+
 # Worked examples, by hand from c10/cuda/CUDACachingAllocator.cpp
 
 
@@ -59,6 +90,37 @@ def test_one_tensor_reserves_one_segment(asked: int, segment: int) -> None:
 def test_the_first_product_on_a_4090_reserves_what_was_published() -> None:
     run = replay(allocations(8_519_680))  # the workspace of cuBLAS, observed with these two figures
     assert (run.peak_allocated_bytes, run.peak_reserved_bytes) == (8_519_680, 20_971_520)
+
+
+@pytest.mark.parametrize(
+    ("size", "segments", "reserved"),
+    [
+        (512, 1, 2 * MIB),
+        (MIB, 2, 4 * MIB),
+        (MIB + 512, 1, 20 * MIB),
+        (10 * MIB - 512, 2, 40 * MIB),
+        (10 * MIB + 512, 3, 36 * MIB),
+    ],
+)
+def test_pytorchs_own_test_of_its_statistics_comes_out_the_same(
+    size: int, segments: int, reserved: int
+) -> None:
+    """test_cuda.py, `test_graph_memory_stats_and_use_result_after_destroy_graph`, which runs on real cards.
+
+    There `b = a.clone()`, then five times `b = b.clone() + 1`: three blocks at most, one at the end.
+    """
+    steps = [(0, size)]
+    for turn in range(5):
+        copy, total = 2 * turn + 1, 2 * turn + 2
+        steps += [(copy, size), (total, size), (copy, 0), (total - 2, 0)]
+    allocator = CachingAllocator()
+    for live in run_through(allocator, trace_of(*steps)):
+        last = [block for _, block in live.values()]
+    assert len(chains_of(allocator, last)) == segments
+    assert allocator.reserved_bytes == reserved
+    assert allocator.allocated_bytes == size
+    allocator.release_cached()
+    assert allocator.reserved_bytes == segment_bytes(size)
 
 
 def test_a_large_block_is_split_only_if_more_than_a_mebibyte_is_left() -> None:
@@ -210,37 +272,6 @@ settings_of_allocators = st.fixed_dictionaries(
 )
 
 
-def run_through(allocator: CachingAllocator, trace: Trace) -> Iterator[dict[int, tuple[TraceEvent, Block]]]:
-    """The live blocks after each event, until memory is out."""
-    live: dict[int, tuple[TraceEvent, Block]] = {}
-    for event in trace:
-        if event.is_release:
-            allocator.free(live.pop(event.key)[1])
-        elif (block := allocator.allocate(event.size_bytes)) is not None:
-            live[event.key] = (event, block)
-        else:
-            return
-        yield live
-
-
-def segments(allocator: CachingAllocator, live: Iterable[Block]) -> list[list[Block]]:
-    """All blocks of all segments, in the order of their addresses."""
-    firsts = {}
-    for block in (*live, *(block for pool in allocator.pools for block in pool.free_blocks())):
-        first = block
-        while first.before is not None:
-            first = first.before
-        firsts[id(first)] = first
-    chains = []
-    for first in firsts.values():
-        chain = [first]
-        while (after := chain[-1].after) is not None:
-            assert after.before is chain[-1]
-            chain.append(after)
-        chains.append(chain)
-    return chains
-
-
 @given(traces(), settings_of_allocators)
 def test_blocks_in_use_never_overlap_and_lie_in_reserved_memory(
     trace: Trace, options: dict[str, int]
@@ -269,7 +300,7 @@ def test_segments_are_covered_without_gaps_and_free_neighbours_are_joined(
 ) -> None:
     allocator = CachingAllocator(**options)  # type: ignore[arg-type]
     for live in run_through(allocator, trace):
-        chains = segments(allocator, (block for _, block in live.values()))
+        chains = chains_of(allocator, (block for _, block in live.values()))
         for chain in chains:
             for one, other in pairwise(chain):
                 assert one.end == other.address
@@ -311,6 +342,83 @@ def test_the_least_capacity_runs_and_the_range_holds_runs_within_any_capacity(tr
     assert whole.holds(replay(trace, capacity_bytes=least).peak_reserved_bytes)
     within = reserved_range(trace, capacity_bytes=least)
     assert within.high_bytes <= max(least, whole.high_bytes)
+
+
+class Reference:
+    """The rules without growing segments, the slow way: a segment is a list of (size, key or None)."""
+
+    def __init__(self, capacity_bytes: int | None) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.segments: list[tuple[bool, list[tuple[int, int | None]]]] = []
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(size for _, blocks in self.segments for size, _ in blocks)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(size for _, blocks in self.segments for size, key in blocks if key is not None)
+
+    def allocate(self, key: int, asked: int) -> bool:
+        size = (asked + 511) // 512 * 512
+        is_small = size <= MIB
+        if not self._place(key, size, is_small):
+            new = 2 * MIB if is_small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            if self._is_full(new):
+                self.segments = [one for one in self.segments if len(one[1]) > 1 or one[1][0][1] is not None]
+            if self._is_full(new):
+                return False
+            self.segments.append((is_small, [(new, None)]))
+            assert self._place(key, size, is_small)
+        return True
+
+    def free(self, key: int) -> None:
+        for _, blocks in self.segments:
+            for at, (size, owner) in enumerate(blocks):
+                if owner == key:
+                    blocks[at] = (size, None)
+            at = 1
+            while at < len(blocks):
+                if blocks[at - 1][1] is None and blocks[at][1] is None:
+                    blocks[at - 1 : at + 1] = [(blocks[at - 1][0] + blocks[at][0], None)]
+                else:
+                    at += 1
+
+    def _is_full(self, new: int) -> bool:
+        return self.capacity_bytes is not None and self.reserved_bytes + new > self.capacity_bytes
+
+    def _place(self, key: int, size: int, is_small: bool) -> bool:
+        fits = [
+            (free, number, at)
+            for number, (small, blocks) in enumerate(self.segments)
+            if small == is_small
+            for at, (free, owner) in enumerate(blocks)
+            if owner is None and free >= size
+        ]
+        if not fits:
+            return False
+        free, number, at = min(fits)
+        left = free - size
+        is_split = left >= 512 if is_small else left > MIB
+        self.segments[number][1][at : at + 1] = [(size, key), (left, None)] if is_split else [(free, key)]
+        return True
+
+
+@given(traces(), st.one_of(st.none(), st.integers(MIB, 400 * MIB)))
+def test_every_event_agrees_with_the_rules_written_the_slow_way(trace: Trace, capacity: int | None) -> None:
+    allocator, reference, live = CachingAllocator(capacity_bytes=capacity), Reference(capacity), {}
+    for key, size, _, _ in trace:
+        if size == 0:
+            allocator.free(live.pop(key))
+            reference.free(key)
+        else:
+            block = allocator.allocate(size)
+            assert reference.allocate(key, size) == (block is not None)
+            if block is None:
+                return
+            live[key] = block
+        assert allocator.reserved_bytes == reference.reserved_bytes
+        assert allocator.allocated_bytes == reference.allocated_bytes
 
 
 def test_freeing_twice_is_noticed() -> None:

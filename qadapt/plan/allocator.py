@@ -154,12 +154,13 @@ def reserved_range(
       so that the cache is given back again and again; one with `expandable_segments:True`.
     * high: the greater of two runs without memory pressure (the driver's later segments at higher, and at
       lower addresses). If that is more than `capacity_bytes`: runs within it, which give their cache back
-      when they reach it. If the trace does not run within it, the capacity is left out of account: ask `replay`
-      for the verdict.
+      when they reach it. If the trace does not run within it, the capacity is left out of account: `replay`
+      gives the verdict.
 
     A later step may reserve more than the first, and fragmentation settles after some: let the trace hold
-    loading and at least two steps. What the trace lacks (workspaces, what loading takes and frees before the
-    first step) is not in the range.
+    loading and at least two steps. What the trace lacks is not in the range: workspaces; what loading takes
+    and frees before the first step. (transformers first takes and releases one block of the model's size,
+    `caching_allocator_warmup`, so that all weights are cut from one segment.)
 
     Args:
         trace: Allocations and releases in the order of time, on one stream.
