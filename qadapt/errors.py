@@ -12,6 +12,7 @@ QadaptError            caught once, in cli/: two lines on the screen, exit code 
 ├── Diverged           the loss or a gradient is no number any more
 ├── DoesNotFit         the smallest setting allowed needs more memory than there is
 └── Unsupported        known, and not done here: says what is
+    └── NoClosedForm   a decoder that only the exact dry run can estimate
 ```
 
 Errors that are qadapt's own fault are not in this tree: they are `assert`s and ordinary exceptions.
@@ -75,3 +76,7 @@ class DoesNotFit(QadaptError):
 
 class Unsupported(QadaptError):
     """Known, and not done here."""
+
+
+class NoClosedForm(Unsupported):
+    """A decoder-only text model whose closed form has not been shown to agree with the exact dry run."""

@@ -1,6 +1,7 @@
-"""`ModelShape`: the widths of a decoder, read from a `config.json` alone. No torch, no weights.
+"""`ModelConfig` and `ModelShape`: what a `config.json` alone says of a decoder. No torch, no weights.
 
-Legend: D width, H heads, K key-value heads, F feed-forward width, V vocabulary.
+A `ModelConfig` is of any decoder-only text model: the exact dry run builds it. A `ModelShape` is of the few
+architectures whose closed form has been shown to agree with that dry run.
 """
 
 from __future__ import annotations
@@ -8,15 +9,39 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qadapt.errors import BadModel, Unsupported
+from qadapt.architecture import check_decoder, check_fields
+from qadapt.errors import BadModel, NoClosedForm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures whose closed form and training are tested, by `model_type`."""
+
+_OWN_HEAD_WIDTH = ("qwen3", "gemma2")
+"""Where transformers does not take the width divided by the heads for a missing head_dim."""
+_OWN_KEY_VALUE_HEADS = ("mistral", "qwen2", "qwen3", "gemma2")
+"""Where transformers does not take the heads for missing num_key_value_heads."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The checked values of a decoder-only text model's `config.json`.
+
+    Attributes:
+        name: The hub id of a known model, or the folder's name.
+        values: The fields of the file.
+    """
+
+    name: str
+    values: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def family(self) -> str:
+        """The architecture, by `model_type`."""
+        return str(self.values["model_type"])
 
 
 @dataclass(frozen=True)
@@ -99,55 +124,77 @@ class ModelShape:
 def shape_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
     """Reads a shape from the values of a `config.json`.
 
+    A field may be missing where transformers derives it from others; where it would put in a number of its
+    own, the field is needed.
+
     Args:
         config: The values of the file.
         name: What to call the model in messages.
 
     Raises:
-        BadModel: A field is missing or contradicts another.
-        Unsupported: No decoder-only text model, or an architecture that is not proven here.
+        BadModel: A field is missing, is no size, or contradicts another.
+        Unsupported: No decoder-only text model.
+        NoClosedForm: A decoder whose closed form has not been shown to be right.
     """
-    family = str(config.get("model_type", "missing"))
-    if config.get("is_encoder_decoder") or "vision_config" in config:
-        raise Unsupported(f"{name} is no decoder-only text model.", cure="Choose a causal language model.")
-    if family not in FAMILIES:
-        raise Unsupported(
-            f"{name} has the architecture {family!r}, which is not proven here.",
-            cure=f"Proven are: {', '.join(FAMILIES)}.",
+    check_decoder(config, name=name)
+    family = str(config["model_type"])
+    if family in FAMILIES:
+        for size in _needed(family):
+            _whole(config, size, name)
+    check_fields(config, name=name)
+    variant = _unproven(config, family)
+    if variant is not None:
+        raise NoClosedForm(
+            f"{name} has the architecture {variant}, whose closed form has not been shown to be right.",
+            cure="Ask for the exact dry run with `--exact`; it needs transformers and takes seconds. "
+            f"Closed forms: {', '.join(FAMILIES)}.",
         )
     heads = _whole(config, "num_attention_heads", name)
     width = _whole(config, "hidden_size", name)
-    kv_heads = _whole(config, "num_key_value_heads", name, default=heads)
-    if heads % kv_heads:
-        raise BadModel(
-            f"{name}: {heads} attention heads cannot share {kv_heads} key-value heads.",
-            cure="The config.json contradicts itself; get it again from where the model is published.",
-        )
-    uses_window = config.get("use_sliding_window", True)
     return ModelShape(
         name=name,
         family=family,
         layers=_whole(config, "num_hidden_layers", name),
         width=width,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=_whole(config, "num_key_value_heads", name, default=heads),
         head_width=_whole(config, "head_dim", name, default=width // heads),
         mlp_width=_whole(config, "intermediate_size", name),
         vocabulary=_whole(config, "vocab_size", name),
         context=_whole(config, "max_position_embeddings", name),
         tied=bool(config.get("tie_word_embeddings", family == "gemma2")),
-        attention_bias=bool(config.get("attention_bias", family == "qwen2")),
-        sliding_window=config.get("sliding_window") if uses_window else None,
+        attention_bias=family == "qwen2" or (family == "llama" and bool(config.get("attention_bias"))),
+        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         final_softcap=config.get("final_logit_softcapping"),
         attention_softcap=config.get("attn_logit_softcapping"),
     )
+
+
+def _needed(family: str) -> tuple[str, ...]:
+    return (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+        "max_position_embeddings",
+        *(("num_key_value_heads",) if family in _OWN_KEY_VALUE_HEADS else ()),
+        *(("head_dim",) if family in _OWN_HEAD_WIDTH else ()),
+    )
+
+
+def _unproven(config: Mapping[str, Any], family: str) -> str | None:
+    """What in an architecture has no closed form here; None if it has one."""
+    if family not in FAMILIES:
+        return repr(family)
+    if family == "llama" and config.get("mlp_bias"):
+        return "'llama' with biases in its feed-forward part (mlp_bias)"
+    if family in ("qwen3", "gemma2") and config.get("attention_bias"):
+        return f"{family!r} with biases in its attention (attention_bias)"
+    return None
 
 
 def _whole(config: Mapping[str, Any], field: str, name: str, *, default: int | None = None) -> int:
     value = config.get(field)
     if value is None:
         value = default
-    if not isinstance(value, int) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise BadModel(
             f"{name}: config.json has {field} = {value!r}; a positive whole number is needed.",
             cure="Get the config.json again from where the model is published.",
@@ -168,32 +215,57 @@ def known_models() -> dict[str, dict[str, Any]]:
     }
 
 
-def find_shape(model: str) -> ModelShape:
-    """The shape of a model given as a folder with a `config.json`, or by a known name.
+def find_config(model: str) -> ModelConfig:
+    """The configuration of a model given as a folder with a `config.json`, or by a known name.
 
     A known name is a hub id (`meta-llama/Llama-3.1-8B`), its last part, or an alias such as `smollm2-135m`;
     case does not matter.
 
     Raises:
-        BadModel: The name is not known, or the `config.json` is damaged.
-        Unsupported: See `shape_from_config`.
+        BadModel: The name is not known; or the `config.json` is damaged, or its fields cannot all be true.
+        Unsupported: No decoder-only text model.
     """
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadModel(
-                f"{folder / 'config.json'} cannot be read: {error}", cure="Get the file again."
-            ) from None
-        return shape_from_config(config, name=folder.name or model)
-    names = {alias.lower(): known for known in known_models() for alias in (known, known.rpartition("/")[2])}
+        found = ModelConfig(folder.resolve().name or model, _read(folder / "config.json"))
+    else:
+        known = _known_name(model)
+        found = ModelConfig(known, known_models()[known])
+    check_decoder(found.values, name=found.name)
+    check_fields(found.values, name=found.name)
+    return found
+
+
+def find_shape(model: str) -> ModelShape:
+    """The shape of a model given as for `find_config`.
+
+    Raises:
+        BadModel: See `find_config`; or a field is missing.
+        Unsupported: No decoder-only text model.
+        NoClosedForm: A decoder that only the exact dry run can estimate.
+    """
+    found = find_config(model)
+    return shape_from_config(found.values, name=found.name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModel(f"{path} cannot be read: {error}.", cure="Get the file again.") from None
+    if not isinstance(values, dict):
+        raise BadModel(f"{path} is no JSON object.", cure="Get the file again.")
+    return values
+
+
+def _known_name(model: str) -> str:
+    names = {alias.lower(): known for known in known_models() for alias in (known.rpartition("/")[2], known)}
     known = names.get(model.lower())
-    if known is None:
-        close = difflib.get_close_matches(model.lower(), names, n=1, cutoff=0.5)
-        hint = f"Did you mean `{names[close[0]]}`? " if close else ""
-        raise BadModel(
-            f"{model!r} is neither a folder with a config.json nor a model known without a network.",
-            cure=f"{hint}`qadapt estimate --models` lists the known ones; or give the model's folder.",
-        )
-    return shape_from_config(known_models()[known], name=known)
+    if known is not None:
+        return known
+    close = difflib.get_close_matches(model.lower(), names, n=1, cutoff=0.5)
+    hint = f"Did you mean `{names[close[0]]}`? " if close else ""
+    raise BadModel(
+        f"{model!r} is neither a folder with a config.json nor a model known without a network.",
+        cure=f"{hint}`qadapt estimate --models` lists the known ones; or give the model's folder.",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qadapt.errors import BadModel, Unsupported
+from qadapt.errors import BadModel, NoClosedForm, Unsupported
 from qadapt.shape import FAMILIES, ModelShape, find_shape, known_models, shape_from_config
 
 PUBLISHED = {
@@ -93,7 +93,7 @@ def test_a_config_that_contradicts_itself_is_refused() -> None:
 def test_vision_and_unproven_models_get_a_clear_no() -> None:
     with pytest.raises(Unsupported, match="no decoder-only text model"):
         shape_from_config({"model_type": "llama", "vision_config": {}}, name="seer")
-    with pytest.raises(Unsupported, match="architecture 'falcon', which is not proven"):
+    with pytest.raises(NoClosedForm, match="architecture 'falcon', whose closed form has not been shown"):
         shape_from_config({"model_type": "falcon"}, name="bird")
 
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qadapt.errors import BadModel, Unsupported
+from qadapt.errors import BadModel, NoClosedForm, Unsupported
+from qadapt.experts import routed_experts
 from qadapt.model.shards import INDEX_NAME, SINGLE_NAME, read_header
-from qadapt.shape import shape_from_config
+from qadapt.shape import FAMILIES, shape_from_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _OTHER_JSON = (
@@ -119,13 +120,29 @@ def check_config(config: Mapping[str, Any], *, name: str) -> None:
         raise already_quantized(name, method=str(method))
     try:
         shape_from_config(config, name=name)
-    except Unsupported:
-        if "auto_map" not in config:
-            raise
-        raise BadModel(
-            f"{name} needs Python code from its repository (auto_map in config.json), which is never run.",
-            cure="Choose a model whose architecture transformers knows itself.",
-        ) from None
+    except Unsupported as error:
+        if "auto_map" in config:
+            raise BadModel(
+                f"{name} needs Python code from its repository (auto_map in config.json), "
+                "which is never run.",
+                cure="Choose a model whose architecture transformers knows itself.",
+            ) from None
+        if isinstance(error, NoClosedForm):
+            raise _untrained(config, name) from None
+        raise
+
+
+def _untrained(config: Mapping[str, Any], name: str) -> Unsupported:
+    experts = routed_experts(config)
+    if experts is not None:
+        return Unsupported(
+            f"{name} is a mixture of experts, which is not trained here. {experts.not_covered}",
+            cure=f"Choose a dense model; proven are: {', '.join(FAMILIES)}.",
+        )
+    return Unsupported(
+        f"{name} has the architecture {config['model_type']!r}, which is not proven here.",
+        cure=f"Proven are: {', '.join(FAMILIES)}.",
+    )
 
 
 def already_quantized(name: str, *, method: str) -> BadModel:
