@@ -29,9 +29,11 @@ def allocations(*sizes: int) -> Trace:
 
 
 def run_through(allocator: CachingAllocator, trace: Trace) -> Iterator[dict[int, tuple[TraceEvent, Block]]]:
-    """The live blocks after each event, until memory is out."""
+    """The live blocks after each event, until memory is out; the cache is given back now and then."""
     live: dict[int, tuple[TraceEvent, Block]] = {}
-    for event in trace:
+    for index, event in enumerate(trace):
+        if index % 12 == 11:
+            allocator.release_cached()
         if event.is_release:
             allocator.free(live.pop(event.key)[1])
         elif (block := allocator.allocate(event.size_bytes)) is not None:
@@ -113,10 +115,13 @@ def test_pytorchs_own_test_of_its_statistics_comes_out_the_same(
     for turn in range(5):
         copy, total = 2 * turn + 1, 2 * turn + 2
         steps += [(copy, size), (total, size), (copy, 0), (total - 2, 0)]
-    allocator = CachingAllocator()
-    for live in run_through(allocator, trace_of(*steps)):
-        last = [block for _, block in live.values()]
-    assert len(chains_of(allocator, last)) == segments
+    allocator, live = CachingAllocator(), {}
+    for key, asked in steps:
+        if asked == 0:
+            allocator.free(live.pop(key))
+        else:
+            live[key] = allocator.allocate(asked)
+    assert len(chains_of(allocator, live.values())) == segments
     assert allocator.reserved_bytes == reserved
     assert allocator.allocated_bytes == size
     allocator.release_cached()
@@ -200,6 +205,27 @@ def test_under_pressure_whole_pages_inside_free_blocks_are_unmapped_and_filled_a
     assert (run.retries, run.peak_reserved_bytes) == (1, 140 * MIB)
     again = replay(trace_of(*steps, (4, 0), (5, 50 * MIB)), capacity_bytes=140 * MIB, expandable=True)
     assert again.fits
+
+
+def test_the_growing_end_of_a_segment_is_spared_for_what_fits_nowhere_else() -> None:
+    # Free: 50 MiB at the start, 5 MiB at the end that could grow. 4 MiB go to the start; then 50 MiB need 45
+    # more at the end: three pages.
+    steps = [(1, 50 * MIB), (2, 45 * MIB), (1, 0), (3, 4 * MIB), (4, 50 * MIB)]
+    assert replay(trace_of(*steps), expandable=True).peak_reserved_bytes == 160 * MIB
+
+
+def test_unmapped_pages_are_filled_before_a_segment_grows() -> None:
+    allocator = CachingAllocator(expandable=True)
+    _, middle, _ = (allocator.allocate(size * MIB) for size in (40, 60, 40))
+    assert middle is not None
+    address = middle.address
+    allocator.free(middle)
+    allocator.release_cached()
+    assert allocator.reserved_bytes == 80 * MIB
+    again = allocator.allocate(60 * MIB)
+    assert again is not None
+    assert again.address == address
+    assert allocator.reserved_bytes == 140 * MIB
 
 
 def test_peaks_can_be_counted_from_a_later_event() -> None:
