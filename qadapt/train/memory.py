@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 
 from qadapt.plan.categories import STATIC
-from qadapt.train.optimizer import AdapterOptimizer
+from qadapt.train.optimizer import AdapterOptimizer, held_tensors
 
 WORKING = "working"
 """The one measured entry for all that a step allocates: boundaries, activations, loss and temporary
@@ -72,30 +74,44 @@ def anonymous_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def static_bytes(model: nn.Module, optimizer: AdapterOptimizer) -> dict[str, int]:
+def static_tensors(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, list[Tensor]]:
+    """Every tensor that stays from step to step, by category; gradients, which come and go, are not here."""
+    found: dict[str, list[Tensor]] = {name: [] for name in STATIC if name != "gradients"}
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # only 4-bit parameters have one
+        if state is not None:
+            found["quantization_constants"] += _constants(state)
+        if parameter.requires_grad:
+            found["adapters"].append(parameter)
+        elif parameter.ndim > 1 and not any(parameter is end for end in ends):
+            found["base_weights"].append(parameter)
+        else:
+            found["unquantized"].append(parameter)
+    found["unquantized"] += model.buffers()
+    found["optimizer"] += held_tensors(optimizer)
+    return found
+
+
+def static_bytes(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, int]:
     """Bytes of everything that stays from step to step, by category.
 
     Gradients are counted at the size they have before the update, when all of them are there.
     """
-    sizes = dict.fromkeys(STATIC, 0)
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)  # only 4-bit parameters have one
-        if state is not None:
-            sizes["base_weights"] += parameter.nbytes
-            sizes["quantization_constants"] += _constant_bytes(state)
-        elif parameter.requires_grad:
-            sizes["adapters"] += parameter.nbytes
-            sizes["gradients"] += parameter.nbytes
-        else:
-            sizes["unquantized"] += parameter.nbytes
-    sizes["unquantized"] += sum(buffer.nbytes for buffer in model.buffers())
-    return sizes | {"optimizer": optimizer.state_bytes}
+    sizes = {name: _stored_bytes(tensors) for name, tensors in static_tensors(model, optimizer).items()}
+    return sizes | {"gradients": sizes["adapters"]}
 
 
-def _constant_bytes(state: object) -> int:
+def _stored_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _constants(state: object) -> list[Tensor]:
     held: list[Tensor] = [value for value in vars(state).values() if isinstance(value, Tensor)]
     nested = getattr(state, "state2", None)
-    return sum(value.nbytes for value in held) + (_constant_bytes(nested) if nested is not None else 0)
+    return held + (_constants(nested) if nested is not None else [])
 
 
 def measured(static: dict[str, int], peak_bytes: int) -> dict[str, int]:

@@ -75,11 +75,6 @@ class CompensatedAdamW:
         _load_state(self.inner, self.parameters, tensors)
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of states and lost parts."""
-        return sum(value.nbytes for value in self.tensors().values())
-
-    @property
     def paged_bytes(self) -> int:
         """Bytes of states in managed memory, which torch's allocator does not count."""
         return _paged_bytes(self.inner)
@@ -110,17 +105,19 @@ class PlainAdamW:
         _load_state(self.inner, self.parameters, tensors)
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of the states."""
-        return sum(value.nbytes for value in self.tensors().values())
-
-    @property
     def paged_bytes(self) -> int:
         """Bytes of states in managed memory, which torch's allocator does not count."""
         return _paged_bytes(self.inner)
 
 
 AdapterOptimizer = CompensatedAdamW | PlainAdamW
+
+
+def held_tensors(optimizer: AdapterOptimizer) -> list[Tensor]:
+    """Every tensor an optimizer keeps from step to step: states, their constants, lost parts."""
+    states = [value for state in optimizer.inner.state.values() for value in state.values()]
+    lost = optimizer.lost.values() if isinstance(optimizer, CompensatedAdamW) else ()
+    return [*lost, *(value for value in states if isinstance(value, Tensor))]
 
 
 def make_optimizer(
@@ -147,7 +144,7 @@ def _library_optimizer(
     settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
     optimizer: Optimizer
     if kind == "adamw" and chosen[0].dtype == torch.float32:
-        optimizer = torch.optim.AdamW(chosen, fused=True, **settings)
+        optimizer = torch.optim.AdamW(chosen, fused=not chosen[0].is_meta, **settings)  # meta has no kernels
         for parameter in chosen:
             count = torch.zeros((), dtype=torch.float32, device=parameter.device)
             means = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

@@ -1,0 +1,22 @@
+"""`BatchShape`: all that is data-dependent in a micro-batch, given to the dry run instead of guessed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A micro-batch as its tensors see it.
+
+    Args:
+        rows: Rows, filled up to the longest.
+        length: Tokens of the longest.
+        positions: Positions of a row that reach the head, as any row learns their next token.
+        supervised_tokens: Tokens learned in all, at most `rows` times `positions`.
+    """
+
+    rows: int
+    length: int
+    positions: int
+    supervised_tokens: int

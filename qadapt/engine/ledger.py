@@ -1,0 +1,215 @@
+"""The ledger: live bytes by category, at every operation of a step, on CPU, CUDA and `meta` alike.
+
+A dispatch mode sees every tensor that an operation makes and follows its storage by weak reference, so what
+counts is what is really alive. Beside it stand what kernels take inside an operation (`inside`, from
+`engine/kernels.py`) and what was there before (`hold`). Where a tensor is made decides its category: in the
+forward pass `activations`, around the head `loss`, in the backward pass `temporary`; inputs of recomputed
+layers and gradients of parameters are told apart by hooks.
+
+Not seen: what a kernel allocates inside and `inside` does not know, memory outside the framework's allocator.
+The idea of counting by dispatch: `torch.utils._python_dispatch.TorchDispatchMode`, as in
+`torch.distributed._tools.mem_tracker`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qadapt.plan.categories import CATEGORIES
+from qadapt.plan.trace import TraceEvent
+
+Inside = Callable[[Any, tuple[Any, ...], dict[str, Any]], int]
+"""(operation, arguments, keyword arguments) → bytes its kernel takes besides its results."""
+
+BORN = {
+    "load": "unquantized",
+    "forward": "activations",
+    "recompute": "activations",
+    "loss": "loss",
+    "evaluation": "activations",
+    "evaluation loss": "loss",
+}
+"""Phase → category of what is made in it; `temporary` in all others."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest moment: bytes in all and by category, the phase, and the module that ran."""
+
+    bytes: int
+    categories: dict[str, int]
+    phase: str
+    module: str
+
+
+class Ledger(TorchDispatchMode):
+    """Counts live bytes while it is on.
+
+    Args:
+        step: What a tensor's bytes are rounded up to: 512 as CUDA's allocator does, 1 on a CPU.
+        inside: What kernels take inside operations; None counts nothing.
+        budget_bytes: Above it, `torch.OutOfMemoryError` is raised as a card would raise it.
+        is_recording: Keep the trace of every allocation and release.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: int = 1,
+        inside: Inside | None = None,
+        budget_bytes: int | None = None,
+        is_recording: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = "outside"
+        self.module = ""
+        self.trace: list[TraceEvent] = []
+        self.live = dict.fromkeys(CATEGORIES, 0)
+        self.live_bytes = 0
+        self.phase_bytes: dict[str, int] = {}
+        self._step = step
+        self._inside = inside
+        self._budget_bytes = budget_bytes
+        self._is_recording = is_recording
+        self._blocks: dict[int, _Block] = {}  # id of a storage, which lives as long as its memory
+        self._peak_bytes = 0
+        self._peak: tuple[dict[str, int], str, str] = (dict(self.live), "outside", "")
+        self._next_key = 0
+
+    @property
+    def peak(self) -> Peak:
+        """The highest moment since the start or the last `reset_peak`."""
+        categories, phase, module = self._peak
+        return Peak(self._peak_bytes, dict(categories), phase, module)
+
+    def reset_peak(self) -> None:
+        """Starts anew from what is alive now."""
+        self._peak_bytes = 0
+        self.phase_bytes = {}
+        self._look()
+
+    def hold(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were made before under a category; each storage once."""
+        for tensor in tensors:
+            self._add(tensor.untyped_storage(), category)
+        self._look()
+
+    def tell_apart(self, category: str, tensor: Tensor) -> None:
+        """Moves a tensor's storage to another category."""
+        block = self._blocks.get(id(tensor.untyped_storage()))
+        if block is not None:
+            self.live[block.category] -= block.size_bytes
+            self.live[category] += block.size_bytes
+            block.category = category
+
+    def keep(self, category: str, size_bytes: int) -> None:
+        """Counts bytes that no tensor shows and that stay, such as a library's workspace."""
+        self._count(category, self._round(size_bytes))
+        self._record(size_bytes, category)
+        self._look()
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """A phase; the one before comes back at its end."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        inside_bytes = 0 if self._inside is None else self._inside(func, args, kwargs or {})
+        key = self._begin_inside(inside_bytes) if inside_bytes else 0  # before the results, as kernels do
+        result = func(*args, **(kwargs or {}))
+        category = BORN.get(self._phase_now(), "temporary")
+        is_new = False
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                is_new = self._add(leaf.untyped_storage(), category) or is_new
+        if is_new or inside_bytes:
+            self._look()
+        if inside_bytes:
+            self._release(key, self._round(inside_bytes), "temporary")
+        return result
+
+    def _phase_now(self) -> str:
+        """The phase; within a backward pass only what is computed again builds a graph."""
+        return "recompute" if self.phase == "backward" and torch.is_grad_enabled() else self.phase
+
+    def _begin_inside(self, size_bytes: int) -> int:
+        self._check_budget(self._round(size_bytes))
+        self._count("temporary", self._round(size_bytes))
+        return self._record(size_bytes, "temporary")
+
+    def _add(self, storage: torch.UntypedStorage, category: str) -> bool:
+        """Counts a storage unless it is known; True if it was not."""
+        place = id(storage)
+        if place in self._blocks:
+            return False
+        size_bytes = self._round(storage.nbytes())
+        self._check_budget(size_bytes)
+        key = self._record(storage.nbytes(), category) if size_bytes else 0
+        reference = weakref.ref(storage, partial(self._forget, place))
+        self._blocks[place] = _Block(size_bytes, category, key, reference)
+        self._count(category, size_bytes)
+        return True
+
+    def _forget(self, place: int, _: weakref.ref[torch.UntypedStorage]) -> None:
+        block = self._blocks.pop(place)
+        if block.size_bytes:
+            self._release(block.key, block.size_bytes, block.category)
+
+    def _release(self, key: int, size_bytes: int, category: str) -> None:
+        self._count(category, -size_bytes)
+        if self._is_recording:
+            self.trace.append(TraceEvent(key, 0, category, self._phase_now()))
+
+    def _record(self, size_bytes: int, category: str) -> int:
+        self._next_key += 1
+        if self._is_recording:
+            self.trace.append(TraceEvent(self._next_key, size_bytes, category, self._phase_now()))
+        return self._next_key
+
+    def _count(self, category: str, size_bytes: int) -> None:
+        self.live[category] += size_bytes
+        self.live_bytes += size_bytes
+
+    def _round(self, size_bytes: int) -> int:
+        return -(-size_bytes // self._step) * self._step
+
+    def _look(self) -> None:
+        phase = self._phase_now()
+        if self.live_bytes > self.phase_bytes.get(phase, 0):
+            self.phase_bytes[phase] = self.live_bytes
+        if self.live_bytes > self._peak_bytes:
+            self._peak_bytes = self.live_bytes
+            self._peak = (dict(self.live), phase, self.module)
+
+    def _check_budget(self, size_bytes: int) -> None:
+        if self._budget_bytes is not None and self.live_bytes + size_bytes > self._budget_bytes:
+            raise torch.OutOfMemoryError(
+                f"The ledger's budget is passed: {self.live_bytes:,} bytes are live, {size_bytes:,} more are "
+                f"asked for, {self._budget_bytes:,} are allowed."
+            )
+
+
+@dataclass
+class _Block:
+    """A storage that is alive."""
+
+    size_bytes: int
+    category: str
+    key: int
+    reference: weakref.ref[torch.UntypedStorage]

@@ -1,0 +1,179 @@
+"""Runs a step on `meta` as the device it is meant for would: its choice of kernels, and what they take.
+
+On `meta` the framework decomposes fused attention into the T x T one and dropout into its CPU form, and it
+cannot say what a value is. Here a function mode puts the target's own fused operation in their place, and a
+dispatch mode answers what only values could tell (a mask is not packed, a norm is finite). Which kernel a
+device would choose, and what it takes, is arithmetic from one sourced table, `plan/workspace.py`.
+
+Legend: B rows, H query heads, K key-value heads, T tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import bitsandbytes  # noqa: F401 (its operations are asked about)
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qadapt.engine.ledger import Inside
+from qadapt.plan.workspace import attention_kernel, kernel_bytes
+
+aten = torch.ops.aten
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FP32 = 4
+_ASKED = {
+    torch.ops.bitsandbytes.gemm_4bit.default: "gemm_4bit",
+    aten._scaled_dot_product_flash_attention.default: "_scaled_dot_product_flash_attention",
+    aten._scaled_dot_product_flash_attention_backward.default: "_scaled_dot_product_flash_attention_backward",
+    aten._scaled_dot_product_efficient_attention.default: "_scaled_dot_product_efficient_attention",
+    aten._scaled_dot_product_efficient_attention_backward.default: (
+        "_scaled_dot_product_efficient_attention_backward"
+    ),
+}
+"""Operations whose kernels are known to take more than their results, by the table's names."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that a dry run stands for: CUDA of a compute capability such as 8.6, or, if None, a CPU."""
+
+    capability: float | None = None
+
+
+@contextmanager
+def on_target(target: Target) -> Iterator[None]:
+    """While open, operations on `meta` tensors are the target's."""
+    with _Values(), target_functions(target):  # type: ignore[no-untyped-call]
+        yield
+
+
+def target_functions(target: Target) -> TorchFunctionMode:
+    """The part of `on_target` that is off within `backward`, so that recomputation needs it anew."""
+    return _Functions(target)
+
+
+def kernels_of(target: Target) -> Inside:
+    """What the target's kernels take inside operations, for a ledger; see `plan/workspace.py`."""
+
+    def inside(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        name = _ASKED.get(func)
+        if name is None:
+            return 0
+        if name == "gemm_4bit":
+            return _dequantizing_bytes(args, kwargs)
+        if target.capability is None:
+            return 0
+        tensors = [each for each in args if isinstance(each, Tensor)]
+        return kernel_bytes(
+            name,
+            [tensor.shape for tensor in tensors],
+            value_bytes=tensors[0].itemsize,
+            capability=target.capability,
+        )
+
+    return inside
+
+
+def _dequantizing_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The 4-bit product: the weight in the type of the inputs, and, of nested constants, fp32 ones.
+
+    Source: `_gemm_4bit_default_impl` of bitsandbytes 0.50. On CUDA small products may go without (a fused
+    kernel, by shape and card); they are no step's peak.
+    """
+    inputs, _, (rows, columns) = args[:3]
+    nested = kwargs.get("absmax_8bit")
+    constants = 0 if nested is None else FP32 * nested.numel()
+    return int(rows * columns * inputs.itemsize + constants)
+
+
+class _Values(TorchDispatchMode):
+    """Answers what only values could tell: conditions hold, numbers are one."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    """Puts the target's fused operations where `meta` would decompose."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self._replacements: dict[Any, Callable[..., Any]] = {
+            functional.scaled_dot_product_attention: self._attend
+        }
+        if target.capability is not None:
+            self._replacements[functional.dropout] = _drop
+        self._target = target
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        replacement = self._replacements.get(func)
+        if replacement is not None and args[0].is_meta:
+            return replacement(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,  # (B, H, T, D)
+        key: Tensor,  # (B, K, T, D)
+        value: Tensor,  # (B, K, T, D)
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        target = self._target
+        if target.capability is None:
+            results = aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )
+            return cast(Tensor, results[0])
+        kernel = attention_kernel(
+            target.capability,
+            TYPES[query.dtype],
+            head_width=query.shape[-1],
+            grouped=enable_gqa and query.shape[1] != key.shape[1],
+            has_mask=attn_mask is not None,
+        )
+        if kernel == "flash":
+            results = aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )
+            return cast(Tensor, results[0])
+        if kernel == "efficient":
+            bias = _as_bias(attn_mask, query)
+            results = aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, True, dropout_p, is_causal, scale=scale
+            )
+            return cast(Tensor, results[0])
+        return functional.scaled_dot_product_attention(  # `meta` decomposes it as CUDA's math path does
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as the kernel takes it: numbers to be added, for every head."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+    rows, heads, length, _ = query.shape
+    return mask.expand(rows, heads, length, mask.shape[-1])
+
+
+def _drop(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(values, p, training)[0]

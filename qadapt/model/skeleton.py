@@ -1,0 +1,93 @@
+"""A base without weights: the very modules that `load_base` gives, their tensors on `meta`.
+
+Needs only the values of a `config.json`. The 4-bit layers come from transformers' own quantizer and
+bitsandbytes' own `quantize_4bit`, which run on `meta`, too: nothing about their layout is imitated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import quantize_4bit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qadapt.errors import BadModel, Unsupported
+
+
+def skeleton_base(
+    values: Mapping[str, Any], *, quantization: str, double_quant: bool, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The frozen base on `meta`, in training mode.
+
+    Args:
+        values: Of a `config.json`.
+        quantization: `nf4` or `none`.
+        double_quant: Quantize the quantization constants too.
+        dtype: Type of products and of everything that is not quantized.
+
+    Raises:
+        Unsupported: transformers knows no causal language model of this architecture.
+        BadModel: It cannot be built from these values.
+    """
+    config = config_of(values)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise BadModel(
+            f"No model can be built from this config.json: {str(error).splitlines()[0]}",
+            cure="Get the config.json again from where the model is published.",
+        ) from None
+    if quantization == "nf4":
+        _quantize(model, double_quant=double_quant, dtype=dtype)
+    model.requires_grad_(False)
+    model.train()
+    return model
+
+
+def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The library's configuration of the values of a `config.json`.
+
+    Raises:
+        Unsupported: The architecture is not known to transformers.
+    """
+    family = str(values.get("model_type", "missing"))
+    rest = {
+        name: value for name, value in values.items() if name not in ("model_type", "quantization_config")
+    }
+    try:
+        return AutoConfig.for_model(family, **rest)
+    except ValueError:
+        raise Unsupported(
+            f"The architecture {family!r} is not known to transformers.",
+            cure="Choose a model of a known architecture; `qadapt estimate --models` lists some.",
+        ) from None
+
+
+def _quantize(model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype) -> None:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    AutoHfQuantizer.from_config(config).preprocess_model(model, device_map=None)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            packed, state = quantize_4bit(
+                module.weight.data.to(dtype), blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+            )
+            module.weight = bitsandbytes.nn.Params4bit(
+                packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
+            )
+            module.quant_state = state

@@ -1,0 +1,138 @@
+"""The dry run: the step that will train, on tensors without memory, every allocation counted.
+
+Not an imitation: base, adapters, recomputation, optimizer and step are the code that trains; only the weights
+are `meta` tensors, and where a device would choose its own kernel `engine/target.py` puts it. On a CPU target
+it equals the ledger of the real step to the byte (`tests/test_dryrun.py`). Needs a `config.json`, no weights.
+
+What is not the very same: a fused AdamW step, which `meta` does not have, counts as what it takes, nothing;
+loss scaling (fp16) is left out, a few bytes; how a data-dependent question is answered (nothing is packed,
+all is finite).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.batch_shape import BatchShape
+from qadapt.data.batches import MicroBatch
+from qadapt.engine.ledger import Ledger, Peak
+from qadapt.engine.moments import watched
+from qadapt.engine.recompute import set_recompute
+from qadapt.engine.target import Target, kernels_of, on_target, target_functions
+from qadapt.model.precision import DTYPES
+from qadapt.model.skeleton import skeleton_base
+from qadapt.plan.setting import ALLOCATION_BYTES, Setting
+from qadapt.plan.trace import TraceEvent
+from qadapt.plan.workspace import blas_workspace_bytes
+from qadapt.train.memory import static_tensors
+from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
+from qadapt.train.step import evaluate_loss, train_step
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step took.
+
+    `static` is what was there before it, by category; `phase_bytes` the highest moment of each phase; `trace`
+    every allocation and release from the loading on, sizes as asked for.
+    """
+
+    peak: Peak
+    static: dict[str, int]
+    phase_bytes: dict[str, int]
+    trace: tuple[TraceEvent, ...]
+
+
+def dry_run(
+    values: Mapping[str, Any],
+    setting: Setting,
+    *,
+    capability: float | None = None,
+    batch: BatchShape | None = None,
+    steps: int = 1,
+) -> DryRun:
+    """Runs steps and an evaluation of a setting on `meta`.
+
+    Args:
+        values: Of the model's `config.json`.
+        setting: The step. Its device decides whether a CPU or CUDA is meant.
+        capability: Compute capability of the card, where CUDA is meant.
+        batch: The micro-batch; default: the setting's rows, learned tokens at their ends.
+        steps: Optimizer steps in a row; more than one shows an allocator what comes back.
+
+    Raises:
+        QadaptError: The model cannot be built, or an adapter does not suit it.
+    """
+    target = Target(capability if setting.device == "cuda" else None)
+    model = skeleton_model(values, setting, target)
+    optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
+    ledger = Ledger(step=ALLOCATION_BYTES[setting.device], inside=kernels_of(target), is_recording=True)
+    _hold(ledger, model, optimizer, setting, target)
+    static = dict(ledger.live)
+    micro_batches = [_micro_batch(batch or batch_of(setting))]
+    with watched(ledger, model.get_base_model(), optimizer=optimizer.inner), on_target(target), ledger:
+        for _ in range(steps):
+            if setting.accumulates:
+                _leave_gradients(ledger, optimizer)
+            train_step(model, optimizer, micro_batches, learning_rate=1e-4, clip_norm=1.0, scaler=None)
+        evaluate_loss(model, micro_batches)
+    return DryRun(ledger.peak, static, dict(ledger.phase_bytes), tuple(ledger.trace))
+
+
+def skeleton_model(values: Mapping[str, Any], setting: Setting, target: Target) -> PeftModel:
+    """The adapted model of a setting on `meta`."""
+    base = skeleton_base(
+        values,
+        quantization=setting.quantization,
+        double_quant=setting.double_quant,
+        dtype=DTYPES[setting.compute_dtype],
+    )
+    set_recompute(base, setting.recompute, within=lambda: target_functions(target))
+    lora = Lora(rank=setting.rank, alpha=setting.rank, dropout=setting.dropout, targets=setting.targets)
+    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
+
+
+def batch_of(setting: Setting) -> BatchShape:
+    """The micro-batch a setting speaks of: rows of one length, the learned tokens at the same positions."""
+    positions = math.ceil(setting.length * setting.supervised_share)
+    return BatchShape(setting.rows, setting.length, positions, setting.rows * positions)
+
+
+def _micro_batch(shape: BatchShape) -> MicroBatch:
+    def numbers(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.int64, device="meta")
+
+    return MicroBatch(
+        input_ids=numbers(shape.rows, shape.length),
+        positions=numbers(shape.positions),
+        targets=numbers(shape.rows, shape.positions),
+        tokens=shape.rows * shape.length,
+        supervised_tokens=shape.supervised_tokens,
+    )
+
+
+def _leave_gradients(ledger: Ledger, optimizer: AdapterOptimizer) -> None:
+    """What an earlier micro-batch of the step has left behind."""
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.empty_like(parameter)
+        ledger.tell_apart("gradients", parameter.grad)
+
+
+def _hold(
+    ledger: Ledger, model: PeftModel, optimizer: AdapterOptimizer, setting: Setting, target: Target
+) -> None:
+    """What is there before the step: the model, the optimizer, and on CUDA the workspaces of cuBLAS."""
+    with ledger.during("load"):
+        for category, tensors in static_tensors(model, optimizer).items():
+            ledger.hold(category, tensors)
+        if target.capability is not None or setting.device == "cuda":
+            for _ in ("forward", "backward"):
+                ledger.keep("temporary", blas_workspace_bytes(target.capability))
