@@ -54,10 +54,13 @@ class StageAdvanced(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Event):
-    """How the step is placed in memory, with the predicted bytes of each category at the peak."""
+    """How the step is placed in memory, with the predicted bytes of each category at the peak.
+
+    `recompute` is `all`, `none`, or how many of the first layers.
+    """
 
     micro_batch: int
-    recompute: str
+    recompute: str | int
     compute_dtype: str
     adapter_dtype: str
     optimizer: str

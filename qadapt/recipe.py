@@ -127,14 +127,22 @@ class MemorySection(Section):
     """Type of activations and products; auto: by the card, on a CPU by measurement."""
     micro_batch: Literal["auto"] | Positive = "auto"
     """Rows in one forward pass."""
-    recompute: Literal["auto", "all", "none"] = "auto"
-    """Activation checkpointing (arXiv:1604.06174) of every layer, or of none."""
+    recompute: Literal["auto", "all", "none"] | Positive = "auto"
+    """Activation checkpointing (arXiv:1604.06174) of every layer, of none, or of so many of the first."""
 
     @field_validator("budget")
     @classmethod
     def _is_amount(cls, value: str | None) -> str | None:
         if value is not None:
             parse_bytes(value)
+        return value
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _is_recompute(cls, value: object) -> object:
+        is_count = type(value) is int and value > 0
+        if value not in ("auto", "all", "none") and not is_count:
+            raise ValueError("give auto, all, none, or how many of the first layers, 1 or more")
         return value
 
 

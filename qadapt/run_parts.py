@@ -23,7 +23,7 @@ from qadapt.data.formats import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations
-from qadapt.engine.recompute import recompute_all
+from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
 from qadapt.model.cache import ignore
@@ -222,8 +222,7 @@ def place_base(
         dtype=DTYPES[plan.compute_dtype],
         device=choose_device(plan.device),
     )
-    if plan.recompute == "all":
-        recompute_all(base)
+    set_recompute(base, plan.recompute)
     yield BaseLoaded(resident_bytes=base.get_memory_footprint(), seconds=time.monotonic() - start)
     return base
 

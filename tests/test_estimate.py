@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.engine.loss import loss_sum
-from qadapt.engine.recompute import recompute_all
+from qadapt.engine.recompute import set_recompute
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.categories import STATIC
@@ -74,8 +74,7 @@ def build(folder: Path, setting: Setting) -> torch.nn.Module:
         dtype=DTYPES[setting.compute_dtype],
         device=torch.device("cpu"),
     )
-    if setting.recompute == "all":
-        recompute_all(base)
+    set_recompute(base, setting.recompute)
     lora = Lora(rank=setting.rank, alpha=16, dropout=setting.dropout, targets=setting.targets)
     return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
 
@@ -175,7 +174,10 @@ class Ledger(TorchDispatchMode):
 
 def working_peak(folder: Path, setting: Setting) -> int:
     """Bytes that one real micro-batch adds at its highest moment, its first gradients among them."""
-    model = build(folder, setting)
+    return peak_of(build(folder, setting), setting)
+
+
+def peak_of(model: torch.nn.Module, setting: Setting) -> int:
     ids = torch.randint(3, 1003, (setting.rows, setting.length))
     count = math.ceil(setting.length * setting.supervised_share)
     positions = torch.arange(setting.length - count, setting.length)
@@ -202,6 +204,7 @@ def expect_close(family: str, folders: dict[str, Path], setting: Setting) -> Non
         ("qwen2", "fp32", "none"),
         ("qwen3", "bf16", "all"),
         ("qwen3", "fp32", "none"),
+        *itertools.product(("llama", "gemma2", "qwen3"), ("fp32", "bf16"), (1, 2)),
     ],
 )
 def test_the_peak_of_a_real_step_is_met_for_every_family(
@@ -219,6 +222,9 @@ def test_the_peak_of_a_real_step_is_met_for_every_family(
         {"compute_dtype": "bf16", "adapter_dtype": "fp32"},
         {"targets": ("q_proj", "v_proj"), "rows": 1, "length": 411},
         {"dropout": 0.1},
+        {"compute_dtype": "bf16", "adapter_dtype": "bf16", "supervised_share": 0.02, "recompute": "none"},
+        {"compute_dtype": "bf16", "adapter_dtype": "bf16", "supervised_share": 0.02, "recompute": 2},
+        {"supervised_share": 1.0, "recompute": 1},
         {"double_quant": False, "rank": 37},
         {"quantization": "none", "rows": 1, "length": 700, "supervised_share": 0.05},
     ],
@@ -227,6 +233,23 @@ def test_the_peak_of_a_real_step_is_met_for_every_setting(
     changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     expect_close("llama", folders, dataclasses.replace(CPU, **changes))
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.05, 1), (0.05, 2), (1.0, 2)])
+def test_recomputing_the_first_layers_takes_no_more_than_recomputing_the_last(
+    share: float, count: int, folders: dict[str, Path]
+) -> None:
+    setting = dataclasses.replace(CPU, supervised_share=share, recompute=count)
+    first = build(folders["llama"], setting)
+    last = build(folders["llama"], dataclasses.replace(setting, recompute="all"))
+    layers = [module for module in last.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[: len(layers) - count]:
+        layer.gradient_checkpointing = False
+    highest, other = peak_of(first, setting), peak_of(last, setting)
+    assert highest <= other
+    if share < 1:  # elsewhere the logits are the peak, before any layer goes backward
+        layer_bytes = setting.tokens * CONFIG["hidden_size"] * 4  # type: ignore[operator]
+        assert other - highest > layer_bytes
 
 
 def test_gradients_are_there_at_the_loss_only_if_steps_accumulate() -> None:

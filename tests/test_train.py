@@ -19,7 +19,7 @@ from qadapt import control
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import micro_batches
 from qadapt.data.prompt import Tokens
-from qadapt.engine.recompute import recompute_all
+from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadOutput, BadRecipe, BadRun, Diverged, QadaptError, Unsupported
 from qadapt.events import (
     CheckpointSaved,
@@ -269,7 +269,7 @@ def test_a_finished_run_loads_with_its_adapter(tmp_path: Path, tiny_model: TinyM
 def adapted(model: Path, *, recompute: bool = False, dtype: torch.dtype = torch.float32) -> PeftModel:
     base = load_base(model, quantization="nf4", double_quant=True, dtype=dtype, device=CPU)
     if recompute:
-        recompute_all(base)
+        set_recompute(base, "all")
     made = attach_lora(base, Lora(rank=4, alpha=8), dtype=dtype, seed=0)
     draw = torch.Generator().manual_seed(1)
     for parameter in trainable(made).values():

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from transformers import GradientCheckpointingLayer, PreTrainedModel
+
+from qadapt.plan.setting import Recompute
 
 
-def recompute_all(model: PreTrainedModel) -> None:
-    """Makes every decoder layer recompute its activations in the backward pass.
+def set_recompute(
+    model: PreTrainedModel,
+    recompute: Recompute,
+    *,
+    within: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Makes decoder layers recompute their activations in the backward pass.
 
     The layers' own flag is used, not a wrapper: names stay, and evaluation is not slowed. Non-reentrant, so
     gradients reach the adapters although nothing before them is trained.
+
+    Args:
+        model: The base, before or after an adapter is attached.
+        recompute: All layers, none, or how many of the first ones; the last ones keep their activations.
+        within: Makes a context that each recomputation runs in.
     """
+    if recompute == "none":
+        return
     # transformers 5.20, the last for Python 3.10, knows it by its old name
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), within())})
     model.disable_input_require_grads()  # a hook of the library that only the reentrant kind needs
+    if recompute == "all":
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[recompute:]:
+        layer.gradient_checkpointing = False

@@ -21,23 +21,21 @@ MLP_NAMES = ("gate_proj", "up_proj", "gate_up_proj")
 
 def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
     """The inputs of recomputed layers, one per layer (arXiv:1604.06174)."""
-    if setting.recompute == "none":
-        return 0
-    return shape.layers * setting.tensor_bytes(setting.tokens * shape.width, setting.compute_bytes)
+    each = setting.tensor_bytes(setting.tokens * shape.width, setting.compute_bytes)
+    return setting.recomputed_layers(shape.layers) * each
 
 
-def layer_bytes(shape: ModelShape, setting: Setting) -> int:
+def layer_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> int:
     """What one layer keeps between its forward and its backward pass, its recomputed input not counted."""
-    return attention_bytes(shape, setting) + mlp_bytes(shape, setting)
+    return attention_bytes(shape, setting, is_recomputed=is_recomputed) + mlp_bytes(shape, setting)
 
 
-def attention_bytes(shape: ModelShape, setting: Setting) -> int:
+def attention_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> int:
     """What the attention half of a layer keeps: norm, adapter inputs, queries, keys, values, output."""
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES]
     last = [linear for linear in shape.linears if linear.name == "o_proj"]
-    is_boundary = setting.recompute == "all"
-    kept = _norm(shape.width, setting, is_kept_already=is_boundary) + _adapter(first, setting)
+    kept = _norm(shape.width, setting, is_kept_already=is_recomputed) + _adapter(first, setting)
     if shape.family == "qwen3":
         kept += _norm(query, setting, groups=shape.heads) + _norm(key_value, setting, groups=shape.kv_heads)
     is_output = shape.family != "phi3"  # phi3's rotary part lays the queries out so that the output is copied

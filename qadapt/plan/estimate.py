@@ -3,7 +3,8 @@
 Three moments are compared, and the highest one is the estimate (`peak_phase`):
 
     loss     everything kept for the backward pass, and the logits' copies
-    layer    the same without logits (unless held), and the last layer going backward, recomputed if need be
+    layer    the same without logits (unless held), and the final norm or a layer going backward, recomputed
+             first if need be
     update   adapters, gradients, states and the optimizer's own temporaries; no activations
 
 An evaluation with the same micro-batch stays below the loss moment: nothing is kept, nothing goes backward.
@@ -37,6 +38,7 @@ from qadapt.plan.workspace import (
     library_bytes,
     logit_bytes,
     mlp_passing_bytes,
+    norm_passing_bytes,
     update_bytes,
 )
 from qadapt.shape import ModelShape
@@ -152,26 +154,19 @@ def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, 
         "gradients": adapter if setting.accumulates else 0,
         "optimizer": optimizer_bytes(shape, setting),
     }
-    boundaries = boundary_bytes(shape, setting)
     shared = shared_bytes(shape, setting)
     logits, held_logits = logit_bytes(shape, setting)
-    layer, passing = _widest_layer(shape, setting)
-    others = _kept_layers_bytes(shape, setting)
-    norm = norm_bytes(shape, setting)
-    at_loss = {"recompute_boundaries": boundaries, "activations": shared + others + norm, "loss": logits}
-    if setting.recompute == "none":
-        layer -= layer_bytes(shape, setting)  # it is one of the kept ones, half of it perhaps let go
-    gradients, waiting = _at_widest_layer(shape, static["gradients"], adapter, boundaries)
-    at_layer = {
-        "gradients": gradients,
-        "recompute_boundaries": waiting,
-        "activations": shared + others + layer,
-        "loss": held_logits,
+    at_loss = {
+        "recompute_boundaries": boundary_bytes(shape, setting),
+        "activations": shared + _kept_layers_bytes(shape, setting) + norm_bytes(shape, setting),
+        "loss": logits,
     }
+    at_layer, passing = _at_widest_layer(shape, setting, earlier=static["gradients"], all_gradients=adapter)
+    at_layer["activations"] += shared
     update = update_bytes(setting, adapter_values=trainable(shape, setting))
     return {
         "loss": {**static, **at_loss, "temporary": library},
-        "layer": {**static, **at_layer, "temporary": library + passing},
+        "layer": {**static, **at_layer, "loss": held_logits, "temporary": library + passing},
         "update": {
             **static,
             "gradients": adapter,
@@ -184,27 +179,43 @@ def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, 
 
 
 def _at_widest_layer(
-    shape: ModelShape, earlier_gradients: int, all_gradients: int, boundaries: int
-) -> tuple[int, int]:
-    """Gradients and boundaries at the last layer, or at the first one if what came exceeds what went."""
-    last = (earlier_gradients, boundaries)
-    first = (
-        earlier_gradients or all_gradients * (shape.layers - 1) // shape.layers,
-        boundaries // shape.layers,
-    )
-    return max(last, first, key=sum)
+    shape: ModelShape, setting: Setting, *, earlier: int, all_gradients: int
+) -> tuple[dict[str, int], int]:
+    """What is held at the highest moment of the layers' way back, and what passes within it.
+
+    The final norm comes first, with all that was kept. From the last layer to the first, gradients come as
+    kept activations and boundaries go, evenly: one end of the kept layers or of the recomputed ones is the
+    highest. `earlier` are the gradients that earlier micro-batches left, `all_gradients` those of a pass.
+    """
+    layers, recomputed = shape.layers, setting.recomputed_layers(shape.layers)
+    boundaries = boundary_bytes(shape, setting)
+    kept = _kept_layers_bytes(shape, setting) + norm_bytes(shape, setting)
+    at_norm = {"gradients": earlier, "recompute_boundaries": boundaries, "activations": kept}
+    moments = [(at_norm, norm_passing_bytes(shape, setting))]
+    for is_recomputed, last, first in ((False, layers - 1, recomputed), (True, recomputed - 1, 0)):
+        layer, passing = _widest_layer(shape, setting, is_recomputed=is_recomputed)
+        for place in (last, first) if first <= last else ():
+            kept = layer + layer_bytes(shape, setting, is_recomputed=False) * max(0, place - recomputed)
+            if not is_recomputed and place and not recomputed:
+                kept -= norm_bytes(shape, setting)  # the first layer's, see `_kept_layers_bytes`
+            waiting = min(place + 1, recomputed) * boundaries // max(1, recomputed)
+            gradients = earlier or all_gradients * (layers - 1 - place) // layers
+            held = {"gradients": gradients, "recompute_boundaries": waiting, "activations": kept}
+            moments.append((held, passing))
+    return max(moments, key=lambda moment: sum(moment[0].values()) + moment[1])
 
 
 def _kept_layers_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What all layers keep; the first one's input needs no gradient, so its first norm keeps nothing."""
-    if setting.recompute == "all":
-        return 0
-    return shape.layers * layer_bytes(shape, setting) - norm_bytes(shape, setting)
+    """What the kept layers keep; the very first input needs no gradient, so the first norm keeps nothing."""
+    recomputed = setting.recomputed_layers(shape.layers)
+    kept = (shape.layers - recomputed) * layer_bytes(shape, setting, is_recomputed=False)
+    return kept if recomputed else kept - norm_bytes(shape, setting)
 
 
-def _widest_layer(shape: ModelShape, setting: Setting) -> tuple[int, int]:
+def _widest_layer(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> tuple[int, int]:
     """Kept and passing bytes of one layer at its highest moment: its feed-forward half, or its attention."""
-    attention, mlp = attention_bytes(shape, setting), mlp_bytes(shape, setting)
+    attention = attention_bytes(shape, setting, is_recomputed=is_recomputed)
+    mlp = mlp_bytes(shape, setting)
     both = (attention + mlp, mlp_passing_bytes(shape, setting))
     alone = (attention, attention_passing_bytes(shape, setting))
     return max(both, alone, key=sum)

@@ -1,7 +1,8 @@
-"""The fastest plan within a budget: every combination of the free knobs is estimated, the best one taken.
+"""The fastest plan within a budget: the combinations of the free knobs are estimated, the best one taken.
 
-The closed form takes well under a millisecond per combination, so nothing is searched cleverly. Knows no
-screen and no recipe file.
+The closed form takes well under a millisecond per combination. All are tried, except that a fine knob's
+values (`Knob.fine`: how many layers recompute) are searched by halving within each combination of the others.
+`tools/bench/exhaustive.py` compares with trying everything. Knows no screen and no recipe file.
 """
 
 from __future__ import annotations
@@ -60,11 +61,9 @@ def fit(
         BadRecipe: See `check_setting`.
     """
     knobs = [knob for knob in KNOBS if knob.name in free]
-    tried = [
-        _candidate(shape, changed, rows_per_step=rows_per_step, card=card)
-        for changed in _combinations(setting, knobs, rows_per_step)
-    ]
-    fitting = [candidate for candidate in tried if candidate.estimate.fits(budget_bytes)]
+    bench = _Bench(shape, rows_per_step, budget_bytes, card)
+    tried = list(bench.search(setting, knobs))
+    fitting = [candidate for candidate in tried if bench.fits(candidate)]
     if not fitting:
         least = min((candidate.estimate for candidate in tried), key=lambda each: each.needed_bytes)
         raise _does_not_fit(shape, least, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
@@ -75,10 +74,7 @@ def fit(
         budget_bytes=budget_bytes,
         micro_batches_per_step=best.count,
         seconds_per_step=best.seconds,
-        reasons=tuple(
-            _reason(knob, best, tried, budget_bytes=budget_bytes, rows_per_step=rows_per_step)
-            for knob in knobs
-        ),
+        reasons=tuple(bench.reason(knob, best) for knob in knobs),
     )
 
 
@@ -92,48 +88,71 @@ class _Candidate:
     cost: float
 
 
-def _candidate(shape: ModelShape, setting: Setting, *, rows_per_step: int, card: Card | None) -> _Candidate:
-    seconds = step_seconds(shape, setting, rows_per_step=rows_per_step, card=card)
-    cost = seconds
-    if cost is None:
-        cost = step_seconds(shape, setting, rows_per_step=rows_per_step, card=NOMINAL)
-    assert cost is not None
-    return _Candidate(
-        estimate=estimate_step(shape, setting, card=card),
-        count=micro_batches(rows_per_step, setting.rows),
-        seconds=seconds,
-        cost=cost,
-    )
+@dataclass(frozen=True)
+class _Bench:
+    """Where combinations are tried: a model, the rows of an optimizer step, a budget, a card."""
 
+    shape: ModelShape
+    rows_per_step: int
+    budget_bytes: int
+    card: Card | None
 
-def _combinations(setting: Setting, knobs: list[Knob], rows_per_step: int) -> Iterator[Setting]:
-    for values in itertools.product(*(knob.values(setting, rows_per_step) for knob in knobs)):
-        changed = setting
-        for knob, value in zip(knobs, values, strict=True):
-            changed = knob.change(changed, value, rows_per_step=rows_per_step)
-        yield changed
+    def candidate(self, setting: Setting) -> _Candidate:
+        rows, card = self.rows_per_step, self.card
+        seconds = step_seconds(self.shape, setting, rows_per_step=rows, card=card)
+        cost = seconds
+        if cost is None:
+            cost = step_seconds(self.shape, setting, rows_per_step=rows, card=NOMINAL)
+        assert cost is not None
+        return _Candidate(
+            estimate=estimate_step(self.shape, setting, card=card),
+            count=micro_batches(rows, setting.rows),
+            seconds=seconds,
+            cost=cost,
+        )
 
+    def fits(self, candidate: _Candidate) -> bool:
+        return candidate.estimate.fits(self.budget_bytes)
 
-def _reason(
-    knob: Knob, best: _Candidate, tried: list[_Candidate], *, budget_bytes: int, rows_per_step: int
-) -> str:
-    """Why a knob stands where it does: what the next value up would take and change."""
-    setting = best.estimate.setting
-    chosen = knob.value_of(setting)
-    values = knob.values(setting, rows_per_step)
-    place = values.index(chosen)
-    text = knob.describe(chosen)
-    if place == 0:
-        return f"{text}: there is room for it."
-    above = knob.change(setting, values[place - 1], rows_per_step=rows_per_step)
-    other = next(each for each in tried if each.estimate.setting == above)
-    more = format_bytes(other.estimate.needed_bytes - best.estimate.needed_bytes)
-    word = "faster" if other.cost < best.cost else "slower"
-    change = f"{abs(other.cost / best.cost - 1):.0%} {word}"
-    needs = f"{knob.describe(values[place - 1])} would take {more} more"
-    if other.estimate.fits(budget_bytes):
-        return f"{text}: {needs} and be {change}."
-    return f"{text}: {needs}, too much, and be {change}."
+    def search(self, setting: Setting, knobs: list[Knob]) -> Iterator[_Candidate]:
+        """Candidates, the fastest fitting one of every combination of the coarse knobs among them."""
+        coarse = [knob for knob in knobs if not knob.fine]
+        fine = next((knob for knob in knobs if knob.fine), None)
+        choices = (knob.values(self.shape, setting, self.rows_per_step) for knob in coarse)
+        for values in itertools.product(*choices):
+            changed = setting
+            for knob, value in zip(coarse, values, strict=True):
+                changed = knob.change(changed, value, rows_per_step=self.rows_per_step)
+            yield from self._halve(changed, fine) if fine else [self.candidate(changed)]
+
+    def _halve(self, setting: Setting, knob: Knob) -> Iterator[_Candidate]:
+        """Candidates down to the first value of a fine knob that fits, and its last value."""
+        values = knob.values(self.shape, setting, self.rows_per_step)
+        low, high = 0, len(values) - 1
+        yield self.candidate(knob.change(setting, values[high], rows_per_step=self.rows_per_step))
+        while low < high:
+            middle = (low + high) // 2
+            tried = self.candidate(knob.change(setting, values[middle], rows_per_step=self.rows_per_step))
+            yield tried
+            low, high = (low, middle) if self.fits(tried) else (middle + 1, high)
+
+    def reason(self, knob: Knob, best: _Candidate) -> str:
+        """Why a knob stands where it does: what the next value up would take and change."""
+        setting = best.estimate.setting
+        chosen = knob.value_of(setting)
+        values = knob.values(self.shape, setting, self.rows_per_step)
+        place = values.index(chosen)
+        text = knob.describe(chosen, self.shape)
+        if place == 0:
+            return f"{text}: there is room for it."
+        above = values[place - 1]
+        other = self.candidate(knob.change(setting, above, rows_per_step=self.rows_per_step))
+        more = format_bytes(other.estimate.needed_bytes - best.estimate.needed_bytes)
+        word = "faster" if other.cost < best.cost else "slower"
+        change = f"{abs(other.cost / best.cost - 1):.0%} {word}"
+        needs = f"{knob.rise or knob.describe(above, self.shape)} would take {more} more"
+        too_much = "" if self.fits(other) else ", too much,"
+        return f"{text}: {needs}{too_much} and be {change}."
 
 
 def _does_not_fit(

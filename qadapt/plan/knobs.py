@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qadapt.plan.setting import Setting
+from qadapt.shape import ModelShape
 
 Value = int | str | bool
 
@@ -22,15 +23,21 @@ Value = int | str | bool
 class Knob:
     """Something that can be set to fit.
 
-    `values` gives every value worth trying for a setting and a number of rows per step, the one with the most
-    memory first; `change` makes the setting; `describe` says it in words after a number or a name.
+    `values` gives every value worth trying for a model, a setting and a number of rows per step, the one with
+    the most memory first; `change` makes the setting; `describe` says it in words, for a value and a model;
+    `rise` says what the next value up would do, where that reads better than describing that value.
+
+    Of a `fine` knob each value takes less memory and more time than the one before it (the last one may take
+    more memory than the last but one), so the fastest value that fits is found by halving.
     """
 
     name: str
     field: str
     rung: int
-    values: Callable[[Setting, int], tuple[Value, ...]]
-    describe: Callable[[Value], str]
+    values: Callable[[ModelShape, Setting, int], tuple[Value, ...]]
+    describe: Callable[[Value, ModelShape], str]
+    rise: str | None = None
+    fine: bool = False
 
     def change(self, setting: Setting, value: Value, *, rows_per_step: int) -> Setting:
         """The setting with this knob at a value."""
@@ -50,7 +57,7 @@ def micro_batches(rows_per_step: int, rows: int) -> int:
     return -(-rows_per_step // rows)
 
 
-def _row_values(_: Setting, rows_per_step: int) -> tuple[int, ...]:
+def _row_values(_: ModelShape, __: Setting, rows_per_step: int) -> tuple[int, ...]:
     """The smallest number of rows for every number of micro-batches: more rows than that buy nothing."""
     smallest = {
         micro_batches(rows_per_step, micro_batches(rows_per_step, n)) for n in range(1, rows_per_step + 1)
@@ -71,8 +78,28 @@ def _lengths(length: int) -> tuple[int, ...]:
     return (length, *dict.fromkeys(each for each in shorter if 256 <= each < length))
 
 
-def _rows_text(value: Value) -> str:
+def _rows_text(value: Value, _: ModelShape) -> str:
     return "1 row at a time" if value == 1 else f"{value} rows at a time"
+
+
+def _recompute_values(shape: ModelShape, _: Setting, __: int) -> tuple[Value, ...]:
+    """None, then one layer more at a time; last all of them.
+
+    All may take more than all but the last: that one goes backward before anything else is rebuilt, so that
+    keeping what it keeps saves its boundary where the logits are not the peak.
+    """
+    return ("none", *range(1, shape.layers), "all")
+
+
+def _recompute_text(value: Value, shape: ModelShape) -> str:
+    if isinstance(value, int):
+        return f"recompute {value} of {shape.layers} layers"
+    return "recompute every layer" if value == "all" else "keep every layer's activations"
+
+
+def _assignment(field: str) -> Callable[[Value, ModelShape], str]:
+    """Describes a value as the override that sets it: `train.optimizer=adamw`."""
+    return lambda value, _: f"{field}={str(value).lower()}"
 
 
 KNOBS: tuple[Knob, ...] = (
@@ -81,43 +108,45 @@ KNOBS: tuple[Knob, ...] = (
         "recompute",
         "recompute",
         1,
-        lambda _, __: ("none", "all"),
-        lambda value: "recompute every layer" if value == "all" else "keep every layer's activations",
+        _recompute_values,
+        _recompute_text,
+        rise="keeping another layer's activations",
+        fine=True,
     ),
     Knob(
         "double_quant",
         "double_quant",
         2,
-        lambda _, __: (False, True),
-        lambda value: "model.double_quant=true" if value else "model.double_quant=false",
+        lambda *_: (False, True),
+        _assignment("model.double_quant"),
     ),
     Knob(
         "optimizer",
         "optimizer",
         2,
-        lambda _, __: ("adamw", "adamw-8bit"),
-        lambda value: f"train.optimizer={value}",
+        lambda *_: ("adamw", "adamw-8bit"),
+        _assignment("train.optimizer"),
     ),
     Knob(
         "quantization",
         "quantization",
         2,
-        lambda _, __: ("none", "nf4"),
-        lambda value: f"model.quantization={value}",
+        lambda *_: ("none", "nf4"),
+        _assignment("model.quantization"),
     ),
     Knob(
         "length",
         "length",
         3,
-        lambda setting, _: _lengths(setting.length),
-        lambda value: f"data.length={value}",
+        lambda _, setting, __: _lengths(setting.length),
+        _assignment("data.length"),
     ),
     Knob(
         "rank",
         "rank",
         3,
-        lambda setting, _: _halves(setting.rank, 4),
-        lambda value: f"adapter.rank={value}",
+        lambda _, setting, __: _halves(setting.rank, 4),
+        _assignment("adapter.rank"),
     ),
 )
 

@@ -75,14 +75,14 @@ def _turned(
 ) -> Change | None:
     """The least turn of a knob that fits, or the furthest one; None if it wins nothing."""
     best = None
-    for value in knob.values(now.setting, rows_per_step):
+    for value in knob.values(shape, now.setting, rows_per_step):
         changed = knob.change(now.setting, value, rows_per_step=rows_per_step)
         estimate = estimate_step(shape, changed, card=card)
         won = now.needed_bytes - estimate.needed_bytes
         if won <= 0 or (best is not None and won <= best.bytes_won):
             continue
         best = Change(
-            text=knob.describe(value),
+            text=knob.describe(value, shape),
             rung=knob.rung,
             bytes_won=won,
             seconds_lost=_lost(shape, now.setting, changed, rows_per_step=rows_per_step, card=card),

@@ -24,9 +24,18 @@ ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}
 """What a tensor's size is rounded up to: the CUDA caching allocator's kMinBlockSize; nothing on a CPU."""
 
 
+Recompute = Literal["all", "none"] | int
+"""Which layers recompute their activations in the backward pass: all, none, or so many of the first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A training step: `rows` rows of `length` tokens through a base with an adapter.
+
+    `recompute` as a number says that so many of the *first* layers recompute, from 1 to one less than there
+    are. The last ones keep their activations: they go backward first, so what they keep is gone by the time
+    the first recomputed layer is rebuilt. The other way round, all of it would still lie there at that moment
+    (`tests/test_estimate.py` measures both).
 
     `supervised_share` is the share of the tokens that reach the head, `accumulates` says that earlier
     micro-batches have left gradients behind, `holds_logits` that the caller still holds the logits while the
@@ -45,7 +54,7 @@ class Setting:
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw-8bit"
     supervised_share: float = 1.0
-    recompute: Literal["all", "none"] = "all"
+    recompute: Recompute = "all"
     accumulates: bool = True
     holds_logits: bool = False
     device: Literal["cpu", "cuda"] = "cuda"
@@ -69,6 +78,12 @@ class Setting:
     def adapter_value_bytes(self) -> int:
         """Bytes of one adapter value."""
         return VALUE_BYTES[self.adapter_dtype]
+
+    def recomputed_layers(self, layers: int) -> int:
+        """How many of a model's layers recompute."""
+        if isinstance(self.recompute, int):
+            return self.recompute
+        return layers if self.recompute == "all" else 0
 
     def adapts(self, linear: Linear) -> bool:
         """Whether a linear layer carries an adapter."""
@@ -106,7 +121,24 @@ def check_setting(shape: ModelShape, setting: Setting) -> None:
             f"supervised share = {setting.supervised_share}: a share lies between 0 and 1.",
             cure="Give the share of tokens that the loss counts, such as 0.4.",
         )
+    check_recompute(shape, setting.recompute)
     _check_targets(shape, setting)
+
+
+def check_recompute(shape: ModelShape, recompute: Recompute) -> None:
+    """Refuses a number of layers that this model cannot recompute.
+
+    Raises:
+        BadRecipe: It has fewer layers, or the number is below 1.
+    """
+    if recompute in ("all", "none"):
+        return
+    if not isinstance(recompute, int) or not 1 <= recompute < shape.layers:
+        numbers = f", or how many of the first layers: 1 to {shape.layers - 1}" if shape.layers > 1 else ""
+        raise BadRecipe(
+            f"recompute = {recompute}: {shape.name} has {shape.layers} layers.",
+            cure=f"Give all, none{numbers}.",
+        )
 
 
 def _check_targets(shape: ModelShape, setting: Setting) -> None:

@@ -27,18 +27,22 @@ FP32_FACTOR = 4
 """How much slower fp32 products are than 16-bit ones on the cards of the catalogue: assumed."""
 
 
-def passes(setting: Setting) -> int:
-    """Passes over each layer's weights: forward, input gradient, and the forward pass again if recomputed."""
-    return 3 if setting.recompute == "all" else 2
+def passes(shape: ModelShape, setting: Setting) -> float:
+    """Passes over each layer's weights: forward, input gradient, and the forward pass again if recomputed.
+
+    An average over the layers where only some of them recompute.
+    """
+    return 2 + setting.recomputed_layers(shape.layers) / shape.layers
 
 
-def operations(shape: ModelShape, setting: Setting) -> int:
+def operations(shape: ModelShape, setting: Setting) -> float:
     """Floating-point operations of one micro-batch, a multiply and an add counted as two."""
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
     query = shape.heads * shape.head_width
-    products = 2 * weights * setting.tokens * passes(setting)
-    scores = 2 * shape.layers * query * setting.length * setting.tokens * (passes(setting) + 1)
-    adapter = 2 * trainable(shape, setting) * setting.tokens * (passes(setting) + 1)
+    count = passes(shape, setting)
+    products = 2 * weights * setting.tokens * count
+    scores = 2 * shape.layers * query * setting.length * setting.tokens * (count + 1)
+    adapter = 2 * trainable(shape, setting) * setting.tokens * (count + 1)
     head = 2 * 2 * shape.embedding_weights * setting.supervised_tokens
     return products + scores + adapter + head
 
@@ -47,7 +51,7 @@ def moved_bytes(shape: ModelShape, setting: Setting) -> float:
     """Bytes that dequantizing moves through the card's memory in one micro-batch."""
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
     per_weight = 0.5 + 2 * setting.compute_bytes if setting.quantization == "nf4" else setting.compute_bytes
-    return weights * per_weight * passes(setting)
+    return weights * per_weight * passes(shape, setting)
 
 
 def micro_batch_seconds(shape: ModelShape, setting: Setting, card: Card | None) -> float | None:
@@ -57,7 +61,7 @@ def micro_batch_seconds(shape: ModelShape, setting: Setting, card: Card | None) 
     slower = FP32_FACTOR if setting.compute_dtype == "fp32" else 1
     computing = operations(shape, setting) * slower / (card.tflops * 1e12 * EFFICIENCY)
     moving = moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
-    return max(computing + moving, shape.layers * passes(setting) * LAUNCH_SECONDS)
+    return max(computing + moving, shape.layers * passes(shape, setting) * LAUNCH_SECONDS)
 
 
 def step_seconds(

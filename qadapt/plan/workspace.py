@@ -10,6 +10,7 @@ it has T x T scores that are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -74,6 +75,15 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting) -> int:
         if shape.kv_heads < shape.heads:
             gradients += 2 * query * c
     return gradients * setting.tokens
+
+
+def norm_passing_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What comes on top of what a norm kept while it goes backward: five fp32 vectors of the model's width.
+
+    The gradient scaled, the scale's own gradient spread over the width, and the square's: its base, twice it,
+    and their product, read off the operations of transformers' RMSNorm.
+    """
+    return 5 * shape.width * FP32 * setting.tokens
 
 
 def logit_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
@@ -164,10 +174,26 @@ def kernel_bytes(op: str, shapes: Sequence[Sequence[int]], *, value_bytes: int, 
         return _flash_backward_bytes(shapes[1], shapes[2], value_bytes=value_bytes)
     if name == "_efficient_attention_backward":
         return _efficient_backward_bytes(shapes[1], shapes[2], value_bytes=value_bytes, capability=capability)
+    if name == "_softmax_backward_data":  # `SoftMax.cu`: the product of gradient and output, as a whole
+        return math.prod(shapes[0]) * value_bytes
+    if name == "gemm_4bit":
+        return _product_4bit_bytes(shapes, value_bytes=value_bytes)
     if name == "_efficient_attention" and value_bytes < FP32 and shapes[0][3] > 128:
         rows, heads, length, width = shapes[0]  # `attention.cu`: an fp32 output, as it does not fit registers
         return rows * heads * length * width * FP32
     return 0
+
+
+def _product_4bit_bytes(shapes: Sequence[Sequence[int]], *, value_bytes: int) -> int:
+    """bitsandbytes 0.50 `backends/cuda/ops.py`: beyond a few hundred tokens the weight is dequantized for it.
+
+    With double quantization its constants come first, in fp32: as read, and with their mean added. Products of
+    fewer tokens, where a card has a fused kernel that takes nothing, are not told apart.
+    """
+    packed, absmax = math.prod(shapes[1]), math.prod(shapes[2])
+    nested = [math.prod(shape) for shape in shapes[3:] if len(shape) == 1 and math.prod(shape) > absmax]
+    constants = 2 * max(nested, default=0) * FP32 if len(shapes) > 4 else 0
+    return 2 * packed * value_bytes + constants
 
 
 def _flash_backward_bytes(query: Sequence[int], key: Sequence[int], *, value_bytes: int) -> int:

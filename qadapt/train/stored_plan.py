@@ -12,6 +12,7 @@ from typing import Any
 
 from qadapt.errors import BadRun
 from qadapt.events import Planned
+from qadapt.plan.setting import Recompute
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StoredPlan:
     steps: int
     device: str
     micro_batch: int
-    recompute: str
+    recompute: Recompute
     compute_dtype: str
     adapter_dtype: str
     optimizer: str

@@ -34,7 +34,7 @@ from qadapt.events import (
 )
 from qadapt.units import format_bytes, format_count, format_seconds
 from qadapt.view.chart import LossChart
-from qadapt.view.lines import describe, format_loss
+from qadapt.view.lines import describe, format_loss, format_recompute
 from qadapt.view.memory import MemoryRow, difference_percent, memory_rows
 from qadapt.view.memory_table import MemoryTable
 from qadapt.view.state import RunState
@@ -221,7 +221,7 @@ def _setting_numbers(state: RunState) -> list[tuple[str, Text]]:
     if state.plan is not None:
         pairs += [
             ("micro-batch", Text(f"{state.plan.micro_batch} rows")),
-            ("recompute", Text(state.plan.recompute)),
+            ("recompute", Text(format_recompute(state.plan.recompute))),
             ("compute", Text(state.plan.compute_dtype)),
             ("adapters", Text(state.plan.adapter_dtype)),
             ("optimizer", Text(state.plan.optimizer)),

@@ -47,7 +47,8 @@ def _preparation(event: Event) -> str | None:
             return event.stage
         case Planned():
             peak = format_bytes(event.predicted_peak_bytes)
-            return f"planned: micro-batch {event.micro_batch}, recompute {event.recompute}, peak {peak}"
+            recompute = format_recompute(event.recompute)
+            return f"planned: micro-batch {event.micro_batch}, recompute {recompute}, peak {peak}"
         case DataReady():
             cut = f", {event.truncated_rows:,} cut to length" if event.truncated_rows else ""
             return f"data: {event.rows:,} rows, {format_count(event.tokens)} tokens{cut}"
@@ -154,6 +155,13 @@ def _run_argument(state: RunState) -> str:
         return "RUN"
     folder = Path(state.run.folder or f"runs/{state.run.name}")
     return state.run.name if folder.parent == Path("runs") else str(folder)
+
+
+def format_recompute(recompute: str | int) -> str:
+    """`all`, `none`, `20 layers`: a plan's `recompute` in a word or two."""
+    if isinstance(recompute, str):
+        return recompute
+    return "1 layer" if recompute == 1 else f"{recompute} layers"
 
 
 def format_loss(loss: float | None) -> str:
