@@ -101,7 +101,7 @@ def check_decoder(config: Mapping[str, Any], *, name: str) -> None:
 def _foreign(config: Mapping[str, Any], family: str, classes: list[str]) -> str | None:
     sense = next((field for field in _OTHER_SENSES if field in config), None)
     if sense is not None:
-        return f"its config.json has a {sense}"
+        return f"its config.json has {sense}"
     if family in _KIND_OF:
         return f"{family} is {_KIND_OF[family]}"
     if config.get("is_encoder_decoder") is True:

@@ -215,6 +215,16 @@ def known_models() -> dict[str, dict[str, Any]]:
     }
 
 
+@cache
+def known_shapes() -> tuple[ModelShape, ...]:
+    """The shapes of the known models that have a closed form."""
+    return tuple(
+        shape_from_config(values, name=name)
+        for name, values in known_models().items()
+        if _unproven(values, str(values["model_type"])) is None
+    )
+
+
 def find_config(model: str) -> ModelConfig:
     """The configuration of a model given as a folder with a `config.json`, or by a known name.
 

@@ -12,7 +12,7 @@ from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import cards as all_cards
 from qadapt.plan.record import estimate_record, plan_record
 from qadapt.planning import Question, ask, ask_recipe
-from qadapt.shape import find_shape, known_models
+from qadapt.shape import find_config, known_models, known_shapes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -130,4 +130,6 @@ def _catalogue(*, is_cards: bool) -> RenderableType:
 
     if is_cards:
         return catalogue_table(all_cards())
-    return models_table([find_shape(name) for name in known_models()])
+    shapes = known_shapes()
+    proven = {shape.name for shape in shapes}
+    return models_table(shapes, [find_config(name) for name in known_models() if name not in proven])

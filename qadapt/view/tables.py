@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from qadapt.architecture import size
 from qadapt.hardware.cards import Card
 from qadapt.hardware.target import Target
 from qadapt.plan.categories import CATEGORIES, STATIC, TITLES
@@ -19,7 +20,7 @@ from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
 from qadapt.plan.knobs import micro_batches
 from qadapt.plan.ladder import Change
 from qadapt.plan.setting import Setting, auto_dtypes
-from qadapt.shape import ModelShape
+from qadapt.shape import ModelConfig, ModelShape
 from qadapt.units import GIB, format_bytes, format_count, format_seconds
 
 PHASES = {
@@ -192,8 +193,8 @@ def _disk(shape: ModelShape, estimate: Estimate) -> str:
     return f"{format_bytes(estimate.disk_bytes)} of disk ({parts})"
 
 
-def models_table(shapes: Sequence[ModelShape]) -> Table:
-    """The models whose shape is known without a network."""
+def models_table(shapes: Sequence[ModelShape], others: Sequence[ModelConfig] = ()) -> Table:
+    """The models that are known without a network; `others` are those without a closed form."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("model", overflow="fold")
     for heading in ("parameters", "layers", "width", "vocabulary", "context"):
@@ -202,6 +203,10 @@ def models_table(shapes: Sequence[ModelShape]) -> Table:
         numbers = (shape.layers, shape.width, shape.vocabulary, shape.context)
         cells = (f"{number:,}" for number in numbers)
         table.add_row(shape.name, format_count(shape.parameters), *cells)
+    fields = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
+    for config in others:
+        sizes = (size(config.values, field) for field in fields)
+        table.add_row(config.name, "by --exact", *("?" if each is None else f"{each:,}" for each in sizes))
     return table
 
 
