@@ -1,0 +1,174 @@
+"""Inverse questions: the longest row, the most rows, the highest rank, the largest model that fits a budget.
+
+By the closed form alone: `Estimate.fits` is asked at values that are halved between one that fits and one
+that does not. That is right because every moment of the estimate takes more bytes for more tokens or a higher
+rank (`tests/test_inverse.py` compares with asking every value). Knows no screen and no recipe file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from qadapt.errors import BadRecipe
+from qadapt.hardware.cards import Card
+from qadapt.plan.estimate import Estimate, estimate_step
+from qadapt.plan.setting import Setting, check_setting
+from qadapt.shape import ModelShape
+
+What = Literal["length", "rows", "rank"]
+"""The field of a `Setting` that is asked for."""
+
+MOST_ROWS = 4096
+"""Where no recipe says how many rows a step has, no more are tried: the answer is only of use far below."""
+
+
+class Ceiling(NamedTuple):
+    """The largest value that may be asked for, and what sets it."""
+
+    value: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Most:
+    """The answer: the largest value that fits, surely, by the estimate's own error.
+
+    Attributes:
+        what: What was asked for.
+        value: The largest value that fits; None if not even 1 does.
+        ceiling: Where the search ended at the latest.
+        estimate: The step at `value`, or at 1 if nothing fits.
+        next_estimate: The step one above, which does not fit; None at the ceiling, or if nothing fits.
+    """
+
+    what: What
+    value: int | None
+    ceiling: Ceiling
+    estimate: Estimate
+    next_estimate: Estimate | None
+
+    @property
+    def is_at_ceiling(self) -> bool:
+        """Whether not the memory but the ceiling ended the search."""
+        return self.value == self.ceiling.value
+
+
+def most(
+    shape: ModelShape,
+    setting: Setting,
+    *,
+    what: What,
+    budget_bytes: int,
+    rows_per_step: int = 0,
+    card: Card | None = None,
+) -> Most:
+    """The largest length, number of rows or rank that fits, all else as the setting has it.
+
+    Args:
+        shape: The model.
+        setting: The step.
+        what: The field to raise.
+        budget_bytes: What there is, a CUDA context included.
+        rows_per_step: Rows of one optimizer step; 0: one forward pass is a step.
+        card: Where it runs.
+
+    Raises:
+        BadRecipe: See `check_setting`.
+    """
+    check_setting(shape, _at(setting, what, 1, rows_per_step=rows_per_step))
+    ceiling = _ceiling(shape, setting, what, rows_per_step)
+
+    def estimate(value: int) -> Estimate:
+        return estimate_step(shape, _at(setting, what, value, rows_per_step=rows_per_step), card=card)
+
+    value = largest(lambda tried: estimate(tried).fits(budget_bytes), ceiling.value)
+    has_next = value is not None and value < ceiling.value
+    return Most(what, value, ceiling, estimate(value or 1), estimate((value or 1) + 1) if has_next else None)
+
+
+def largest(fits: Callable[[int], bool], ceiling: int) -> int | None:
+    """The largest of 1 to `ceiling` for which `fits` is true, if it is true up to there and false above.
+
+    The ceiling is asked first: at the last number of rows the gradients need not wait, so that it may fit
+    where the one before does not.
+    """
+    if fits(ceiling):
+        return ceiling
+    if not fits(1):
+        return None
+    low, high = 1, ceiling
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@dataclass(frozen=True)
+class ModelAnswer:
+    """One model of a list against a budget.
+
+    Attributes:
+        shape: The model.
+        same: Names of other models with the same shape.
+        estimate: Its step; None where it cannot be asked.
+        refusal: Why it cannot: the length is above its context, say.
+        fits: Whether it fits, surely.
+    """
+
+    shape: ModelShape
+    same: tuple[str, ...]
+    estimate: Estimate | None
+    refusal: str | None
+    fits: bool
+
+
+def fitting_models(
+    shapes: Iterable[ModelShape], setting: Setting, *, budget_bytes: int, card: Card | None = None
+) -> tuple[ModelAnswer, ...]:
+    """Every shape against a budget, the largest model first; models of one shape are one answer."""
+    names: dict[ModelShape, list[str]] = {}
+    for shape in shapes:
+        names.setdefault(dataclasses.replace(shape, name=""), []).append(shape.name)
+    answers = [
+        _model_answer(
+            dataclasses.replace(key, name=first), tuple(others), setting, budget_bytes=budget_bytes, card=card
+        )
+        for key, (first, *others) in names.items()
+    ]
+    return tuple(sorted(answers, key=lambda answer: -answer.shape.parameters))
+
+
+def _model_answer(
+    shape: ModelShape, same: tuple[str, ...], setting: Setting, *, budget_bytes: int, card: Card | None
+) -> ModelAnswer:
+    try:
+        estimate = estimate_step(shape, setting, card=card)
+    except BadRecipe as error:
+        return ModelAnswer(shape, same, None, error.problem, fits=False)
+    return ModelAnswer(shape, same, estimate, None, fits=estimate.fits(budget_bytes))
+
+
+def _at(setting: Setting, what: What, value: int, *, rows_per_step: int) -> Setting:
+    if what == "length":
+        return dataclasses.replace(setting, length=value)
+    if what == "rank":
+        return dataclasses.replace(setting, rank=value)
+    return dataclasses.replace(setting, rows=value, accumulates=rows_per_step > value)
+
+
+def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int) -> Ceiling:
+    if what == "length":
+        return Ceiling(shape.context, f"the context of {shape.name}")
+    if what == "rank":
+        adapted = [linear for linear in shape.linears if setting.adapts(linear)]
+        narrowest = min(min(linear.inputs, linear.outputs) for linear in adapted)
+        return Ceiling(narrowest, "the width of the narrowest adapted layer")
+    if rows_per_step:
+        return Ceiling(rows_per_step, "the rows of one optimizer step")
+    return Ceiling(MOST_ROWS, "where the search ends")

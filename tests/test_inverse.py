@@ -1,0 +1,126 @@
+"""Inverse questions: what is found by halving is what asking every value finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from qadapt.hardware.cards import find_card
+from qadapt.plan.estimate import estimate_step
+from qadapt.plan.inverse import MOST_ROWS, fitting_models, largest, most
+from qadapt.plan.setting import Setting
+from qadapt.shape import ModelShape, find_shape, known_shapes
+from qadapt.units import GIB
+
+LLAMA = find_shape("Llama-3.1-8B")
+SMALL = find_shape("SmolLM2-135M")
+
+
+def test_halving_finds_what_asking_everything_finds() -> None:
+    for ceiling in (1, 2, 3, 7, 64):
+        for threshold in range(ceiling + 2):
+            expected = max((n for n in range(1, ceiling + 1) if n <= threshold), default=None)
+            assert largest(lambda n, t=threshold: n <= t, ceiling) == expected  # type: ignore[misc]
+
+
+def test_a_ceiling_that_fits_again_is_found() -> None:
+    assert largest(lambda n: n in (1, 2, 8), 8) == 8
+
+
+@pytest.mark.parametrize("what", ["length", "rows", "rank"])
+@pytest.mark.parametrize(
+    "setting", [Setting(length=512), Setting(length=300, recompute="none", quantization="none")]
+)
+def test_the_answer_fits_and_one_more_does_not(what: str, setting: Setting) -> None:
+    card = find_card("RTX 4060 8GB") if setting.quantization == "nf4" else find_card("RTX 4090")
+    budget = card.free_bytes("headless")
+    answer = most(LLAMA, setting, what=what, budget_bytes=budget, card=card)  # type: ignore[arg-type]
+    assert answer.value is not None
+    assert answer.value >= 1
+    assert vars(answer.estimate.setting)[what] == answer.value
+    assert answer.estimate.fits(budget)
+    assert answer.next_estimate is not None
+    assert not answer.next_estimate.fits(budget)
+
+
+def test_halving_agrees_with_every_length_of_a_small_model() -> None:
+    shape = dataclasses.replace(SMALL, context=600)
+    for seed in range(4):
+        budget = random.Random(seed).randrange(int(0.55 * GIB), int(1.2 * GIB))
+        every = [
+            length
+            for length in range(1, shape.context + 1)
+            if estimate_step(shape, Setting(length=length)).fits(budget)
+        ]
+        assert every == list(range(1, len(every) + 1)), "fits up to there and not above"
+        answer = most(shape, Setting(), what="length", budget_bytes=budget)
+        assert answer.value == (every[-1] if every else None)
+
+
+def test_more_tokens_or_rank_never_take_less() -> None:
+    """What halving rests on, for every known architecture."""
+    for shape in one_of_each_family():
+        for recompute in ("all", "none", shape.layers // 2):
+            base = Setting(recompute=recompute)  # type: ignore[arg-type]
+            for what, values in (("length", range(1, 2048, 173)), ("rank", range(1, 257, 17))):
+                needed = [
+                    estimate_step(shape, dataclasses.replace(base, **{what: value})) for value in values
+                ]
+                sums = [each.needed_bytes + each.error_bytes for each in needed]
+                assert sums == sorted(sums), (shape.name, what, recompute)
+
+
+def one_of_each_family() -> list[ModelShape]:
+    return list({shape.family: shape for shape in known_shapes()}.values())
+
+
+def test_the_context_ends_the_search_and_is_said() -> None:
+    answer = most(SMALL, Setting(), what="length", budget_bytes=80 * GIB)
+    assert (answer.value, answer.is_at_ceiling, answer.next_estimate) == (SMALL.context, True, None)
+    assert answer.ceiling.reason == f"the context of {SMALL.name}"
+
+
+def test_the_rank_ends_at_the_narrowest_adapted_layer() -> None:
+    answer = most(SMALL, Setting(length=64), what="rank", budget_bytes=80 * GIB)
+    assert answer.value == SMALL.kv_heads * SMALL.head_width
+    only = Setting(length=64, targets=("down_proj",))
+    assert most(SMALL, only, what="rank", budget_bytes=80 * GIB).value == SMALL.width
+
+
+def test_rows_end_at_those_of_one_step() -> None:
+    setting = Setting(length=64)
+    answer = most(SMALL, setting, what="rows", budget_bytes=80 * GIB, rows_per_step=12)
+    assert (answer.value, answer.estimate.setting.accumulates) == (12, False)
+    assert most(SMALL, setting, what="rows", budget_bytes=10**15).value == MOST_ROWS
+
+
+def test_if_nothing_fits_the_least_step_is_shown() -> None:
+    answer = most(LLAMA, Setting(), what="length", budget_bytes=2 * GIB)
+    assert answer.value is None
+    assert answer.estimate.setting.length == 1
+    assert answer.next_estimate is None
+    assert not answer.is_at_ceiling
+
+
+def test_models_come_largest_first_and_those_of_one_shape_once() -> None:
+    card = find_card("RTX 4060 8GB")
+    answers = fitting_models(known_shapes(), Setting(length=1024), budget_bytes=7 * GIB, card=card)
+    sizes = [answer.shape.parameters for answer in answers]
+    assert sizes == sorted(sizes, reverse=True)
+    names = [name for answer in answers for name in (answer.shape.name, *answer.same)]
+    assert sorted(names) == sorted(shape.name for shape in known_shapes())
+    assert len(answers) < len(names)
+    fitting = [answer for answer in answers if answer.fits]
+    assert fitting
+    assert not answers[0].fits
+    for answer in fitting:
+        assert answer.estimate is not None
+        assert answer.estimate.fits(7 * GIB)
+
+
+def test_a_model_that_cannot_take_the_length_says_so() -> None:
+    answers = fitting_models([find_shape("TinyLlama-1.1B-Chat-v1.0")], Setting(length=5000), budget_bytes=GIB)
+    assert answers[0].estimate is None
+    assert "above the context" in str(answers[0].refusal)
