@@ -33,6 +33,7 @@ from qadapt.events import (
 from qadapt.view.chart import LossChart, smoothed
 from qadapt.view.dashboard import Dashboard
 from qadapt.view.journal import FILE_NAME, Journal, follow
+from qadapt.view.lines import describe
 from qadapt.view.memory_table import memory_bar
 from qadapt.view.screen import show
 from qadapt.view.series import Series
@@ -527,3 +528,18 @@ def test_the_view_needs_no_torch_and_no_pydantic():
 
 def test_an_empty_state_draws_too():
     assert "waiting" in drawn(Dashboard(RunState(), START))
+
+
+@pytest.mark.parametrize(("recompute", "words"), [(20, "20 layers"), (1, "1 layer"), ("all", "all")])
+def test_recomputed_layers_are_said_in_words(recompute, words):
+    planned = Planned(
+        micro_batch=8,
+        recompute=recompute,
+        compute_dtype="fp32",
+        adapter_dtype="fp32",
+        optimizer="adamw",
+        predicted=PREDICTED,
+        predicted_peak_bytes=1,
+        budget_bytes=2,
+    )
+    assert f", recompute {words}, peak" in describe(planned)

@@ -77,6 +77,13 @@ def test_several_problems_are_reported_at_once() -> None:
             "both ask for held-out rows; keep one",
         ),
         ({"memory": {"micro_batch": 32}}, "larger than train.rows_per_step"),
+        (
+            {"memory": {"recompute": 0}},
+            "give auto, all, none, or how many of the first layers, 1 or more (got 0)",
+        ),
+        ({"memory": {"recompute": -3}}, "1 or more (got -3)"),
+        ({"memory": {"recompute": True}}, "1 or more (got True)"),
+        ({"memory": {"recompute": "some"}}, "has 1 problem:\n  - memory.recompute: give auto"),
         ({"data": {**LEAST["data"], "length": 4}}, "data.length"),
         ({"adapter": {"targets": []}}, "adapter.targets"),
         ({"train": {"learning_rate": 0}}, "train.learning_rate"),
@@ -92,6 +99,7 @@ def test_values_that_describe_no_run_are_refused(sections: dict[str, Any], said:
     [
         ("train.learning_rate=1e-4", ("train", "learning_rate"), 1e-4),
         ("train.steps=7", ("train", "steps"), 7),
+        ("memory.recompute=7", ("memory", "recompute"), 7),
         ("adapter.targets=[q_proj, v_proj]", ("adapter", "targets"), ("q_proj", "v_proj")),
         ("model.source=some/folder", ("model", "source"), "some/folder"),
         ("model.double_quant=false", ("model", "double_quant"), False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import set_recompute
 from qadapt.model.load import load_base
+from qadapt.train.stored_plan import Ingredients, StoredPlan, read_plan
 
 FAMILIES = ("llama", "gemma2", "phi3")
 
@@ -85,3 +87,26 @@ def test_layers_are_not_renamed(tiny_model: TinyModel) -> None:
     names = [name for name, _ in base.named_modules()]
     set_recompute(base, 2)
     assert [name for name, _ in base.named_modules()] == names
+
+
+@pytest.mark.parametrize("recompute", ["all", "none", 2])
+def test_a_stored_plan_keeps_which_layers_recompute(recompute: Any, tmp_path: Path) -> None:
+    plan = StoredPlan(
+        steps=1,
+        device="cpu",
+        micro_batch=1,
+        recompute=recompute,
+        compute_dtype="fp32",
+        adapter_dtype="fp32",
+        optimizer="adamw",
+        predicted={},
+        predicted_peak_bytes=0,
+        budget_bytes=0,
+        reasons=("because",),
+        revision=None,
+        ingredients=Ingredients("a", "b", "c"),
+    )
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.values()), encoding="utf-8")
+    assert read_plan(path) == plan
+    assert plan.event().recompute == recompute

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,7 @@ from qadapt.cli.screen import console
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import cards as all_cards
 from qadapt.plan.record import estimate_record, plan_record
+from qadapt.plan.setting import Recompute
 from qadapt.planning import Question, ask, ask_recipe
 from qadapt.shape import find_config, known_models, known_shapes
 
@@ -25,6 +26,7 @@ SupervisedOption = Annotated[
     float | None,
     typer.Option(help="Share of the tokens that the loss counts, such as 0.4. Default: all, the worst case."),
 ]
+RECOMPUTE_WORDS: tuple[Literal["all", "none"], ...] = ("all", "none")
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the values as JSON (schemas/estimate.schema.json).")
 ]
@@ -43,7 +45,9 @@ def estimate(
     length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows in one forward pass.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    recompute: Annotated[str | None, typer.Option(help="all or none: activation checkpointing.")] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="Activation checkpointing: all, none, or how many of the first layers.")
+    ] = None,
     supervised: SupervisedOption = None,
     models: Annotated[bool, typer.Option("--models", help="List the known models and leave.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="List the known cards and leave.")] = False,
@@ -68,10 +72,8 @@ def estimate(
     question = ask(model, overrides or (), card=card, vram=vram)
     asked = {"length": length, "rows": rows, "rank": rank, "supervised_share": supervised}
     changes: dict[str, object] = {name: value for name, value in asked.items() if value is not None}
-    if recompute is not None and recompute not in ("all", "none"):
-        raise BadRecipe(f"--recompute is {recompute!r}.", cure="Give all or none.")
     if recompute is not None:
-        changes["recompute"] = recompute
+        changes["recompute"] = _recompute(recompute)
     _answer_estimate(question.changed(changes), is_json=json)
 
 
@@ -105,6 +107,18 @@ def plan(
         return
     table = EstimateTable(question.shape, found.estimate, question.target, question.rows_per_step)
     console().print(PlanTable(table, found.reasons))
+
+
+def _recompute(text: str) -> Recompute:
+    for word in RECOMPUTE_WORDS:
+        if text == word:
+            return word
+    try:
+        return int(text)
+    except ValueError:
+        raise BadRecipe(
+            f"--recompute is {text!r}.", cure="Give all, none, or how many of the first layers."
+        ) from None
 
 
 def _answer_estimate(question: Question, *, is_json: bool) -> None:

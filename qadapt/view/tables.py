@@ -19,7 +19,7 @@ from qadapt.plan.categories import CATEGORIES, STATIC, TITLES
 from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
 from qadapt.plan.knobs import micro_batches
 from qadapt.plan.ladder import Change
-from qadapt.plan.setting import Setting, auto_dtypes
+from qadapt.plan.setting import Recompute, Setting, auto_dtypes
 from qadapt.shape import ModelConfig, ModelShape
 from qadapt.units import GIB, format_bytes, format_count, format_seconds
 
@@ -133,11 +133,18 @@ def setting_words(setting: Setting) -> str:
         base,
         f"LoRA rank {setting.rank} in {setting.adapter_dtype} on {where}",
         f"{rows} of {setting.length:,} tokens{learned}",
-        "every layer recomputed" if setting.recompute == "all" else "nothing recomputed",
+        recomputed_words(setting.recompute),
         setting.optimizer,
         f"{setting.compute_dtype} on {setting.device}",
     )
     return " · ".join(parts)
+
+
+def recomputed_words(recompute: Recompute) -> str:
+    """`every layer recomputed`, `nothing recomputed`, `first 20 layers recomputed`."""
+    if isinstance(recompute, int):
+        return "first layer recomputed" if recompute == 1 else f"first {recompute} layers recomputed"
+    return "every layer recomputed" if recompute == "all" else "nothing recomputed"
 
 
 def verdict(estimate: Estimate, target: Target) -> Text:
