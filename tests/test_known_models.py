@@ -1,8 +1,8 @@
 """Known models against what is published: each distinct configuration is built on `meta` and counted.
 
 Where the figures come from: the hub's count of the numbers in a repository's safetensors files, or the model
-card (StableLM), as printed there. A stored copy of a tied head is taken off (Falcon and the small Qwen3 have
-one), as are the rotary buffers that the first Llama 2 files hold: neither is a parameter.
+card (StableLM, Pythia), as printed there. A stored copy of a tied head is taken off (Falcon and the small
+Qwen3 have one), as are the rotary buffers that the first Llama 2 files hold: neither is a parameter.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ PUBLISHED = {
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
     "Qwen/Qwen2-0.5B": 494_032_768,
@@ -91,10 +92,21 @@ PUBLISHED = {
     "allenai/OLMo-7B-hf": 6_888_095_744,
     "allenai/OLMo-2-1124-7B": 7_298_617_344,
     "allenai/OLMo-2-1124-13B": 13_716_198_400,
+    "EleutherAI/pythia-70m": 70_426_624,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-410m": 405_334_016,
+    "EleutherAI/pythia-1b": 1_011_781_632,
+    "EleutherAI/pythia-1.4b": 1_414_647_808,
+    "EleutherAI/pythia-2.8b": 2_775_208_960,
+    "EleutherAI/pythia-6.9b": 6_857_302_016,
+    "EleutherAI/pythia-12b": 11_846_072_320,
+    "openai-community/gpt2": 124_439_808,
 }
 
 PUBLISHED_IN_BILLIONS = {
     "bigcode/gpt_bigcode-santacoder": 1.1,
+    "ibm-granite/granite-3.1-2b-instruct": 2.5,
+    "ibm-granite/granite-3.1-8b-instruct": 8.2,
     "ibm/PowerLM-3b": 3.5,
     "stabilityai/stablelm-base-alpha-3b": 3.6,
     "tiiuae/Falcon3-7B-Base": 7.5,
@@ -210,7 +222,7 @@ def test_a_mixture_of_experts_is_known_but_not_trained() -> None:
 
 def test_what_people_tune_at_home_is_known() -> None:
     assert not [part for part in AT_HOME if not any(part in name for name in known_models())]
-    assert len(known_models()) >= 140
+    assert len(known_models()) >= 170
 
 
 def test_every_known_name_is_found_in_any_case_and_by_its_last_part() -> None:
