@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 
 from qadapt.errors import BadRecipe
+from qadapt.hardware import cards as cataloguing
 from qadapt.hardware import probe as probing
-from qadapt.hardware.cards import Card, card_of_memory, cards, find_card
-from qadapt.hardware.probe import Device, probe
+from qadapt.hardware.cards import CONTEXT_BYTES, Card, card_of_memory, cards, find_card, this_platform
+from qadapt.hardware.probe import Device, probe, visible
 from qadapt.hardware.target import find_target
 from qadapt.units import GIB, MIB
 
 
 def test_every_card_is_found_by_its_own_name() -> None:
-    assert len(cards()) == 53
+    assert len(cards()) == 54
     assert [find_card(card.name) for card in cards()] == list(cards())
 
 
@@ -29,7 +32,13 @@ def test_every_card_is_found_by_its_own_name() -> None:
         ("rtx4060ti 16gb", "RTX 4060 Ti 16GB"),
         ("4070 ti super", "RTX 4070 Ti SUPER 16GB"),
         ("NVIDIA GeForce RTX 4060 Laptop GPU", "RTX 4060 Laptop 8GB"),
-        ("3080 mobile", "RTX 3080 Laptop 8GB"),
+        ("3080 mobile 16gb", "RTX 3080 Laptop 16GB"),
+        ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", "RTX 5070 Ti Laptop 12GB"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "RTX 4070 SUPER 12GB"),
+        ("NVIDIA RTX A6000", "RTX A6000 48GB"),
+        ("NVIDIA A10G", "A10G 24GB"),
+        ("l40s", "L40S 48GB"),
+        ("NVIDIA H100 PCIe", "H100 80GB PCIe"),
         ("NVIDIA GeForce RTX 3090", "RTX 3090 24GB"),
         ("Tesla T4", "T4 16GB"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB SXM"),
@@ -62,6 +71,8 @@ def test_what_is_no_card_is_refused(name: str) -> None:
 def test_a_name_of_two_cards_is_not_guessed() -> None:
     with pytest.raises(BadRecipe, match="may be several cards: RTX 4060 Ti 8GB, RTX 4060 Ti 16GB"):
         find_card("4060 ti")
+    with pytest.raises(BadRecipe, match="may be several cards: RTX 3080 Laptop 8GB, RTX 3080 Laptop 16GB"):
+        find_card("3080 laptop")
 
 
 def test_free_memory_shrinks_with_what_else_lies_on_the_card() -> None:
@@ -99,8 +110,8 @@ class FakeDriver:
     NVMLError = pynvml.NVMLError
     NVML_TEMPERATURE_GPU = 0
 
-    def __init__(self, name: str, *, free: int) -> None:
-        self.name, self.free = name, free
+    def __init__(self, name: str, *, free: int, count: int = 1) -> None:
+        self.name, self.free, self.count = name, free, count
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
@@ -108,7 +119,7 @@ class FakeDriver:
         return "610.1"
 
     def nvmlDeviceGetCount(self) -> int:
-        return 1
+        return self.count
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
@@ -125,14 +136,97 @@ class FakeDriver:
     def nvmlDeviceGetName(self, _: int) -> str:
         return self.name
 
+    def nvmlDeviceGetUUID(self, index: int) -> str:
+        return f"GPU-8932f93{index}-d72c"
+
 
 def test_a_machine_with_a_card_is_a_target_with_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "pynvml", FakeDriver("NVIDIA GeForce RTX 4060", free=7 * GIB))
     device = probe().devices[0]
     assert (device.free_bytes, device.used_bytes) == (7 * GIB, 8188 * MIB - 7 * GIB)
     assert (device.card.tflops, device.card.has_bf16, device.temperature_celsius) == (31.2, True, None)
-    assert find_target().free_bytes == 7 * GIB
+    target = find_target()
+    assert (target.free_bytes, target.is_here) == (7 * GIB, True)
+    assert target.assumption == "free now; 1020.0 MiB are the driver's, the desktop's and other programs'"
     assert find_target(device="cpu").device == "cpu"
+    assert not find_target("RTX 4060").is_here
+
+
+DEVICES = tuple(
+    Device(
+        index, "NVIDIA GeForce RTX 4060", 8188 * MIB, 7 * GIB, 8.9, "610.1", uuid=f"GPU-8932f93{index}-d72c"
+    )
+    for index in range(3)
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("1", [1]),
+        ("2, 0", [2, 0]),
+        ("-1", []),
+        ("0,-1,1", [0]),
+        ("7", []),
+        ("1,1", []),
+        ("GPU-8932f932", [2]),
+        ("GPU-8932f931-d72c,GPU-8932f930-d72c", [1, 0]),
+        ("GPU-8932", []),
+        ("NoDevFiles", []),
+        ("MIG-8932f932", []),
+    ],
+)
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(wanted: str | None, shown: list[int]) -> None:
+    assert [device.index for device in visible(DEVICES, wanted)] == shown
+
+
+def test_the_first_visible_card_is_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "pynvml", FakeDriver("NVIDIA GeForce RTX 4060", free=7 * GIB, count=2))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    machine = probe()
+    assert ([device.index for device in machine.devices], machine.hidden) == ([1], 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_target().device == "cpu"
+    with pytest.raises(BadRecipe, match="CUDA_VISIBLE_DEVICES hides 2"):
+        find_target(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "meant"),
+    [
+        ("win32", "11", "windows"),
+        ("linux", "6.8.0-45-generic", "linux"),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", "wsl"),
+    ],
+)
+def test_wsl_is_told_from_linux_by_its_kernel(
+    monkeypatch: pytest.MonkeyPatch, system: str, release: str, meant: str
+) -> None:
+    monkeypatch.setattr(cataloguing.sys, "platform", system)
+    monkeypatch.setattr(cataloguing.platform, "release", lambda: release)
+    assert this_platform() == meant
+
+
+def test_wsl_has_windows_totals_and_spills_like_it() -> None:
+    card = find_card("RTX 4060")
+    assert card.free_bytes("wsl") == card.free_bytes("windows") < card.free_bytes("linux")
+    assert [find_target("RTX 4060", platform=each).may_spill for each in ("linux", "windows", "wsl")] == [
+        False, True, True,
+    ]  # fmt: skip
+
+
+def test_a_context_is_the_published_one_where_there_is_one() -> None:
+    assert find_card("T4").context_bytes == 141 * MIB
+    assert find_card("RTX 4060").context_bytes == CONTEXT_BYTES
+    for card in cards():
+        low, high = card.context_range_bytes
+        assert 0 < low <= card.context_bytes <= high
+    device = Device(0, "Tesla T4", 15360 * MIB, 15000 * MIB, 7.5, "610.1")
+    assert device.card.context_bytes == find_card("T4").context_bytes
+    listed = json.loads((Path(cataloguing.__file__).parent / "cards.json").read_text(encoding="utf-8"))
+    assert all("context_source" in each for each in listed if "context_mib" in each)
 
 
 def test_an_unlisted_card_has_no_speed_rather_than_a_guess() -> None:

@@ -2,35 +2,47 @@
 
 `cards.json` holds public figures: memory as nvidia-smi shows it (`is_captured`: seen in a capture, else the
 vendor's), dense 16-bit TFLOPS from the vendor and from a measured matrix product (fp16 on Turing, which has
-no bf16), bandwidth in GB/s. Laptop figures depend on the power limit. Knows no model and no plan.
+no bf16), bandwidth in GB/s, and, where somebody has published it, what a CUDA context takes (`context_mib`:
+low, usual, high; `context_source`). Its high end is the published figure and 100 MiB for the kernels of
+libraries that were not loaded there, which is assumed. Laptop figures depend on the power limit. Knows no
+model and no plan.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import platform
 import re
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qadapt.errors import BadRecipe
 from qadapt.units import MIB, parse_bytes
 
-Platform = Literal["headless", "linux", "windows"]
+Platform = Literal["headless", "linux", "windows", "wsl"]
+"""What shares the card: nothing, a Linux desktop, or Windows' one, which is there under WSL, too."""
 
 CONTEXT_BYTES = 300 * MIB
 """A CUDA context with lazily loaded kernels: a default; seen are 140 MiB (T4) to 481 (A100)."""
 CONTEXT_RANGE_BYTES = (140 * MIB, 500 * MIB)
 
-DRIVER_BYTES: dict[Platform, int] = {"headless": 448 * MIB, "linux": 448 * MIB, "windows": 64 * MIB}
+DRIVER_BYTES: dict[Platform, int] = {
+    "headless": 448 * MIB, "linux": 448 * MIB, "windows": 64 * MIB, "wsl": 64 * MIB,
+}  # fmt: skip
 """What the driver keeps of the memory it shows: assumed; torch sees 190 to 540 MiB less on Linux, 0 to 70 on
-Windows."""
-DESKTOP_BYTES: dict[Platform, int] = {"headless": 0, "linux": 512 * MIB, "windows": 1280 * MIB}
+Windows and under WSL."""
+DESKTOP_BYTES: dict[Platform, int] = {
+    "headless": 0, "linux": 512 * MIB, "windows": 1280 * MIB, "wsl": 1280 * MIB,
+}  # fmt: skip
 """What a desktop takes before you start: assumed; seen are 268 to 860 MiB on Linux, 0.7 to 1.5 GiB on
 Windows."""
+SPILLING: frozenset[Platform] = frozenset({"windows", "wsl"})
+"""Where the driver's memory manager (WDDM) may put what exceeds the card into host memory: many times slower,
+and no error, unless the driver is set not to."""
 
 RUNTIME_BYTES = {"cpu": 400 * MIB, "cuda": 1300 * MIB}
 """Host memory of Python with torch, transformers, peft and bitsandbytes imported: measured for the CPU build,
@@ -41,7 +53,8 @@ assumed for CUDA builds."""
 class Card:
     """A graphics card.
 
-    `memory_bytes` is what the driver shows; speeds are None where nobody has published them.
+    `memory_bytes` is what the driver shows; speeds are None where nobody has published them. `context_bytes`
+    is what a CUDA context takes, `context_range_bytes` its range.
     """
 
     name: str
@@ -51,6 +64,8 @@ class Card:
     bandwidth_gb: float | None = None
     tflops_spec: float | None = None
     tflops_measured: float | None = None
+    context_bytes: int = CONTEXT_BYTES
+    context_range_bytes: tuple[int, int] = CONTEXT_RANGE_BYTES
 
     @property
     def tflops(self) -> float | None:
@@ -64,24 +79,31 @@ class Card:
 
 def this_platform() -> Platform:
     """What to assume about a card that is not in this machine: a desktop of this machine's kind on it."""
-    return "windows" if sys.platform == "win32" else "linux"
+    if sys.platform == "win32":
+        return "windows"
+    return "wsl" if "microsoft" in platform.release().lower() else "linux"
 
 
 @cache
 def cards() -> tuple[Card, ...]:
     """Every card of the catalogue, gaming cards first."""
     text = (Path(__file__).parent / "cards.json").read_text(encoding="utf-8")
-    return tuple(
-        Card(
-            name=values["name"],
-            memory_bytes=values["memory_mib"] * MIB,
-            compute_capability=values["compute_capability"],
-            has_bf16=values["has_bf16"],
-            bandwidth_gb=values["bandwidth_gb"],
-            tflops_spec=values["tflops_spec"],
-            tflops_measured=values["tflops_measured"],
-        )
-        for values in json.loads(text)
+    return tuple(_card(values) for values in json.loads(text))
+
+
+def _card(values: dict[str, Any]) -> Card:
+    default = (CONTEXT_RANGE_BYTES[0] // MIB, CONTEXT_BYTES // MIB, CONTEXT_RANGE_BYTES[1] // MIB)
+    low, usual, high = values.get("context_mib", default)
+    return Card(
+        name=values["name"],
+        memory_bytes=values["memory_mib"] * MIB,
+        compute_capability=values["compute_capability"],
+        has_bf16=values["has_bf16"],
+        bandwidth_gb=values["bandwidth_gb"],
+        tflops_spec=values["tflops_spec"],
+        tflops_measured=values["tflops_measured"],
+        context_bytes=usual * MIB,
+        context_range_bytes=(low * MIB, high * MIB),
     )
 
 

@@ -9,19 +9,40 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qadapt.errors import BadRecipe
-from qadapt.hardware.cards import RUNTIME_BYTES, Card, Platform, card_of_memory, find_card, this_platform
-from qadapt.hardware.probe import probe
+from qadapt.hardware.cards import (
+    RUNTIME_BYTES,
+    SPILLING,
+    Card,
+    Platform,
+    card_of_memory,
+    find_card,
+    this_platform,
+)
+from qadapt.hardware.probe import Device, Machine, probe
+from qadapt.units import format_bytes
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device and what is free on it; `assumption` says in words what the free bytes rest on."""
+    """A device and what is free on it.
+
+    Attributes:
+        device: Its kind.
+        name: The card's name, or `this CPU`.
+        free_bytes: What a step may take there.
+        assumption: What the free bytes rest on, in words.
+        card: The card, if one is known or stands for an amount of memory.
+        is_here: Whether it is a device of this machine, as it is now.
+        may_spill: Whether the driver may put what exceeds the card into host memory instead of failing.
+    """
 
     device: Literal["cpu", "cuda"]
     name: str
     free_bytes: int
     assumption: str
     card: Card | None = None
+    is_here: bool = False
+    may_spill: bool = False
 
     @property
     def has_bf16(self) -> bool:
@@ -49,30 +70,51 @@ def find_target(
     """
     if card is not None:
         return _card_target(find_card(card), vram, platform or this_platform())
+    may_spill = (platform or this_platform()) in SPILLING
     if vram is not None:
         known = card_of_memory(vram)
         free = known.free_bytes("headless")
-        return Target("cuda", known.name, free, "as given", known)
+        return Target("cuda", known.name, free, "as given", known, may_spill=may_spill)
     machine = probe()
     if device != "cpu" and machine.devices:
         first = machine.devices[0]
-        return Target("cuda", first.name, first.free_bytes, "free now", first.card)
-    if device == "cuda":
-        raise BadRecipe(
-            "memory.device is cuda, and this machine shows no NVIDIA GPU.",
-            cure="Give a card with --card, an amount with --vram, or set memory.device=cpu.",
+        return Target(
+            "cuda",
+            first.name,
+            first.free_bytes,
+            _free_now(first),
+            first.card,
+            is_here=True,
+            may_spill=may_spill,
         )
+    if device == "cuda":
+        raise _no_gpu(machine)
     free = max(0, machine.host_available_bytes - RUNTIME_BYTES["cpu"])
-    return Target("cpu", "this CPU", free, "available now, without the libraries' own")
+    return Target("cpu", "this CPU", free, "available now, without the libraries' own", is_here=True)
 
 
 def _card_target(card: Card, vram: str | None, platform: Platform) -> Target:
+    may_spill = platform in SPILLING
     if vram is not None:
         free = card_of_memory(vram).free_bytes("headless")
-        return Target("cuda", card.name, free, "as given", card)
+        return Target("cuda", card.name, free, "as given", card, may_spill=may_spill)
     words = {
         "headless": "assumed: nothing else on the card",
         "linux": "assumed: a Linux desktop on the card",
         "windows": "assumed: a Windows desktop on the card",
+        "wsl": "assumed: a Windows desktop on the card, WSL beside it",
     }
-    return Target("cuda", card.name, card.free_bytes(platform), words[platform], card)
+    free = card.free_bytes(platform)
+    return Target("cuda", card.name, free, words[platform], card, may_spill=may_spill)
+
+
+def _free_now(device: Device) -> str:
+    return f"free now; {format_bytes(device.used_bytes)} are the driver's, the desktop's and other programs'"
+
+
+def _no_gpu(machine: Machine) -> BadRecipe:
+    hidden = f" (CUDA_VISIBLE_DEVICES hides {machine.hidden})" if machine.hidden else ""
+    return BadRecipe(
+        f"memory.device is cuda, and this machine shows no NVIDIA GPU{hidden}.",
+        cure="Give a card with --card, an amount with --vram, or set memory.device=cpu.",
+    )

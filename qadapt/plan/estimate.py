@@ -129,14 +129,16 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     peak_phase = max(totals, key=lambda phase: totals[phase])
     is_cuda = setting.device == "cuda"
     peak = moments[peak_phase]
+    context = card.context_bytes if card else CONTEXT_BYTES
+    context_range = card.context_range_bytes if card else CONTEXT_RANGE_BYTES
     host = RUNTIME_BYTES[setting.device] + _loading_bytes(shape)
     return Estimate(
         setting=setting,
         categories=peak,
         peak_phase=peak_phase,
         phase_bytes=totals,
-        context_bytes=CONTEXT_BYTES if is_cuda else 0,
-        context_range_bytes=CONTEXT_RANGE_BYTES if is_cuda else (0, 0),
+        context_bytes=context if is_cuda else 0,
+        context_range_bytes=context_range if is_cuda else (0, 0),
         host_bytes=host + (0 if is_cuda else totals[peak_phase]),
         pinned_bytes=0,
         disk_bytes=sum(disk_parts(shape, setting).values()),
