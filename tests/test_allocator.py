@@ -463,6 +463,17 @@ def test_a_range_without_room_in_the_card_tells_what_it_would_need() -> None:
     assert reserved_range(steps).high_bytes == 110 * MIB
 
 
+def test_a_range_is_over_all_orders_that_a_program_may_have() -> None:
+    # The 30 MiB that loading frees serve the step, unless the 12 MiB that stay were cut from them before.
+    step = [(3, 30 * MIB), (3, 0)]
+    one = trace_of((1, 12 * MIB), (2, 30 * MIB), (2, 0), *step)
+    other = trace_of((2, 30 * MIB), (2, 0), (1, 12 * MIB), *step)
+    assert reserved_range(one).high_bytes == 42 * MIB
+    assert reserved_range(other).high_bytes == 60 * MIB
+    both = reserved_range(one, others=[other])
+    assert (both.low_bytes, both.high_bytes) == (42 * MIB, 60 * MIB)
+
+
 @pytest.mark.parametrize("expandable", [False, True])
 def test_a_long_trace_is_replayed_in_seconds(expandable: bool) -> None:
     chance, live, trace = random.Random(0), [0], trace_of((0, GIB))

@@ -143,44 +143,56 @@ def least_capacity_bytes(trace: Sequence[TraceEvent], *, expandable: bool = Fals
 
 
 def reserved_range(
-    trace: Sequence[TraceEvent], *, capacity_bytes: int | None = None, count_from: int = 0
+    trace: Sequence[TraceEvent],
+    *,
+    others: Sequence[Sequence[TraceEvent]] = (),
+    capacity_bytes: int | None = None,
+    count_from: int = 0,
 ) -> ReservedRange:
     """The peak of reserved bytes that a run of this trace will report, from well packed to freely cached.
 
     Reserved bytes are not reproducible between runs, so this is a range. Its ends are replays; nothing is
     fitted:
 
-    * low: the lesser of two well packed runs: one within the least memory in which the trace still runs,
-      so that the cache is given back again and again; one with `expandable_segments:True`.
-    * high: the greater of two runs without memory pressure (the driver's later segments at higher, and at
-      lower addresses). If that is more than `capacity_bytes`: runs within it, which give their cache back
-      when they reach it. If the trace does not run within it, the capacity is left out of account: `replay`
-      gives the verdict.
+    * low: the least of all runs here, well packed ones among them: one within the least memory in which the
+      trace still runs, so that the cache is given back again and again; one with `expandable_segments:True`.
+    * high: the greatest run without memory pressure (the driver's later segments at higher, and at lower
+      addresses). If that is more than `capacity_bytes`: runs within it, which give their cache back when they
+      reach it. If the trace does not run within it, the capacity is left out of account: `replay` gives the
+      verdict.
 
     A later step may reserve more than the first, and fragmentation settles after some: let the trace hold
     loading and at least two steps. What the trace lacks is not in the range: workspaces; what loading takes
     and frees before the first step. (transformers first takes and releases one block of the model's size,
     `caching_allocator_warmup`, so that all weights are cut from one segment.)
 
+    Known error, on published T4 runs: a trace with every event in its place gives the reserved bytes to the
+    published digit; one whose loading is only roughly known is off by up to a few percent, in both
+    directions. That is what `others` is for.
+
     Args:
         trace: Allocations and releases in the order of time, on one stream.
+        others: The same program where its order is not known, for instance loading with and without
+            reading ahead; the range is over all of them.
         capacity_bytes: What the driver can give to the allocator; None: without limit.
-        count_from: The peak is that from this event on, as after `torch.cuda.reset_peak_memory_stats`.
+        count_from: The peak is that from this event of `trace` on, as after
+            `torch.cuda.reset_peak_memory_stats`; in the others, from as many events before the end.
 
     Raises:
         KeyError: An event releases a block that is not live.
         ValueError: An event allocates a block that is live.
     """
-    cached = [
-        _cached_run(trace, capacity_bytes, is_rising=is_rising, count_from=count_from)
-        for is_rising in (True, False)
-    ]
-    packed = (
-        replay(trace, capacity_bytes=least_capacity_bytes(trace), count_from=count_from),
-        replay(trace, expandable=True, count_from=count_from),
-    )
-    peaks = [run.peak_reserved_bytes for run in (*cached, *packed)]
-    return ReservedRange(low_bytes=min(peaks), high_bytes=max(peaks[:2]))
+    counted = len(trace) - count_from
+    cached, packed = [], [replay(trace, capacity_bytes=least_capacity_bytes(trace), count_from=count_from)]
+    for each in (trace, *others):
+        start = len(each) - counted
+        packed.append(replay(each, expandable=True, count_from=start))
+        cached += [
+            _cached_run(each, capacity_bytes, is_rising=is_rising, count_from=start)
+            for is_rising in (True, False)
+        ]
+    highest = max(run.peak_reserved_bytes for run in cached)
+    return ReservedRange(min(run.peak_reserved_bytes for run in (*cached, *packed)), highest)
 
 
 def _cached_run(
