@@ -1,0 +1,169 @@
+"""What earlier runs on this machine measured against their estimate: a small file of the user. No torch.
+
+One JSON line per run that came to its end. Comparable are runs on the same device of the same machine, with
+the same method, quantization and version of torch; the last five of them are looked at. Nothing is corrected
+by them: the estimate stays what the arithmetic says, its `±` is widened to what was seen.
+
+A file that cannot be read, or lines of it, count for nothing and stay where they are until they age out; a
+folder that cannot be written means that nothing is remembered, without a word: the run is not concerned.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import statistics
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+LAST_RUNS = 5
+"""How many runs are looked at."""
+_MOST_LINES = 400
+_MOST_BYTES = 256 * 1024
+"""What the file is cut to, oldest lines first; a line has about 200 bytes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which runs are comparable; `machine` is a number made of the machine's name."""
+
+    machine: str
+    device: str
+    method: str
+    quantization: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far above the estimate the last comparable runs were measured, as shares: 0.018 is 1.8 % above.
+
+    Attributes:
+        runs: How many runs.
+        low: The least of them.
+        middle: Their median.
+        high: The most of them.
+    """
+
+    runs: int
+    low: float
+    middle: float
+    high: float
+
+    @property
+    def worst(self) -> float:
+        """The largest share by which an estimate was off, either way."""
+        return max(abs(self.low), abs(self.high))
+
+    @property
+    def sentence(self) -> str:
+        """`on this machine: measured 1.8 % above the estimate in the last 5 runs (-0.4 to +2.1 %)`."""
+        place = "above" if self.middle >= 0 else "below"
+        middle = f"measured {abs(self.middle):.1%} {place} the estimate"
+        if self.runs == 1:
+            return f"on this machine: {middle} in the last run".replace("%", " %")
+        spread = f"({100 * self.low:+.1f} to {100 * self.high:+.1f} %)"
+        return f"on this machine: {middle.replace('%', ' %')} in the last {self.runs} runs {spread}"
+
+
+def calibration_file() -> Path:
+    """Where the runs are remembered: the user's data folder of this system."""
+    return Path(platformdirs.user_data_dir("qadapt", appauthor=False)) / "calibration.jsonl"
+
+
+def kind_of(*, device: str, method: str, quantization: str) -> Kind:
+    """The kind of a run on this machine, with the torch that is installed.
+
+    Args:
+        device: The card's name as its driver gives it, or `cpu`.
+        method: The adapter method, such as `lora`.
+        quantization: Of the base, such as `nf4`.
+    """
+    try:
+        torch = importlib.metadata.version("torch").partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        torch = "none"
+    return Kind(f"{zlib.crc32(platform.node().encode()):08x}", device, method, quantization, torch)
+
+
+def remember(kind: Kind, *, predicted_bytes: int, measured_bytes: int, path: Path | None = None) -> bool:
+    """Keeps what a finished run measured, in one whole step.
+
+    Args:
+        kind: Which runs it compares with; see `kind_of`.
+        predicted_bytes: The peak that its plan predicted, allocated bytes.
+        measured_bytes: The peak that it measured, of the same quantity.
+        path: The file; default: the user's.
+
+    Returns:
+        Whether it is kept; it is not where the folder cannot be written, or where a number is not positive.
+    """
+    if predicted_bytes <= 0 or measured_bytes <= 0:
+        return False
+    path = path or calibration_file()
+    values = {**asdict(kind), "predicted_bytes": predicted_bytes, "measured_bytes": measured_bytes}
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _newest([*_lines(path), json.dumps(values).encode()])
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+        temporary.replace(path)
+    except OSError:
+        return False
+    finally:
+        _delete(temporary)
+    return True
+
+
+def recall(kind: Kind, *, path: Path | None = None) -> Calibration | None:
+    """What the last comparable runs measured; None if there is none.
+
+    Args:
+        kind: Which runs are wanted.
+        path: The file; default: the user's.
+    """
+    shares = [share for found, share in _runs(path or calibration_file()) if found == kind][-LAST_RUNS:]
+    if not shares:
+        return None
+    return Calibration(len(shares), min(shares), statistics.median(shares), max(shares))
+
+
+def _runs(path: Path) -> Iterator[tuple[Kind, float]]:
+    for line in _lines(path):
+        try:
+            values: dict[str, Any] = json.loads(line)
+            kind = Kind(*(str(values[name]) for name in Kind.__dataclass_fields__))
+            share = int(values["measured_bytes"]) / int(values["predicted_bytes"]) - 1
+        except (ValueError, TypeError, KeyError, ZeroDivisionError, OverflowError):
+            continue
+        if share > -1:
+            yield kind, share
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError:
+        return []
+
+
+def _newest(lines: list[bytes]) -> list[bytes]:
+    """As many of the last lines as the file may have."""
+    sizes = itertools.accumulate(len(line) + 1 for line in reversed(lines))
+    count = sum(size <= _MOST_BYTES for size in sizes)
+    return lines[-min(count, _MOST_LINES) :]
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # a folder that may not be written has nothing to clear
+        return
