@@ -36,6 +36,7 @@ _ASKED = {
     aten._scaled_dot_product_efficient_attention_backward.default: (
         "_scaled_dot_product_efficient_attention_backward"
     ),
+    aten._softmax_backward_data.default: "_softmax_backward_data",
 }
 """Operations whose kernels are known to take more than their results, by the table's names."""
 
@@ -48,9 +49,14 @@ class Target:
 
 
 @contextmanager
-def on_target(target: Target) -> Iterator[None]:
-    """While open, operations on `meta` tensors are the target's."""
-    with _Values(), target_functions(target):  # type: ignore[no-untyped-call]
+def on_target(target: Target, *, is_packed: bool = False) -> Iterator[None]:
+    """While open, operations on `meta` tensors are the target's.
+
+    Args:
+        target: The device.
+        is_packed: Whether rows hold several documents: the one thing a step asks of its values.
+    """
+    with _Values(is_packed=is_packed), target_functions(target):
         yield
 
 
@@ -94,13 +100,17 @@ def _dequantizing_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 class _Values(TorchDispatchMode):
-    """Answers what only values could tell: conditions hold, numbers are one."""
+    """Answers what only values could tell: a condition holds unless rows are packed, a number is one."""
+
+    def __init__(self, *, is_packed: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._is_packed = is_packed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.ones((), dtype=args[0].dtype).item()
+            return not self._is_packed if args[0].dtype == torch.bool else 1
         return func(*args, **(kwargs or {}))
 
 
@@ -138,8 +148,9 @@ class _Functions(TorchFunctionMode):
     ) -> Tensor:
         target = self._target
         if target.capability is None:
+            bias = _as_bias(attn_mask, query)
             results = aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+                query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
             )
             return cast(Tensor, results[0])
         kernel = attention_kernel(
@@ -156,6 +167,8 @@ class _Functions(TorchFunctionMode):
             return cast(Tensor, results[0])
         if kernel == "efficient":
             bias = _as_bias(attn_mask, query)
+            if bias is not None:
+                bias = bias.expand(*query.shape[:3], key.shape[2])
             results = aten._scaled_dot_product_efficient_attention(
                 query, key, value, bias, True, dropout_p, is_causal, scale=scale
             )
@@ -166,14 +179,16 @@ class _Functions(TorchFunctionMode):
 
 
 def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask as the kernel takes it: numbers to be added, for every head."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-    rows, heads, length, _ = query.shape
-    return mask.expand(rows, heads, length, mask.shape[-1])
+    """A mask as kernels take it: numbers to be added (`convert_boolean_attn_mask` in `attention.cpp`)."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    like = {"dtype": query.dtype, "device": query.device}
+    return torch.where(mask, torch.scalar_tensor(0.0, **like), torch.scalar_tensor(-torch.inf, **like))
 
 
 def _drop(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if p == 0 or not training:  # `Dropout.cpp`: no mask, no copy
+        return values
+    if p == 0 or not training:
+        return values
     return torch.native_dropout(values, p, training)[0]
