@@ -166,9 +166,9 @@ def reserved_range(
     and frees before the first step. (transformers first takes and releases one block of the model's size,
     `caching_allocator_warmup`, so that all weights are cut from one segment.)
 
-    Known error, on published T4 runs: a trace with every event in its place gives the reserved bytes to the
-    published digit; one whose loading is only roughly known is off by up to a few percent, in both
-    directions. That is what `others` is for.
+    Known error, on published T4 runs dry-run by `tools/bench/plain_stack.py`: where every event of the trace
+    is known (7 runs with fp16 weights), one replay gives the reserved bytes within 0.03 %; where loading is
+    only roughly known (10 runs with NF4 weights), it is off by -2 to +9 %. That is what `others` is for.
 
     Args:
         trace: Allocations and releases in the order of time, on one stream.

@@ -7,9 +7,9 @@ those of torch 2.13's c10/core/AllocatorConfig.h. Default settings: one stream, 
 
 What is not known: the addresses the driver hands out. They decide only between free blocks of the same size
 (the lower address wins), so both directions can be asked for. A growing segment's address space is taken as
-endless; in PyTorch it is 9/8 of the card. Why reserved memory differs between runs of one program is not
-modelled. Measured by tests/test_allocator.py against worked examples of the rules; no GPU has confirmed whole
-traces.
+endless; in PyTorch it is 9/8 of the card. Measured by tests/test_allocator.py against worked examples, the
+figures of PyTorch's own tests and a slow copy of the rules; known error on real cards: see
+`qadapt.plan.allocator.reserved_range`. Growing segments have not been compared with a real card.
 """
 
 from __future__ import annotations
