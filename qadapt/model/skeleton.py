@@ -43,7 +43,7 @@ def skeleton_base(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError) as error:
         raise BadModel(
             f"No model can be built from this config.json: {str(error).splitlines()[0]}",
             cure="Get the config.json again from where the model is published.",
@@ -81,7 +81,8 @@ def _quantize(model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype)
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    AutoHfQuantizer.from_config(config).preprocess_model(model, device_map=None)
+    quantizer = AutoHfQuantizer.from_config(config)
+    quantizer.preprocess_model(model, device_map=None)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             packed, state = quantize_4bit(
@@ -91,3 +92,4 @@ def _quantize(model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype)
                 packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
             )
             module.quant_state = state
+    quantizer.postprocess_model(model)  # PEFT looks for the mark it leaves

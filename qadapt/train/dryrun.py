@@ -5,8 +5,8 @@ are `meta` tensors, and where a device would choose its own kernel `engine/targe
 it equals the ledger of the real step to the byte (`tests/test_dryrun.py`). Needs a `config.json`, no weights.
 
 What is not the very same: a fused AdamW step, which `meta` does not have, counts as what it takes, nothing;
-loss scaling (fp16) is left out, a few bytes; how a data-dependent question is answered (nothing is packed,
-all is finite).
+loss scaling (fp16) is left out, a few bytes; of the micro-batches before only their gradients are there; how
+a data-dependent question is answered (nothing is packed, all is finite).
 """
 
 from __future__ import annotations

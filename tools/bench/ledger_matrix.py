@@ -8,8 +8,9 @@ moved out of the allocator) x the loss (whole, or in chunks that are computed ag
 without double quantization, bf16) x rows (padded, or several documents packed into one). Each step runs twice
 on a tiny random model: once under the ledger, once under torch's profiler, whose allocation records are
 summed up to their highest level. What the ledger does not see: the generator's state that each recomputed
-layer keeps (5 KB on a CPU), and numbers of 8 bytes. Then the same step runs on `meta`. Compared are bytes above the start.
-Exits with 1 if a bar is missed: 0.5 % for the allocator, 0 bytes for the dry run.
+layer keeps (5 KB on a CPU), and numbers of 8 bytes. Then the same step runs on `meta`. Compared are bytes
+above the start. Exits with 1 if a bar is missed: 0.5 % for
+the allocator, 0 bytes for the dry run.
 """
 
 from __future__ import annotations

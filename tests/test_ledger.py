@@ -1,0 +1,120 @@
+"""The ledger: what it counts is what the allocator counts; it looks and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bench.ledger_matrix import Case, make_folder, measure
+from torch import nn
+
+from qadapt.engine.ledger import Ledger
+from qadapt.plan.trace import peak_of
+
+CASES = [
+    Case("llama", "all", "full", "nf4-dq", "padded"),
+    Case("llama", "none", "chunked", "bf16", "packed"),
+    Case("llama", "offload", "full", "nf4", "padded"),
+    Case("gemma2", "every second", "full", "nf4-dq", "padded"),
+    Case("qwen3", "all", "chunked", "nf4", "packed"),
+    Case("phi3", "every second", "full", "bf16", "padded"),
+]
+"""A few cells of `tools/bench/ledger_matrix.py`, which runs all of them."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    families = {case.family for case in CASES}
+    return {family: make_folder(family, tmp_path_factory.mktemp(family)) for family in families}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(vars(case).values()))
+def test_a_real_step_is_counted_as_the_allocator_counts_it_and_as_the_dry_run_says(
+    case: Case, folders: dict[str, Path]
+) -> None:
+    measured = measure(case, folders[case.family])
+    assert measured.ledger == pytest.approx(measured.allocator, rel=0.005)
+    assert measured.peak == measured.dry_peak
+
+
+def test_live_bytes_follow_the_storages_and_not_their_views() -> None:
+    with Ledger() as ledger:
+        first = torch.zeros(100)
+        view = first[10:].view(9, 10)
+        assert ledger.live_bytes == 400
+        del first
+        assert ledger.live_bytes == 400
+        del view
+        assert ledger.live_bytes == 0
+    assert ledger.peak.bytes == 400
+
+
+def test_what_was_there_before_is_counted_once_under_its_category() -> None:
+    weight = torch.zeros(50)
+    ledger = Ledger()
+    ledger.hold("adapters", [weight, weight.view(5, 10)])
+    assert ledger.live["adapters"] == ledger.peak.bytes == 200
+
+
+def test_sizes_are_rounded_as_the_device_rounds_them_but_not_in_the_trace() -> None:
+    with Ledger(step=512, is_recording=True) as ledger:
+        tensor = torch.zeros(3)
+    assert ledger.live_bytes == 512
+    assert [event.size_bytes for event in ledger.trace] == [12]
+    del tensor
+    assert ledger.live_bytes == 0
+    assert peak_of(ledger.trace).bytes == 12
+
+
+def test_a_budget_is_enforced_as_a_card_would() -> None:
+    kept = []
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=r"800 bytes are live, 400 more"),
+        Ledger(budget_bytes=1000),
+    ):
+        for _ in range(5):
+            kept.append(torch.zeros(100))  # noqa: PERF401 (each one must be made under the ledger)
+    assert len(kept) == 2
+
+
+def test_after_a_budget_is_passed_the_step_can_go_on_smaller() -> None:
+    layer = nn.Linear(10, 10)
+    ledger = Ledger(budget_bytes=3000)
+    with ledger:
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(torch.zeros(50, 10)).exp().sum().backward()
+        layer(torch.zeros(5, 10)).exp().sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_what_kernels_take_inside_counts_while_they_run() -> None:
+    def inside(func: object, args: object, kwargs: object) -> int:
+        return 1000 if func is torch.ops.aten.exp.default else 0
+
+    tensor = torch.zeros(100)
+    with Ledger(inside=inside, is_recording=True) as ledger:
+        result = tensor.exp()
+        assert ledger.live_bytes == 400
+    assert ledger.peak.bytes == 1400
+    assert ledger.peak.categories["temporary"] == 1400
+    assert [event.size_bytes for event in ledger.trace] == [1000, 400, 0]
+    del result
+
+
+def test_a_peak_can_be_asked_for_anew() -> None:
+    with Ledger() as ledger:
+        large = torch.zeros(1000)
+        del large
+        ledger.reset_peak()
+        small = torch.zeros(10)
+    assert ledger.peak.bytes == small.nbytes
+
+
+def test_numbers_are_the_same_under_the_ledger() -> None:
+    layer = nn.Linear(7, 5)
+    inputs = torch.randn(3, 7)
+    plain = torch.autograd.grad(layer(inputs).exp().sum(), layer.weight)[0]
+    with Ledger():
+        counted = torch.autograd.grad(layer(inputs).exp().sum(), layer.weight)[0]
+    assert torch.equal(plain, counted)
