@@ -25,24 +25,31 @@ def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
     return setting.recomputed_layers(shape.layers) * each
 
 
-def layer_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> int:
-    """What one layer keeps between its forward and its backward pass, its recomputed input not counted."""
-    return attention_bytes(shape, setting, is_recomputed=is_recomputed) + mlp_bytes(shape, setting)
+def attention_bytes(
+    shape: ModelShape, setting: Setting, *, is_recomputed: bool, has_scores: bool = False
+) -> int:
+    """What the attention half of a layer keeps: norm, adapter inputs, queries, keys, values, output.
 
-
-def attention_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> int:
-    """What the attention half of a layer keeps: norm, adapter inputs, queries, keys, values, output."""
+    Args:
+        shape: The model.
+        setting: The step.
+        is_recomputed: Its input, a boundary, is not counted.
+        has_scores: No fused kernel takes this attention (`workspace.makes_scores`).
+    """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES]
     last = [linear for linear in shape.linears if linear.name == "o_proj"]
     kept = _norm(shape.width, setting, is_kept_already=is_recomputed) + _adapter(first, setting)
     if shape.family == "qwen3":
         kept += _norm(query, setting, groups=shape.heads) + _norm(key_value, setting, groups=shape.kv_heads)
-    is_output = shape.family != "phi3"  # phi3's rotary part lays the queries out so that the output is copied
-    kept += _attention_core(shape, setting) + _adapter(last, setting, is_kept_already=is_output)
+    # phi3's rotary part lays the queries out so that the output is copied; with scores nobody keeps it
+    is_output = shape.family != "phi3" and not has_scores
+    kept += _attention_core(shape, setting, has_scores=has_scores) + _adapter(
+        last, setting, is_kept_already=is_output
+    )
     if shape.family == "gemma2":
         kept += _norm(shape.width, setting)
-    return kept * setting.tokens + score_bytes(shape, setting)
+    return kept * setting.tokens + score_bytes(shape, setting, has_scores=has_scores)
 
 
 def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -56,10 +63,10 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
     return kept * setting.tokens
 
 
-def score_bytes(shape: ModelShape, setting: Setting) -> int:
-    """The T x T matrices that eager attention with a soft cap keeps: tanh, fp32 softmax, its cast."""
+def score_bytes(shape: ModelShape, setting: Setting, *, has_scores: bool = False) -> int:
+    """The T x T matrices that are kept: the fp32 softmax; with a soft cap also its tanh and a cast."""
     if shape.attention_softcap is None:
-        return 0
+        return has_scores * setting.rows * shape.heads * setting.length**2 * FP32
     cast = 0 if setting.compute_bytes == FP32 else setting.compute_bytes
     per_score = setting.compute_bytes + FP32 + cast
     return setting.rows * shape.heads * setting.length**2 * per_score
@@ -107,10 +114,16 @@ def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_
     return 0 if is_kept_already else adapted[0].inputs * each
 
 
-def _attention_core(shape: ModelShape, setting: Setting) -> int:
-    """Queries, keys, values, output and the fp32 log-sum of each head."""
+def _attention_core(shape: ModelShape, setting: Setting, *, has_scores: bool) -> int:
+    """Queries, keys, values, output and the fp32 log-sum of each head.
+
+    Where scores are made: scaled queries and keys, and values, in fp32 and repeated per query head
+    (`_scaled_dot_product_attention_math`).
+    """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     if shape.attention_softcap is not None:  # eager: keys and values repeated per query head, no log-sum
         return 4 * query * setting.compute_bytes
+    if has_scores:
+        return 3 * query * FP32
     values = query + 2 * key_value if shape.family == "phi3" else key_value  # phi3: a view of q, k and v
     return (2 * query + key_value + values) * setting.compute_bytes + shape.heads * FP32

@@ -23,7 +23,6 @@ from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BY
 from qadapt.plan.activations import (
     attention_bytes,
     boundary_bytes,
-    layer_bytes,
     mlp_bytes,
     norm_bytes,
     shared_bytes,
@@ -37,6 +36,7 @@ from qadapt.plan.workspace import (
     attention_passing_bytes,
     library_bytes,
     logit_bytes,
+    makes_scores,
     mlp_passing_bytes,
     norm_passing_bytes,
     update_bytes,
@@ -124,7 +124,12 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     """
     check_setting(shape, setting)
     capability = card.compute_capability if card else None
-    moments = _moments(shape, setting, library=library_bytes(setting, compute_capability=capability))
+    library = library_bytes(setting, compute_capability=capability)
+    has_scores = makes_scores(shape, setting, compute_capability=capability)
+    kept, recomputed = (
+        _layer(shape, setting, is_recomputed=each, has_scores=has_scores) for each in (False, True)
+    )
+    moments = _moments(shape, setting, library=library, kept=kept, recomputed=recomputed)
     totals = {phase: sum(categories.values()) for phase, categories in moments.items()}
     peak_phase = max(totals, key=lambda phase: totals[phase])
     is_cuda = setting.device == "cuda"
@@ -146,7 +151,18 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     )
 
 
-def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, dict[str, int]]:
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer keeps; what it holds at the highest moment of its way back, and what passes then."""
+
+    kept_bytes: int
+    widest_bytes: int
+    passing_bytes: int
+
+
+def _moments(
+    shape: ModelShape, setting: Setting, *, library: int, kept: _Layer, recomputed: _Layer
+) -> dict[str, dict[str, int]]:
     adapter = adapter_bytes(shape, setting)
     static = {
         "base_weights": base_weight_bytes(shape, setting),
@@ -160,10 +176,11 @@ def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, 
     logits, held_logits = logit_bytes(shape, setting)
     at_loss = {
         "recompute_boundaries": boundary_bytes(shape, setting),
-        "activations": shared + _kept_layers_bytes(shape, setting) + norm_bytes(shape, setting),
+        "activations": shared + _kept_layers_bytes(shape, setting, kept) + norm_bytes(shape, setting),
         "loss": logits,
     }
-    at_layer, passing = _at_widest_layer(shape, setting, earlier=static["gradients"], all_gradients=adapter)
+    gradients = (static["gradients"], adapter)
+    at_layer, passing = _at_widest_layer(shape, setting, gradients, kept=kept, recomputed=recomputed)
     at_layer["activations"] += shared
     update = update_bytes(setting, adapter_values=trainable(shape, setting))
     return {
@@ -181,46 +198,47 @@ def _moments(shape: ModelShape, setting: Setting, *, library: int) -> dict[str, 
 
 
 def _at_widest_layer(
-    shape: ModelShape, setting: Setting, *, earlier: int, all_gradients: int
+    shape: ModelShape, setting: Setting, gradients: tuple[int, int], *, kept: _Layer, recomputed: _Layer
 ) -> tuple[dict[str, int], int]:
     """What is held at the highest moment of the layers' way back, and what passes within it.
 
     The final norm comes first, with all that was kept. From the last layer to the first, gradients come as
     kept activations and boundaries go, evenly: one end of the kept layers or of the recomputed ones is the
-    highest. `earlier` are the gradients that earlier micro-batches left, `all_gradients` those of a pass.
+    highest. `gradients` are those that earlier micro-batches left, and those of a whole pass.
     """
-    layers, recomputed = shape.layers, setting.recomputed_layers(shape.layers)
-    boundaries = boundary_bytes(shape, setting)
-    kept = _kept_layers_bytes(shape, setting) + norm_bytes(shape, setting)
-    at_norm = {"gradients": earlier, "recompute_boundaries": boundaries, "activations": kept}
+    layers, count = shape.layers, setting.recomputed_layers(shape.layers)
+    boundaries, (earlier, whole) = boundary_bytes(shape, setting), gradients
+    all_kept = _kept_layers_bytes(shape, setting, kept) + norm_bytes(shape, setting)
+    at_norm = {"gradients": earlier, "recompute_boundaries": boundaries, "activations": all_kept}
     moments = [(at_norm, norm_passing_bytes(shape, setting))]
-    for is_recomputed, last, first in ((False, layers - 1, recomputed), (True, recomputed - 1, 0)):
-        layer, passing = _widest_layer(shape, setting, is_recomputed=is_recomputed)
+    for layer, last, first in ((kept, layers - 1, count), (recomputed, count - 1, 0)):
         for place in (last, first) if first <= last else ():
-            kept = layer + layer_bytes(shape, setting, is_recomputed=False) * max(0, place - recomputed)
-            if not is_recomputed and place and not recomputed:
-                kept -= norm_bytes(shape, setting)  # the first layer's, see `_kept_layers_bytes`
-            waiting = min(place + 1, recomputed) * boundaries // max(1, recomputed)
-            gradients = earlier or all_gradients * (layers - 1 - place) // layers
-            held = {"gradients": gradients, "recompute_boundaries": waiting, "activations": kept}
-            moments.append((held, passing))
+            held = layer.widest_bytes + kept.kept_bytes * max(0, place - count)
+            if place and not count:
+                held -= norm_bytes(shape, setting)  # the first layer's, see `_kept_layers_bytes`
+            at_layer = {
+                "gradients": earlier or whole * (layers - 1 - place) // layers,
+                "recompute_boundaries": min(place + 1, count) * boundaries // max(1, count),
+                "activations": held,
+            }
+            moments.append((at_layer, layer.passing_bytes))
     return max(moments, key=lambda moment: sum(moment[0].values()) + moment[1])
 
 
-def _kept_layers_bytes(shape: ModelShape, setting: Setting) -> int:
+def _kept_layers_bytes(shape: ModelShape, setting: Setting, layer: _Layer) -> int:
     """What the kept layers keep; the very first input needs no gradient, so the first norm keeps nothing."""
     recomputed = setting.recomputed_layers(shape.layers)
-    kept = (shape.layers - recomputed) * layer_bytes(shape, setting, is_recomputed=False)
+    kept = (shape.layers - recomputed) * layer.kept_bytes
     return kept if recomputed else kept - norm_bytes(shape, setting)
 
 
-def _widest_layer(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> tuple[int, int]:
-    """Kept and passing bytes of one layer at its highest moment: its feed-forward half, or its attention."""
-    attention = attention_bytes(shape, setting, is_recomputed=is_recomputed)
-    mlp = mlp_bytes(shape, setting)
-    both = (attention + mlp, mlp_passing_bytes(shape, setting))
-    alone = (attention, attention_passing_bytes(shape, setting))
-    return max(both, alone, key=sum)
+def _layer(shape: ModelShape, setting: Setting, *, is_recomputed: bool, has_scores: bool) -> _Layer:
+    """One layer; its highest moment is in its feed-forward half, or in its attention."""
+    attention = attention_bytes(shape, setting, is_recomputed=is_recomputed, has_scores=has_scores)
+    kept = attention + mlp_bytes(shape, setting)
+    both = (kept, mlp_passing_bytes(shape, setting))
+    alone = (attention, attention_passing_bytes(shape, setting, has_scores=has_scores))
+    return _Layer(kept, *max(both, alone, key=sum))
 
 
 def _loading_bytes(shape: ModelShape) -> int:

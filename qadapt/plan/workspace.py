@@ -4,8 +4,7 @@ Two halves. The closed form's: the moments of a layer, and of the loss. The kern
 an operation, where no dispatch mode can see it (`kernel_bytes`, asked by the dry run), which attention kernel
 a target takes (`attention_kernel`), and what cuBLAS keeps. The kernels' figures are from PyTorch's sources
 (2.13 and the code just after it), not measured here; published peaks of a T4 and an A100 score them
-(`tools/bench/estimator.py`). The closed form knows fused attention only: where `attention_kernel` says "math"
-it has T x T scores that are not counted.
+(`tools/bench/estimator.py`).
 """
 
 from __future__ import annotations
@@ -57,10 +56,25 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     return gradient + max(moments)
 
 
-def attention_passing_bytes(shape: ModelShape, setting: Setting) -> int:
+def makes_scores(shape: ModelShape, setting: Setting, *, compute_capability: float | None) -> bool:
+    """Whether attention falls to the kernel that makes T x T scores; an unknown card is taken to be new."""
+    if setting.device == "cpu" or compute_capability is None or shape.attention_softcap is not None:
+        return False
+    kernel = attention_kernel(
+        compute_capability,
+        setting.compute_dtype,
+        head_width=shape.head_width,
+        grouped=shape.kv_heads < shape.heads,
+        has_mask=False,
+    )
+    return kernel == "math"
+
+
+def attention_passing_bytes(shape: ModelShape, setting: Setting, *, has_scores: bool = False) -> int:
     """What comes on top of the attention half's kept bytes while fused attention goes backward.
 
-    Eager attention with a soft cap: the fp32 gradients before and after the softmax, its cast let go.
+    Eager attention with a soft cap: the fp32 gradients before and after the softmax, its cast let go. Scores
+    made without fusing (`makes_scores`): the same two, and what the kernel of the softmax's gradient takes.
     """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     c = setting.compute_bytes
@@ -69,6 +83,12 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting) -> int:
         scores = setting.rows * shape.heads * setting.length**2 * per_score
         let_go = query * c + shape.width * FP32  # output and values, less one gradient; the norm after them
         return (shape.width * c - let_go) * setting.tokens + scores
+    if has_scores:
+        scores = setting.rows * shape.heads * setting.length**2
+        let_go = adapter_input_bytes(
+            [_linear(shape, "o_proj")], setting
+        )  # the values go, too, as theirs come
+        return 3 * FP32 * scores + (shape.width * c - let_go) * setting.tokens
     gradients = (shape.width + 2 * query + 2 * key_value) * c
     if setting.device == "cuda":
         gradients += query * FP32
@@ -176,24 +196,10 @@ def kernel_bytes(op: str, shapes: Sequence[Sequence[int]], *, value_bytes: int, 
         return _efficient_backward_bytes(shapes[1], shapes[2], value_bytes=value_bytes, capability=capability)
     if name == "_softmax_backward_data":  # `SoftMax.cu`: the product of gradient and output, as a whole
         return math.prod(shapes[0]) * value_bytes
-    if name == "gemm_4bit":
-        return _product_4bit_bytes(shapes, value_bytes=value_bytes)
     if name == "_efficient_attention" and value_bytes < FP32 and shapes[0][3] > 128:
         rows, heads, length, width = shapes[0]  # `attention.cu`: an fp32 output, as it does not fit registers
         return rows * heads * length * width * FP32
     return 0
-
-
-def _product_4bit_bytes(shapes: Sequence[Sequence[int]], *, value_bytes: int) -> int:
-    """bitsandbytes 0.50 `backends/cuda/ops.py`: beyond a few hundred tokens the weight is dequantized for it.
-
-    With double quantization its constants come first, in fp32: as read, and with their mean added. Products of
-    fewer tokens, where a card has a fused kernel that takes nothing, are not told apart.
-    """
-    packed, absmax = math.prod(shapes[1]), math.prod(shapes[2])
-    nested = [math.prod(shape) for shape in shapes[3:] if len(shape) == 1 and math.prod(shape) > absmax]
-    constants = 2 * max(nested, default=0) * FP32 if len(shapes) > 4 else 0
-    return 2 * packed * value_bytes + constants
 
 
 def _flash_backward_bytes(query: Sequence[int], key: Sequence[int], *, value_bytes: int) -> int:
