@@ -8,19 +8,24 @@ time).
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qadapt.errors import BadModel
+from qadapt.architecture import size
+from qadapt.errors import BadModel, NoClosedForm
+from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall, remember
 from qadapt.hardware.target import Target, find_target
-from qadapt.plan.estimate import Estimate, estimate_step
+from qadapt.plan.answer import Answer
+from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
 from qadapt.plan.fit import Plan, fit
+from qadapt.plan.inverse import ModelAnswer, Most, What, fitting_models, most
 from qadapt.plan.knobs import PLANNED
-from qadapt.plan.ladder import Change, ladder
-from qadapt.plan.setting import Setting, auto_dtypes, check_setting, setting_of
-from qadapt.shape import ModelShape, find_shape
+from qadapt.plan.ladder import ladder
+from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, check_setting, setting_of
+from qadapt.shape import ModelConfig, ModelShape, find_config, known_shapes, shape_from_config
 from qadapt.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -74,50 +79,159 @@ def plan(
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a model, a step of it, where, and how many rows one optimizer step has."""
+    """What is asked: a model, a step of it, where, and how many rows one optimizer step has.
 
-    shape: ModelShape
+    `rows_per_step` is 0 where nobody said: one forward pass is a step then. `shape` is None for a decoder
+    without a closed form: only the exact dry run, which needs `config`, can answer. `config` is None where a
+    run asks with a shape that it has at hand.
+    """
+
+    shape: ModelShape | None
     setting: Setting
     target: Target
     rows_per_step: int
     free: frozenset[str]
+    config: ModelConfig | None = None
 
     def changed(self, step: dict[str, object]) -> Question:
         """The question with fields of its setting changed; without a recipe, one forward pass is a step."""
         setting = dataclasses.replace(self.setting, **step)  # type: ignore[arg-type]
-        check_setting(self.shape, setting)
-        rows_per_step = max(self.rows_per_step, setting.rows) if self.rows_per_step else setting.rows
+        if self.shape is not None:
+            check_setting(self.shape, setting)
+        elif self.config is not None:
+            check_numbers(_Outline.of(self.config), setting)
+        rows_per_step = max(self.rows_per_step, setting.rows) if self.rows_per_step else 0
         setting = dataclasses.replace(setting, accumulates=rows_per_step > setting.rows)
         return dataclasses.replace(self, setting=setting, rows_per_step=rows_per_step)
 
-    def estimate(self) -> Estimate:
-        """What one micro-batch takes."""
-        return estimate_step(self.shape, self.setting, card=self.target.card)
+    @property
+    def closed(self) -> ModelShape:
+        """The shape whose closed form answers.
 
-    def changes(self) -> tuple[Change, ...]:
-        """The cheapest changes that would make it fit."""
-        return ladder(
-            self.shape,
+        Raises:
+            NoClosedForm: Only the exact dry run can.
+        """
+        if self.shape is not None:
+            return self.shape
+        assert self.config is not None
+        return shape_from_config(self.config.values, name=self.config.name)
+
+    def estimate(self) -> Estimate:
+        """What one micro-batch takes, by the closed form.
+
+        Raises:
+            NoClosedForm: The model has none.
+        """
+        return estimate_step(self.closed, self.setting, card=self.target.card)
+
+    def answer(self, estimate: Estimate | None = None) -> Answer:
+        """The estimate with its verdict; with the cheapest changes, where it does not surely fit.
+
+        Args:
+            estimate: A step of this model, if it has been estimated; default: the one that is asked.
+
+        Raises:
+            NoClosedForm: The model has no closed form.
+        """
+        shape, found = self.closed, estimate or self.estimate()
+        answer = Answer(
+            name=shape.name,
+            parameters=shape.parameters,
+            disk=disk_parts(shape, found.setting),
+            estimate=found,
+            target=self.target,
+            rows_per_step=max(self.rows_per_step, found.setting.rows),
+            calibration=self.calibration(),
+        )
+        if answer.verdict == "fits":
+            return answer
+        wider = answer.error_bytes - found.error_bytes
+        changes = ladder(
+            shape,
+            found.setting,
+            budget_bytes=self.target.free_bytes - wider,
+            rows_per_step=answer.rows_per_step,
+            card=self.target.card,
+        )
+        return dataclasses.replace(answer, changes=changes)
+
+    def calibration(self) -> Calibration | None:
+        """What earlier runs on this machine measured; None for another one."""
+        if not self.target.is_here:
+            return None
+        return recall(kind_of_run(self.target, self.setting))
+
+    def most(self, what: What) -> Most:
+        """The largest length, number of rows or rank that fits.
+
+        Raises:
+            NoClosedForm: The model has no closed form.
+        """
+        return most(
+            self.closed,
             self.setting,
+            what=what,
             budget_bytes=self.target.free_bytes,
             rows_per_step=self.rows_per_step,
             card=self.target.card,
         )
+
+    def models(self) -> tuple[ModelAnswer, ...]:
+        """Every known model with a closed form at this setting, the largest first."""
+        card = self.target.card
+        return fitting_models(known_shapes(), self.setting, budget_bytes=self.target.free_bytes, card=card)
 
     def plan(self) -> Plan:
         """The fastest setting of the free knobs that fits.
 
         Raises:
             DoesNotFit: None does.
+            NoClosedForm: The model has no closed form.
         """
         return fit(
-            self.shape,
+            self.closed,
             self.setting,
             budget_bytes=self.target.free_bytes,
             rows_per_step=self.rows_per_step,
             free=self.free,
             card=self.target.card,
         )
+
+
+class _Outline(NamedTuple):
+    """What a configuration says of the numbers of a setting; what it does not say allows everything."""
+
+    name: str
+    layers: int
+    context: int
+
+    @staticmethod
+    def of(config: ModelConfig) -> _Outline:
+        layers = size(config.values, "num_hidden_layers")
+        context = size(config.values, "max_position_embeddings")
+        return _Outline(config.name, layers or sys.maxsize, context or sys.maxsize)
+
+
+def kind_of_run(target: Target, setting: Setting) -> Kind:
+    """Which runs a step is compared with."""
+    device = target.name if target.device == "cuda" else "cpu"
+    return kind_of(device=device, method=setting.method, quantization=setting.quantization)
+
+
+def remember_run(target: Target, estimate: Estimate, *, measured_peak_bytes: int) -> bool:
+    """Keeps what a finished run measured, for later estimates on this machine.
+
+    Args:
+        target: Where it ran; anything but a device of this machine is not remembered.
+        estimate: The step as it was planned.
+        measured_peak_bytes: The peak of allocated bytes that was measured.
+
+    Returns:
+        Whether it is kept.
+    """
+    kind = kind_of_run(target, estimate.setting)
+    predicted = estimate.peak_allocated_bytes
+    return target.is_here and remember(kind, predicted_bytes=predicted, measured_bytes=measured_peak_bytes)
 
 
 def ask(model: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:
@@ -129,24 +243,41 @@ def ask(model: str, overrides: Sequence[str], *, card: str | None, vram: str | N
     if Path(model).suffix in (".yaml", ".yml"):
         return ask_recipe(model, overrides, card=card, vram=vram)
     try:
-        shape = find_shape(model)
+        config = find_config(model)
     except BadModel:
         if not _is_recipe(model):
             raise
         return ask_recipe(model, overrides, card=card, vram=vram)
     if overrides:
         return _ask_overridden(model, overrides, card=card, vram=vram)
-    target = find_target(card, vram)
+    setting, target = _usual(find_target(card, vram), length=min(2048, _Outline.of(config).context))
+    return Question(_shape_of(config), setting, target, 0, frozenset(), config)
+
+
+def ask_models(*, card: str | None, vram: str | None) -> Question:
+    """What `estimate --max model` asks without naming a model: usual settings."""
+    setting, target = _usual(find_target(card, vram), length=2048)
+    return Question(None, setting, target, 0, frozenset())
+
+
+def _usual(target: Target, *, length: int) -> tuple[Setting, Target]:
     compute_dtype, adapter_dtype = auto_dtypes(target.device, has_bf16=target.has_bf16)
     setting = Setting(
-        length=min(2048, shape.context),
+        length=length,
         compute_dtype=compute_dtype,
         adapter_dtype=adapter_dtype,
         optimizer="adamw-8bit" if target.device == "cuda" else "adamw",
         accumulates=False,
         device=target.device,
     )
-    return Question(shape, setting, target, 0, frozenset())
+    return setting, target
+
+
+def _shape_of(config: ModelConfig) -> ModelShape | None:
+    try:
+        return shape_from_config(config.values, name=config.name)
+    except NoClosedForm:
+        return None
 
 
 def ask_recipe(recipe: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:
@@ -164,15 +295,19 @@ def _ask_overridden(model: str, overrides: Sequence[str], *, card: str | None, v
     """A known model with a recipe's defaults, overridden; one row is a step unless an override says more."""
     from qadapt.recipe_file import apply_override, check_recipe
 
+    length = min(2048, _Outline.of(find_config(model)).context)
     values: dict[str, object] = {
         "model": {"source": model},
-        "data": {"sources": [{"path": "rows.jsonl"}], "length": min(2048, find_shape(model).context)},
+        "data": {"sources": [{"path": "rows.jsonl"}], "length": length},
         "train": {"rows_per_step": 1},
         "run": {"name": "estimate"},
     }
     for override in overrides:
         apply_override(values, override)
-    return ask_of(check_recipe(values, origin="the overrides"), card=card, vram=vram)
+    question = ask_of(check_recipe(values, origin="the overrides"), card=card, vram=vram)
+    if any(override.partition("=")[0].strip() == "train.rows_per_step" for override in overrides):
+        return question
+    return dataclasses.replace(question, rows_per_step=0)
 
 
 def ask_of(
@@ -202,13 +337,16 @@ def ask_of(
         free_bytes = parse_bytes(recipe.memory.budget)
         target = dataclasses.replace(target, free_bytes=free_bytes, assumption="memory.budget")
     compute_dtype, adapter_dtype = types or auto_dtypes(target.device, has_bf16=target.has_bf16)
-    chosen = shape or find_shape(recipe.model.source)
+    config = find_config(recipe.model.source) if shape is None else None
+    chosen = shape if config is None else _shape_of(config)
     setting = setting_of(
         recipe, chosen, device=target.device, compute_dtype=compute_dtype, adapter_dtype=adapter_dtype
     )
     wanted = {"micro_batch": recipe.memory.micro_batch, "recompute": recipe.memory.recompute}
     free = frozenset(name for name in PLANNED if wanted[name] == "auto")
-    return Question(chosen, setting, target, recipe.train.rows_per_step, free)
+    if config is not None and chosen is None:
+        check_numbers(_Outline.of(config), setting)
+    return Question(chosen, setting, target, recipe.train.rows_per_step, free, config)
 
 
 def _is_recipe(name: str) -> bool:

@@ -18,17 +18,18 @@ from typer.testing import CliRunner
 import qadapt
 from qadapt.cli.estimate import estimate, plan
 from qadapt.errors import QadaptError
+from qadapt.hardware import calibration
 from qadapt.hardware import target as targets
+from qadapt.hardware.cards import cards, this_platform
 from qadapt.hardware.probe import Machine
 from qadapt.hardware.target import find_target
-from qadapt.plan.estimate import estimate_step
-from qadapt.plan.setting import Setting
-from qadapt.shape import find_shape
+from qadapt.planning import ask, remember_run
 from qadapt.units import GIB
 from qadapt.view.tables import EstimateTable, bar
 
-SCHEMA = json.loads(
-    (Path(qadapt.__file__).parent / "schemas" / "estimate.schema.json").read_text(encoding="utf-8")
+SCHEMA, MAX_SCHEMA, CARDS_SCHEMA = (
+    json.loads((Path(qadapt.__file__).parent / "schemas" / f"{name}.schema.json").read_text(encoding="utf-8"))
+    for name in ("estimate", "max", "cards")
 )
 app = typer.Typer()
 app.command()(estimate)
@@ -138,13 +139,140 @@ def test_the_table_shows_categories_verdict_and_ladder() -> None:
 def test_the_table_keeps_to_its_width(width: int, encoding: str) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
     console = Console(width=width, file=stream, legacy_windows=False)
-    shape, target = find_shape("Llama-3.1-8B"), find_target("RTX 4060")
-    table = EstimateTable(shape, estimate_step(shape, Setting(), card=target.card), target, 16)
+    table = EstimateTable(ask("Llama-3.1-8B", (), card="RTX 4060", vram=None).answer())
     lines = "".join(segment.text for segment in console.render(table)).splitlines()
     assert max(len(line) for line in lines) <= width
     assert any(line.startswith("quantization constants") for line in lines)
     bars = "".join(lines)
     assert ("█" in bars) == (encoding == "utf-8" and width > 50)
+
+
+@pytest.mark.parametrize("what", ["length", "rows", "rank"])
+def test_the_most_that_fits_is_asked_the_other_way_round(what: str) -> None:
+    values = values_of("estimate", "Llama-3.1-8B", "--card", "RTX 4060", "--length", "256", "--max", what)
+    assert problems(values, MAX_SCHEMA) == []
+    assert problems(values["estimate"], SCHEMA) == []
+    assert values["estimate"]["fits"]
+    assert values["estimate"]["setting"][what] == values["value"] > 1
+    above = values_of(
+        "estimate", "Llama-3.1-8B", "--card", "RTX 4060", "--length", "256", f"--{what}",
+        str(values["value"] + 1),
+    )  # fmt: skip
+    assert not above["fits"]
+    assert above["needed_bytes"] == values["one_more"]["needed_bytes"]
+    output = run("estimate", "Llama-3.1-8B", "--card", "RTX 4060", "--length", "256", "--max", what)
+    assert f"{values['value']:,}" in output
+    assert "no longer surely fits" in output
+    assert len(output.splitlines()) <= 16, "a short screen"
+
+
+def test_the_context_caps_the_longest_row_and_is_said() -> None:
+    output = run("estimate", "Llama-2-7b-hf", "--card", "RTX 4090", "--max", "length")
+    assert "longest row: 4,096 tokens, the context of meta-llama/Llama-2-7b-hf; memory would allow" in output
+
+
+def test_rows_are_capped_by_those_of_a_step_where_a_recipe_says_so() -> None:
+    asked = ("estimate", "smollm2-135m", "--card", "RTX 4090", "--length", "64", "--max", "rows")
+    assert values_of(*asked, "train.rows_per_step=12")["value"] == 12
+    assert values_of(*asked, "adapter.rank=4")["value"] > 12
+
+
+def test_where_nothing_fits_the_cheapest_changes_are_shown() -> None:
+    asked = ("estimate", "Llama-3.1-8B", "--vram", "4GiB", "--max", "length")
+    output = run(*asked)
+    assert "longest row: none; even 1 token does not surely fit" in output
+    assert "a larger card, such as the RTX" in " ".join(output.split())
+    values = values_of(*asked)
+    assert problems(values, MAX_SCHEMA) == []
+    assert (values["value"], values["one_more"], values["is_at_ceiling"]) == (None, None, False)
+    assert values["estimate"]["changes"]
+
+
+def test_the_largest_model_is_named_with_its_runners_up() -> None:
+    values = values_of("estimate", "--card", "RTX 4060", "--length", "1024", "--max", "model")
+    assert problems(values, MAX_SCHEMA) == []
+    fitting = [model for model in values["models"] if model["fits"]]
+    assert values["value"] == fitting[0]["name"]
+    assert fitting[0]["parameters"] == max(model["parameters"] for model in fitting)
+    output = run("estimate", "--card", "RTX 4060", "--length", "1024", "--max", "model")
+    assert f"largest model: {values['value']}" in output
+    assert all(model["name"] in output for model in fitting[:6])
+    refused = [model for model in values["models"] if model["refusal"]]
+    long = values_of("estimate", "--card", "RTX 4090", "--length", "9000", "--max", "model")
+    refused = [model for model in long["models"] if model["refusal"]]
+    assert refused
+    assert all(model["needed_bytes"] is None for model in refused)
+    assert "Not asked" in run("estimate", "--card", "RTX 4090", "--length", "9000", "--max", "model")
+    assert "none of the known ones" in run("estimate", "--vram", "64MiB", "--max", "model")
+
+
+def test_a_named_model_gives_the_largest_one_its_setting() -> None:
+    asked = ("--card", "RTX 4060", "--max", "model")
+    assert (
+        values_of("estimate", "TinyLlama-1.1B-Chat-v1.0", "adapter.rank=64", *asked)["models"]
+        != values_of("estimate", *asked)["models"]
+    )
+
+
+@pytest.mark.parametrize("asked", [None, "length", "rank"])
+def test_all_cards_make_a_matrix(asked: str | None) -> None:
+    more = () if asked is None else ("--max", asked)
+    values = values_of("estimate", "Llama-3.1-8B", "--all-cards", "--length", "512", *more)
+    assert problems(values, CARDS_SCHEMA) == []
+    assert [row["name"] for row in values["cards"]] == [card.name for card in cards()]
+    assert (values["asked"], values["cards"][0]["value"] is None) == (asked, asked is None)
+    one = values_of("estimate", "Llama-3.1-8B", "--card", "RTX 4060 8GB", "--length", "512", *more)
+    row = next(row for row in values["cards"] if row["name"] == "RTX 4060 8GB")
+    assert row["needed_bytes"] == one.get("estimate", one)["needed_bytes"]
+    assert row["value"] == one.get("value")
+
+
+@pytest.mark.parametrize("asked", [(), ("--max", "length"), ("--max", "rows")])
+def test_the_matrix_is_readable_at_80_columns(asked: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["estimate", "Llama-3.1-8B", "--all-cards", *asked],
+        catch_exceptions=False,
+        env={"COLUMNS": "80"},
+    )
+    lines = result.output.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    for card in cards():
+        line = next(line for line in lines if line.startswith(f"{card.name} "))
+        assert f"{card.free_bytes(this_platform()) / GIB:.2f}" in line
+    assert "T4 16GB: no bf16, so fp16 with fp32 adapters." in result.output
+
+
+def test_what_runs_measured_here_is_said_and_widens_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(calibration, "calibration_file", lambda: tmp_path / "calibration.jsonl")
+    before = ask("Qwen2.5-0.5B", (), card=None, vram=None)
+    assert values_of("estimate", "Qwen2.5-0.5B")["calibration"] is None
+    predicted = before.estimate()
+    for share in (1.5, 1.58, 1.6):
+        assert remember_run(
+            before.target, predicted, measured_peak_bytes=round(share * predicted.peak_allocated_bytes)
+        )
+    values = values_of("estimate", "Qwen2.5-0.5B")
+    assert problems(values, SCHEMA) == []
+    assert values["calibration"]["runs"] == 3
+    assert values["error_bytes"] > predicted.error_bytes
+    assert round(values["error_bytes"] / values["peak_allocated_bytes"], 2) == 0.6
+    output = " ".join(run("estimate", "Qwen2.5-0.5B").split())
+    assert (
+        "on this machine: measured 58.0 % above the estimate in the last 3 runs (+50.0 to +60.0 %)" in output
+    )
+    assert values_of("estimate", "Qwen2.5-0.5B", "--card", "RTX 4060")["calibration"] is None
+    assert not remember_run(find_target("RTX 4060"), predicted, measured_peak_bytes=5)
+
+
+def test_a_verdict_on_windows_says_that_the_driver_may_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("estimate", "Llama-3.1-8B", "--card", "RTX 4060", "--length", "4096")
+    assert "host memory: many times slower" not in run(*asked)
+    monkeypatch.setattr(targets, "this_platform", lambda: "wsl")
+    assert "may put what does not fit into host memory: many times slower, and no error" in run(*asked)
+    assert values_of(*asked)["target"]["may_spill"]
 
 
 def test_a_bar_shows_anything_above_nothing() -> None:
@@ -232,6 +360,22 @@ def test_models_and_cards_are_listed() -> None:
         (("estimate", "Llama-3.1-8B", "adaptr.rank=3"), "did you mean `adapter`?"),
         (("estimate", "Llama-3.1-8B", "adapter.rank"), "is not an override"),
         (("plan", "Llama-3.1-8B"), "There is no recipe file"),
+        (("estimate", "Llama-3.1-8B", "--max", "width"), "Give one of: length, rows, rank, model."),
+        (("estimate", "--max", "length"), "needs a model or a recipe"),
+        (("estimate", "--all-cards"), "needs a model or a recipe"),
+        (("estimate", "--all-cards", "--max", "model"), "needs a model or a recipe"),
+        (("estimate", "Llama-3.1-8B", "--all-cards", "--max", "model"), "--max model about all of them"),
+        (("estimate", "Llama-3.1-8B", "--all-cards", "--card", "4060"), "contradict each other"),
+        (("estimate", "Llama-3.1-8B", "--all-cards", "--vram", "7GiB"), "contradict each other"),
+        (("estimate", "Llama-3.1-8B", "--max", "rows", "--length", "-5"), "length = -5"),
+        (("estimate", "Llama-3.1-8B", "--vram", "-3GiB"), "'-3GiB' is not an amount of memory"),
+        (("estimate", "Llama-3.1-8B", "--vram", "0GiB"), "'0GiB' is not an amount of memory"),
+        (("estimate", "Llama-3.1-8B", "--rank", "0"), "rank = 0"),
+        (("estimate", "Llama-3.1-8B", "--rank", "-4"), "rank = -4"),
+        (("estimate", "Llama-3.1-8B", "--length", "-1"), "length = -1"),
+        (("estimate", "Llama-3.1-8B", "--rows", "0"), "rows = 0"),
+        (("estimate", "Llama-3.1-8B", "--supervised", "1.5"), "a share lies between 0 and 1"),
+        (("estimate", "Llama-3.1-8B", "--card", ""), "There is no card"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: str) -> None:

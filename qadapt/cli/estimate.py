@@ -1,18 +1,24 @@
-"""`qadapt estimate` and `qadapt plan`: what a step takes, and the fastest way to make it fit. No torch."""
+"""`qadapt estimate` and `qadapt plan`: what a step takes, and the fastest way to make it fit.
+
+No torch, unless the exact dry run is asked for.
+"""
 
 from __future__ import annotations
 
 import json as json_text
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from qadapt.cli.screen import console
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import cards as all_cards
-from qadapt.plan.record import estimate_record, plan_record
+from qadapt.plan.answer import CardAnswer
+from qadapt.plan.inverse import What
+from qadapt.plan.record import cards_record, estimate_record, models_record, most_record, plan_record
 from qadapt.plan.setting import Recompute
-from qadapt.planning import Question, ask, ask_recipe
+from qadapt.planning import Question, ask, ask_models, ask_recipe
 from qadapt.shape import find_config, known_models, known_shapes
 
 if TYPE_CHECKING:
@@ -49,6 +55,13 @@ def estimate(
         str | None, typer.Option(help="Activation checkpointing: all, none, or how many of the first layers.")
     ] = None,
     supervised: SupervisedOption = None,
+    max_: Annotated[
+        str | None,
+        typer.Option("--max", help="The most that fits of: length, rows, rank; or the largest model."),
+    ] = None,
+    is_on_all: Annotated[
+        bool, typer.Option("--all-cards", help="Ask every card of the catalogue; also with --max.")
+    ] = False,
     models: Annotated[bool, typer.Option("--models", help="List the known models and leave.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="List the known cards and leave.")] = False,
     json: JsonOption = False,
@@ -56,25 +69,37 @@ def estimate(
     """What one training step takes, by category, and whether it fits. Reads no weights, needs no GPU.
 
     Examples: `qadapt estimate Llama-3.1-8B --card "RTX 4060" --length 2048`,
-    `qadapt estimate llama-3.1-8b-qlora-8gb data.length=1024 --vram 7.3GiB`, `qadapt estimate --models`.
+    `qadapt estimate llama-3.1-8b-qlora-8gb data.length=1024 --vram 7.3GiB`, `qadapt estimate --models`,
+    `qadapt estimate Llama-3.1-8B --card "RTX 4060" --max length`,
+    `qadapt estimate --card "RTX 4060" --max model`, `qadapt estimate Llama-3.1-8B --all-cards`.
 
     With --json the output has at least: schema, peak_allocated_bytes, categories (name to bytes at the peak),
-    reserved_bytes (low, high), context_bytes, host_bytes, disk_bytes, fits, exact.
+    reserved_bytes (low, high), context_bytes, host_bytes, disk_bytes, fits, exact. With --max or --all-cards
+    it is as schemas/max.schema.json or schemas/cards.schema.json says.
     """
     if models or cards:
         console().print(_catalogue(is_cards=cards))
         return
-    if model is None:
+    wanted = _wanted(max_)
+    numbers = {"length": length, "rows": rows, "rank": rank, "supervised_share": supervised}
+    changes: dict[str, object] = {name: value for name, value in numbers.items() if value is not None}
+    if recompute is not None:
+        changes["recompute"] = _recompute(recompute)
+    if model is None and wanted == "model" and not is_on_all:
+        answer = _models_answer(ask_models(card=card, vram=vram).changed(changes))
+    elif model is None:
         raise BadRecipe(
             "`qadapt estimate` needs a model or a recipe.",
             cure="Give one, such as Llama-3.1-8B; `qadapt estimate --models` lists the known ones.",
         )
-    question = ask(model, overrides or (), card=card, vram=vram)
-    asked = {"length": length, "rows": rows, "rank": rank, "supervised_share": supervised}
-    changes: dict[str, object] = {name: value for name, value in asked.items() if value is not None}
-    if recompute is not None:
-        changes["recompute"] = _recompute(recompute)
-    _answer_estimate(question.changed(changes), is_json=json)
+    elif is_on_all:
+        _check_on_all(card, vram, wanted)
+        asked = [ask(model, overrides or (), card=each.name, vram=None) for each in all_cards()]
+        answer = _cards_answer([question.changed(changes) for question in asked], wanted)
+    else:
+        question = ask(model, overrides or (), card=card, vram=vram).changed(changes)
+        answer = _models_answer(question) if wanted == "model" else _answer(question, wanted)
+    _show(*answer, is_json=json)
 
 
 def plan(
@@ -93,20 +118,39 @@ def plan(
     Examples: `qadapt plan my.yaml`, `qadapt plan llama-3.1-8b-qlora-8gb --card "RTX 4060"
     memory.recompute=all`.
     """
-    from qadapt.view.tables import EstimateTable, PlanTable
-
     question = ask_recipe(recipe, overrides or (), card=card, vram=vram)
     if supervised is not None:
         question = question.changed({"supervised_share": supervised})
     found = question.plan()
-    if json:
-        record = plan_record(
-            question.shape, found, target=question.target, rows_per_step=question.rows_per_step
-        )
+    answer = question.answer(found.estimate)
+
+    def draw() -> RenderableType:
+        from qadapt.view.tables import EstimateTable, PlanTable
+
+        return PlanTable(EstimateTable(answer), found.reasons)
+
+    _show(plan_record(answer, found), draw, is_json=json)
+
+
+Drawing = Callable[[], "RenderableType"]
+"""Makes what the screen shows; the libraries for it are imported only then."""
+
+
+def _show(record: dict[str, Any], draw: Drawing, *, is_json: bool) -> None:
+    if is_json:
         typer.echo(json_text.dumps(record, indent=2))
-        return
-    table = EstimateTable(question.shape, found.estimate, question.target, question.rows_per_step)
-    console().print(PlanTable(table, found.reasons))
+    else:
+        console().print(draw())
+
+
+def _wanted(text: str | None) -> What | Literal["model"] | None:
+    choices: tuple[What | Literal["model"], ...] = (*get_args(What), "model")
+    for choice in choices:
+        if text == choice:
+            return choice
+    if text is None:
+        return None
+    raise BadRecipe(f"--max is {text!r}.", cure=f"Give one of: {', '.join(choices)}.")
 
 
 def _recompute(text: str) -> Recompute:
@@ -121,22 +165,58 @@ def _recompute(text: str) -> Recompute:
         ) from None
 
 
-def _answer_estimate(question: Question, *, is_json: bool) -> None:
-    found = question.estimate()
-    changes = () if found.fits(question.target.free_bytes) else question.changes()
-    if is_json:
-        record = estimate_record(
-            question.shape,
-            found,
-            target=question.target,
-            rows_per_step=question.rows_per_step,
-            changes=changes,
+def _check_on_all(card: str | None, vram: str | None, wanted: str | None) -> None:
+    given = "--card" if card is not None else "--vram" if vram is not None else None
+    if given is not None:
+        raise BadRecipe(f"--all-cards and {given} contradict each other.", cure="Give one of them.")
+    if wanted == "model":
+        raise BadRecipe(
+            "--all-cards asks about one model, --max model about all of them.",
+            cure="Give --max length, rows or rank with --all-cards; or --max model with one --card.",
         )
-        typer.echo(json_text.dumps(record, indent=2))
-        return
-    from qadapt.view.tables import EstimateTable
 
-    console().print(EstimateTable(question.shape, found, question.target, question.rows_per_step, changes))
+
+def _answer(question: Question, wanted: What | None) -> tuple[dict[str, Any], Drawing]:
+    """One step; or the largest value of a field, and the step at it."""
+    found = question.most(wanted) if wanted is not None else None
+    answer = question.answer(found.estimate if found else None)
+
+    def draw() -> RenderableType:
+        from qadapt.view.answers import MostTable
+        from qadapt.view.tables import EstimateTable
+
+        return MostTable(answer, found) if found else EstimateTable(answer)
+
+    return most_record(answer, found) if found else estimate_record(answer), draw
+
+
+def _models_answer(question: Question) -> tuple[dict[str, Any], Drawing]:
+    answers = question.models()
+
+    def draw() -> RenderableType:
+        from qadapt.view.answers import ModelsTable
+
+        return ModelsTable(answers, question.setting, question.target)
+
+    return models_record(answers, question.target), draw
+
+
+def _cards_answer(
+    questions: Sequence[Question], wanted: What | Literal["model"] | None
+) -> tuple[dict[str, Any], Drawing]:
+    asked = None if wanted == "model" else wanted
+    found = [question.most(asked) if asked else None for question in questions]
+    rows = tuple(
+        CardAnswer(question.answer(most.estimate if most else None), most)
+        for question, most in zip(questions, found, strict=True)
+    )
+
+    def draw() -> RenderableType:
+        from qadapt.view.answers import CardsMatrix
+
+        return CardsMatrix(rows, asked)
+
+    return cards_record(rows, asked=asked), draw
 
 
 def _catalogue(*, is_cards: bool) -> RenderableType:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from qadapt.errors import BadRecipe
 from qadapt.shape import Linear, ModelShape
@@ -95,11 +95,40 @@ class Setting:
         return math.ceil(math.ceil(count * value_bytes) / step) * step
 
 
+class Outline(Protocol):
+    """What must be known of a model to check the numbers of a setting."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """Its decoder layers."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Its longest row."""
+        ...
+
+
 def check_setting(shape: ModelShape, setting: Setting) -> None:
     """Refuses a setting that describes no step of this model.
 
     Raises:
         BadRecipe: A length, a number of rows, a rank or a target is out of range; says which and why.
+    """
+    check_numbers(shape, setting)
+    _check_targets(shape, setting)
+
+
+def check_numbers(shape: Outline, setting: Setting) -> None:
+    """Refuses numbers that describe no step of a model, its linear layers not looked at.
+
+    Raises:
+        BadRecipe: A length, a number of rows, a rank or a share is out of range; says which and why.
     """
     if setting.rows < 1:
         raise BadRecipe(f"rows = {setting.rows}: a step needs at least one row.", cure="Give 1 or more.")
@@ -122,10 +151,9 @@ def check_setting(shape: ModelShape, setting: Setting) -> None:
             cure="Give the share of tokens that the loss counts, such as 0.4.",
         )
     check_recompute(shape, setting.recompute)
-    _check_targets(shape, setting)
 
 
-def check_recompute(shape: ModelShape, recompute: Recompute) -> None:
+def check_recompute(shape: Outline, recompute: Recompute) -> None:
     """Refuses a number of layers that this model cannot recompute.
 
     Raises:
@@ -174,7 +202,7 @@ def auto_dtypes(
 
 def setting_of(
     recipe: Recipe,
-    shape: ModelShape,
+    shape: ModelShape | None,
     *,
     device: Literal["cpu", "cuda"],
     compute_dtype: Literal["bf16", "fp16", "fp32"],
@@ -184,7 +212,8 @@ def setting_of(
     """The setting a recipe asks for, before the plan fills in what is `auto`.
 
     A type that the recipe names overrules the one given here. An `auto` micro-batch starts at one row and
-    `auto` recompute at every layer: the least memory, from which `fit` goes up.
+    `auto` recompute at every layer: the least memory, from which `fit` goes up. Without a shape nothing is
+    checked.
 
     Raises:
         BadRecipe: See `check_setting`.
@@ -211,5 +240,6 @@ def setting_of(
         accumulates=recipe.train.rows_per_step > rows,
         device=device,
     )
-    check_setting(shape, setting)
+    if shape is not None:
+        check_setting(shape, setting)
     return setting

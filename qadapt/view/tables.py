@@ -5,7 +5,7 @@ Knows no command and no file. `CardsTable.markdown` is the README's table of car
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,55 +14,47 @@ from rich.text import Text
 
 from qadapt.architecture import size
 from qadapt.hardware.cards import Card
-from qadapt.hardware.target import Target
+from qadapt.plan.answer import Answer
 from qadapt.plan.categories import CATEGORIES, STATIC, TITLES
-from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
-from qadapt.plan.knobs import micro_batches
+from qadapt.plan.estimate import estimate_step
+from qadapt.plan.inverse import What
 from qadapt.plan.ladder import Change
 from qadapt.plan.setting import Recompute, Setting, auto_dtypes
 from qadapt.shape import ModelConfig, ModelShape
-from qadapt.units import GIB, format_bytes, format_count, format_seconds
+from qadapt.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 PHASES = {
     "loss": "at the loss: the logits and their gradient",
     "layer": "while the widest layer goes backward",
+    "forward": "in the forward pass",
+    "recompute": "in the backward pass, while a layer is recomputed",
+    "backward": "in the backward pass",
     "update": "in the optimizer's step",
+    "evaluation": "in an evaluation",
+    "evaluation loss": "at the loss of an evaluation",
 }
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 @dataclass(frozen=True)
 class EstimateTable:
-    """One estimate: a line per category with its share, then the verdict and what else it takes."""
+    """One answer: a line per category with its share, then the verdict and what else it takes."""
 
-    shape: ModelShape
-    estimate: Estimate
-    target: Target
-    rows_per_step: int
-    changes: tuple[Change, ...] = ()
+    answer: Answer
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._title()
-        yield Text(setting_words(self.estimate.setting), style="dim")
+        yield heading(self.answer)
         yield Text()
         yield self._categories(options.max_width, is_ascii=options.ascii_only)
         yield Text()
-        yield verdict(self.estimate, self.target)
-        yield self._facts(options.max_width)
-        if self.changes:
-            yield Text("\nWhat would make it fit, cheapest first:", style="bold")
-            lines = [
-                Text(change.sentence) if change.is_enough else _not_enough(change) for change in self.changes
-            ]
-            yield bullets(lines, is_ascii=options.ascii_only)
-
-    def _title(self) -> Text:
-        text = Text(self.shape.name, style="bold")
-        return text.append(f"  {format_count(self.shape.parameters)} parameters", style="dim")
+        yield verdict(self.answer)
+        yield facts(self.answer, options.max_width)
+        yield from changes_list(self.answer.changes, is_ascii=options.ascii_only)
 
     def _categories(self, width: int, *, is_ascii: bool) -> Table:
-        peak = self.estimate.peak_allocated_bytes
-        largest = max(self.estimate.categories.values()) or 1
+        estimate = self.answer.estimate
+        peak = estimate.peak_allocated_bytes
+        largest = max(estimate.categories.values()) or 1
         bar_width = max(0, min(40, width - 24 - 11 - 7 - 4))
         table = Table.grid(padding=(0, 1, 0, 0))
         table.add_column(width=24, no_wrap=True, overflow="ellipsis")
@@ -70,7 +62,7 @@ class EstimateTable:
         table.add_column(width=6, justify="right", no_wrap=True, style="dim")
         table.add_column(width=bar_width or None, no_wrap=True)
         for name in CATEGORIES:
-            amount = self.estimate.categories[name]
+            amount = estimate.categories[name]
             style = "cyan" if name in STATIC else "magenta"
             drawn = bar(amount / largest, bar_width, is_ascii=is_ascii)
             row = (TITLES[name], format_bytes(amount), f"{amount / peak:.1%}", Text(drawn, style=style))
@@ -78,34 +70,6 @@ class EstimateTable:
         legend = Text.assemble(("stays ", "cyan"), ("comes and goes", "magenta")) if bar_width >= 20 else ""
         table.add_row("peak, allocated", format_bytes(peak), "", legend, style="bold")
         return table
-
-    def _facts(self, width: int) -> Table:
-        estimate = self.estimate
-        table = Table.grid(padding=(0, 1, 0, 0))
-        table.add_column(width=9, no_wrap=True, style="dim")
-        table.add_column(max_width=max(20, width - 11))
-        is_worst = estimate.peak_phase == "loss" and estimate.setting.supervised_share == 1
-        note = "; every token counted, the worst case (--supervised)" if is_worst else ""
-        table.add_row("peak", f"{PHASES[estimate.peak_phase]}{note}")
-        if estimate.context_bytes:
-            low, high = (format_bytes(amount) for amount in estimate.context_range_bytes)
-            context = f"{format_bytes(estimate.context_bytes)} assumed, {low} to {high} seen"
-            table.add_row("context", f"{context}; counted in the verdict")
-            low, high = format_bytes(estimate.reserved_low_bytes), format_bytes(estimate.reserved_high_bytes)
-            table.add_row("reserved", f"{low} to {high} with memory to spare; less under pressure")
-        table.add_row("host", f"{format_bytes(estimate.host_bytes)} of memory, {_disk(self.shape, estimate)}")
-        table.add_row("time", self._time())
-        table.add_row("precision", precision_words(estimate, self.target))
-        return table
-
-    def _time(self) -> str:
-        seconds = self.estimate.seconds_per_step
-        count = micro_batches(self.rows_per_step, self.estimate.setting.rows)
-        if seconds is None:
-            return "unknown: nobody has measured this device"
-        step = f"{count} micro-batch{'es' if count > 1 else ''} of {format_seconds(seconds)} a step"
-        total = format_seconds(1000 * count * seconds)
-        return f"about {total} per 1,000 steps ({step}), within a factor of 2"
 
 
 @dataclass(frozen=True)
@@ -121,18 +85,25 @@ class PlanTable:
         yield bullets([Text(reason) for reason in self.reasons], is_ascii=options.ascii_only)
 
 
-def setting_words(setting: Setting) -> str:
-    """`NF4, double quant · LoRA rank 16 in bf16 on all linear layers · ...`: a setting in one line."""
+def setting_words(setting: Setting, *, asked: What | None = None) -> str:
+    """`NF4, double quant · LoRA rank 16 in bf16 on all linear layers · ...`: a setting in one line.
+
+    Args:
+        setting: The setting.
+        asked: A field that has no value yet, as its largest one is asked for.
+    """
     base = "NF4" + (", double quant" if setting.double_quant else "")
     if setting.quantization == "none":
         base = f"base in {setting.compute_dtype}"
     where = "all linear layers" if setting.targets == "all-linear" else ", ".join(setting.targets)
-    rows = "1 row" if setting.rows == 1 else f"{setting.rows} rows"
+    rank = "" if asked == "rank" else f" rank {setting.rank}"
+    rows = "rows" if asked == "rows" else "1 row" if setting.rows == 1 else f"{setting.rows} rows"
+    length = "" if asked == "length" else f" of {setting.length:,} tokens"
     learned = "" if setting.supervised_share == 1 else f", {setting.supervised_share:.0%} of them learned"
     parts = (
         base,
-        f"LoRA rank {setting.rank} in {setting.adapter_dtype} on {where}",
-        f"{rows} of {setting.length:,} tokens{learned}",
+        f"LoRA{rank} in {setting.adapter_dtype} on {where}",
+        f"{rows}{length}{learned}",
         recomputed_words(setting.recompute),
         setting.optimizer,
         f"{setting.compute_dtype} on {setting.device}",
@@ -147,28 +118,130 @@ def recomputed_words(recompute: Recompute) -> str:
     return "every layer recomputed" if recompute == "all" else "nothing recomputed"
 
 
-def verdict(estimate: Estimate, target: Target) -> Text:
+def heading(answer: Answer, *, asked: What | None = None) -> Text:
+    """The model's name and size, and under it the setting; see `setting_words`."""
+    return Text.assemble(
+        (answer.name, "bold"),
+        (f"  {format_count(answer.parameters)} parameters", "dim"),
+        (f"\n{setting_words(answer.estimate.setting, asked=asked)}", "dim"),
+    )
+
+
+def verdict(answer: Answer) -> Text:
     """`fits: 6.90 ± 0.30 of 7.30 GiB free on RTX 4060 8GB (assumed: ...)`."""
-    needed, error, free = estimate.needed_bytes, estimate.error_bytes, target.free_bytes
-    if estimate.fits(free):
-        word, style = "fits", "bold green"
-    elif needed - error <= free:
-        word, style = "too close to call", "bold yellow"
+    words = {
+        "fits": ("fits", "bold green"),
+        "close": ("too close to call", "bold yellow"),
+        "too much": ("does not fit", "bold red"),
+    }
+    amounts = f": {needed_words(answer)} of {answer.target.free_bytes / GIB:.2f} GiB free"
+    where = f" on {answer.target.name}"
+    return Text.assemble(words[answer.verdict], amounts, where, (f" ({answer.target.assumption})", "dim"))
+
+
+def needed_words(answer: Answer) -> str:
+    """`6.90 ± 0.30`, in GiB."""
+    return f"{answer.estimate.needed_bytes / GIB:.2f} ± {answer.error_bytes / GIB:.2f}"
+
+
+def facts(answer: Answer, width: int, *, is_short: bool = False) -> Table:
+    """Where the peak is, what else it takes, how long, and what of all this is sure: a line each.
+
+    Args:
+        answer: The answer.
+        width: Columns there are.
+        is_short: Leave out what the step takes besides the memory that the verdict is about.
+    """
+    besides = () if is_short else (*_memory(answer), _disk(answer))
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(width=9, no_wrap=True, style="dim")
+    table.add_column(max_width=max(20, width - 11))
+    for name, words in (_peak(answer), *besides, *_doubts(answer), _time(answer), *sureness(answer)):
+        table.add_row(name, words)
+    return table
+
+
+def sureness(answer: Answer) -> tuple[Line, ...]:
+    """What is exact, what is a range, what nobody has measured: a line each."""
+    estimate = answer.estimate
+    stays = format_bytes(sum(estimate.categories[name] for name in STATIC))
+    is_cuda = estimate.setting.device == "cuda"
+    if estimate.exact:
+        exact = "every tensor of the step, counted on the step itself without its memory"
+        ranges = ["what kernels take inside an operation, from a table"] if is_cuda else []
     else:
-        word, style = "does not fit", "bold red"
-    amounts = f": {needed / GIB:.2f} ± {error / GIB:.2f} of {free / GIB:.2f} GiB free on {target.name}"
-    return Text.assemble((word, style), amounts, (f" ({target.assumption})", "dim"))
+        exact = f"what stays from step to step, {stays}, to the byte"
+        ranges = [f"what comes and goes, within {estimate.relative_error:.0%}"]
+    ranges += ["context", "reserved bytes"] if is_cuda else []
+    ranges += ["time"] if estimate.seconds_per_step is not None else []
+    unknown = []
+    if is_cuda:
+        unknown.append("no GPU has confirmed this step")
+        if not estimate.exact and not answer.target.has_bf16:
+            unknown.append("Turing may compute attention with T x T scores, which are not counted")
+    else:
+        unknown.append("what the allocator keeps beside live tensors is not counted")
+    lines = (("exact", exact), ("range", "; ".join(ranges)), ("unknown", "; ".join(unknown)))
+    return tuple(line for line in lines if line[1])
 
 
-def precision_words(estimate: Estimate, target: Target) -> str:
-    """What is exact, what is a range, what nobody has measured."""
-    shares = f"{estimate.relative_error:.0%}"
-    text = f"what stays is exact to the byte, what comes and goes within {shares}"
-    if estimate.setting.device == "cuda":
-        text += "; context and reserved bytes are ranges; no GPU has confirmed this step"
-    if estimate.setting.device == "cuda" and not target.has_bf16:
-        text += "; Turing may compute attention with T x T scores, which are not counted"
-    return text
+def changes_list(changes: Sequence[Change], *, is_ascii: bool) -> RenderResult:
+    """The ladder, if there is one."""
+    if not changes:
+        return
+    yield Text("\nWhat would make it fit, cheapest first:", style="bold")
+    lines = [Text(change.sentence) if change.is_enough else _not_enough(change) for change in changes]
+    yield bullets(lines, is_ascii=is_ascii)
+
+
+Line = tuple[str, str]
+"""A name and what is to be said under it."""
+
+
+def _peak(answer: Answer) -> Line:
+    estimate = answer.estimate
+    is_worst = estimate.peak_phase == "loss" and estimate.setting.supervised_share == 1
+    note = "; every token counted, the worst case (--supervised)" if is_worst else ""
+    module = f", in {answer.module}" if answer.module else ""
+    return "peak", f"{PHASES[estimate.peak_phase]}{module}{note}"
+
+
+def _memory(answer: Answer) -> Iterator[Line]:
+    """What CUDA and its allocator take besides."""
+    estimate = answer.estimate
+    if not estimate.context_bytes:
+        return
+    low, high = (f"{amount / MIB:.0f}" for amount in estimate.context_range_bytes)
+    context = f"{estimate.context_bytes / MIB:.0f} MiB of CUDA's own, {low} to {high} possible"
+    yield "context", f"{context}; counted in the verdict"
+    low, high = f"{estimate.reserved_low_bytes / GIB:.2f}", format_bytes(estimate.reserved_high_bytes)
+    yield "reserved", f"{low} to {high} with memory to spare; less under pressure"
+
+
+def _doubts(answer: Answer) -> Iterator[Line]:
+    """What this very machine adds to the verdict."""
+    if answer.target.may_spill and answer.verdict != "fits":
+        yield "Windows", "may put what does not fit into host memory: many times slower, and no error"
+    if answer.calibration:
+        widened = "; ± is widened to that" if answer.is_widened else ""
+        yield "measured", f"{answer.calibration.sentence}{widened}"
+
+
+def _disk(answer: Answer) -> Line:
+    estimate = answer.estimate
+    parts = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in answer.disk.items())
+    disk = f"{format_bytes(estimate.disk_bytes)} of disk ({parts})"
+    return "host", f"{format_bytes(estimate.host_bytes)} of memory, {disk}"
+
+
+def _time(answer: Answer) -> Line:
+    total = answer.seconds_per_1000_steps
+    if total is None or answer.estimate.seconds_per_step is None:
+        return "time", "unknown: nobody has measured this device"
+    count = answer.micro_batches_per_step
+    each = format_seconds(answer.estimate.seconds_per_step)
+    step = f"{count} micro-batch{'es' if count > 1 else ''} of {each} a step"
+    return "time", f"about {format_seconds(total)} per 1,000 steps ({step}), within a factor of 2"
 
 
 def bullets(lines: Sequence[Text], *, is_ascii: bool = False) -> Table:
@@ -191,13 +264,6 @@ def bar(share: float, width: int, *, is_ascii: bool = False) -> str:
         return "#" * max(round(share * width), int(share > 0 and width > 0))
     eighths = max(round(share * width * 8), int(share > 0 and width > 0))
     return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
-
-
-def _disk(shape: ModelShape, estimate: Estimate) -> str:
-    parts = ", ".join(
-        f"{name} {format_bytes(amount)}" for name, amount in disk_parts(shape, estimate.setting).items()
-    )
-    return f"{format_bytes(estimate.disk_bytes)} of disk ({parts})"
 
 
 def models_table(shapes: Sequence[ModelShape], others: Sequence[ModelConfig] = ()) -> Table:

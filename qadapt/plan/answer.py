@@ -1,0 +1,84 @@
+"""An estimate with all that is needed to show it: whose it is, where it would run, what runs measured.
+
+Screens and `--json` read the same `Answer`. It knows neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qadapt.hardware.calibration import Calibration
+from qadapt.hardware.target import Target
+from qadapt.plan.estimate import Estimate
+from qadapt.plan.inverse import Most
+from qadapt.plan.knobs import micro_batches
+from qadapt.plan.ladder import Change
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a step takes, and whether that is free.
+
+    Attributes:
+        name: The model's name.
+        parameters: All of its weights and biases.
+        disk: Bytes a run writes, by what for.
+        estimate: What one micro-batch takes.
+        target: Where.
+        rows_per_step: Rows of one optimizer step; 0: one forward pass is a step.
+        changes: What would make it fit, if it does not.
+        calibration: What earlier runs measured, if the target is this machine.
+        module: The module that ran at the peak; empty where only the phase is known.
+    """
+
+    name: str
+    parameters: int
+    disk: Mapping[str, int]
+    estimate: Estimate
+    target: Target
+    rows_per_step: int
+    changes: tuple[Change, ...] = ()
+    calibration: Calibration | None = None
+    module: str = ""
+
+    @property
+    def error_bytes(self) -> int:
+        """How far the needed bytes may be off: the estimate's word, or what this machine measured."""
+        measured = self.calibration.worst if self.calibration else 0.0
+        seen = math.ceil(self.estimate.peak_allocated_bytes * measured)
+        return max(self.estimate.error_bytes, seen)
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether this machine's runs were further off than the estimate says of itself."""
+        return self.error_bytes > self.estimate.error_bytes
+
+    @property
+    def verdict(self) -> Literal["fits", "close", "too much"]:
+        """Whether it fits by all means, perhaps, or not even if the estimate is off in its favour."""
+        needed, free = self.estimate.needed_bytes, self.target.free_bytes
+        if needed + self.error_bytes <= free:
+            return "fits"
+        return "close" if needed - self.error_bytes <= free else "too much"
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Forward passes of one optimizer step."""
+        return micro_batches(self.rows_per_step, self.estimate.setting.rows)
+
+    @property
+    def seconds_per_1000_steps(self) -> float | None:
+        """None where nobody has measured the device."""
+        seconds = self.estimate.seconds_per_step
+        return None if seconds is None else 1000 * self.micro_batches_per_step * seconds
+
+
+@dataclass(frozen=True)
+class CardAnswer:
+    """One card of the catalogue: the step, and the largest value of a field if one was asked for."""
+
+    answer: Answer
+    most: Most | None = None
