@@ -66,6 +66,11 @@ def test_wide_heads_accumulate_keys_and_values_as_well() -> None:
     assert kernel_bytes("_scaled_dot_product_efficient_attention", [query], value_bytes=2, capability=8.6)
 
 
+def test_softmax_goes_backward_with_a_product_as_large_as_its_gradient() -> None:
+    scores = (2, 4, 9, 9)
+    assert kernel_bytes("_softmax_backward_data", [scores] * 2, value_bytes=4, capability=7.5) == 648 * 4
+
+
 def test_other_operations_take_nothing_inside() -> None:
     assert kernel_bytes("mm", [(5, 7), (7, 3)], value_bytes=2, capability=8.6) == 0
 

@@ -11,7 +11,7 @@ An evaluation with the same micro-batch stays below the loss moment: nothing is 
 
 The static categories are exact to the byte. What activations and kernels take is not shown to be exact:
 `RELATIVE_ERROR` covers what was found against ledgers of real steps on a CPU (`tests/test_estimate.py`) and
-published peaks (`tools/bench/estimate_rows.py`). Reserved bytes are a range: published ratios of reserved to
+published peaks (`tools/bench/estimator.py`). Reserved bytes are a range: published ratios of reserved to
 allocated bytes, rows with fused attention, are 1.04 to 1.25.
 """
 
@@ -45,7 +45,7 @@ from qadapt.shape import ModelShape
 from qadapt.units import MIB
 
 RELATIVE_ERROR = 0.04
-"""Of what comes and goes, either way; see `tools/bench/estimate_rows.py`."""
+"""Of what comes and goes, either way; see `tools/bench/estimator.py`."""
 UNSEEN_BYTES = 32 * MIB
 """On CUDA, either way: small workspaces that published peaks show (16 to 40 MiB) and nothing here counts."""
 RESERVED_RATIOS = (1.04, 1.25)

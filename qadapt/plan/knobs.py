@@ -1,7 +1,7 @@
 """The one registry of what trades memory for something: each knob's values, its change, its rung.
 
 `fit`, `ladder` and the commands read it; whoever adds a knob registers it here and reruns
-`tools/bench/estimate_rows.py`. Rungs go from what costs nothing but time to what changes the run: 1 time
+`tools/bench/estimator.py`. Rungs go from what costs nothing but time to what changes the run: 1 time
 only, 2 the numbers (types, states), 3 what is trained. A knob's price is not written down: it is the
 difference of two estimates.
 """

@@ -4,7 +4,7 @@ Source: the usual count of 2 operations per weight and token and pass (arXiv:200
 term (arXiv:2204.02311) halved for causal attention. Assumption: products reach `EFFICIENCY` of the card's
 matrix product speed, and every pass over a 4-bit layer reads 0.5 bytes per weight, writes the 16-bit weight
 and reads it again. Error: stated as a factor of 2 either way; published steps are compared in
-`tools/bench/estimate_rows.py`. An unknown card gives None rather than a guess.
+`tools/bench/estimator.py`. An unknown card gives None rather than a guess.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Compares the closed form with published measurements, row by row: `estimate_rows.py --rows FILE`.
+"""The closed form, and the speed it predicts, against published measurements.
 
-FILE holds one JSON object per line: a measurement with its model, method, types, batch and metric. Only rows
-whose stack the closed form can describe are compared, allocated bytes with allocated bytes, tokens per second
-with tokens per second; the others are counted with the reason. Nothing is fitted to the rows.
+Only rows whose stack the closed form can describe are compared, allocated bytes with allocated bytes, tokens
+per second with tokens per second; the others are counted with the reason. Nothing is fitted to the rows. The
+exact comparison is `published.py`; both are parts of `estimator.py`.
 
 How the comparable stacks are described:
 * plain transformers + PEFT after `prepare_model_for_kbit_training`, T4: activations, embeddings, norms and
@@ -14,10 +14,10 @@ How the comparable stacks are described:
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,26 +140,23 @@ def compare(row: dict[str, Any], score: Score) -> str | None:
     )
 
 
-def main() -> None:
-    """Prints the comparison."""
-    parser = argparse.ArgumentParser(description="Compares the closed form with published measurements.")
-    parser.add_argument("--rows", type=Path, required=True, help="measurements, one JSON object a line")
+def report(path: Path) -> Iterable[str]:
+    """The comparison, line by line; `path` holds one JSON object a line."""
     score = Score()
-    for line in parser.parse_args().rows.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         text = compare(json.loads(line), score)
         if text is not None:
-            print(text)
-    print()
+            yield text
+    yield ""
     for group, errors in score.errors.items():
         sizes = [abs(error) for error in errors]
-        print(f"{group}: {len(sizes)} rows, median {statistics.median(sizes):.1%}, worst {max(sizes):.1%}")
-    low, middle, high = min(score.speeds), statistics.median(score.speeds), max(score.speeds)
-    print(f"speed, predicted over published: median {middle:.2f}, {low:.2f} to {high:.2f}")
-    print(f"reserved bytes: {sum(score.reserved)} of {len(score.reserved)} rows inside the stated range")
-    print("\nNot compared:")
+        middle = statistics.median(sizes)
+        yield f"closed form, {group}: {len(sizes)} rows, median {middle:.1%}, worst {max(sizes):.1%}"
+    if score.speeds:
+        low, middle, high = min(score.speeds), statistics.median(score.speeds), max(score.speeds)
+        yield f"speed, predicted over published: median {middle:.2f}, {low:.2f} to {high:.2f}"
+    yield f"reserved bytes: {sum(score.reserved)} of {len(score.reserved)} rows inside the stated range"
+    yield ""
+    yield "Not compared:"
     for reason, count in sorted(score.left_out.items(), key=lambda item: -item[1]):
-        print(f"  {count:3} rows: {reason}")
-
-
-if __name__ == "__main__":
-    main()
+        yield f"  {count:3} rows: {reason}"

@@ -1,0 +1,63 @@
+"""Scores the estimator: `estimator.py [--only PART] [--rows FILE]`; each claim beside its bar.
+
+This file only tells the parts apart; each is a module beside it with a `report` of lines.
+
+published         a dry run of the measured stacks against published peaks and verdicts, row by row
+published-closed  the closed form and its speed against the rows whose stack it can describe
+                  (both need `--rows`)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qadapt.quiet import quiet_libraries
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the parts name each other `bench.…`
+
+
+def published(options: argparse.Namespace) -> Iterable[str]:
+    """Published measurements."""
+    if options.rows is None:
+        return ["published: left out, no file was given with --rows"]
+    from published import report
+
+    return report(options.rows, pattern=options.pattern)
+
+
+def published_closed(options: argparse.Namespace) -> Iterable[str]:
+    """Published measurements against the closed form."""
+    if options.rows is None:
+        return ["published-closed: left out, no file was given with --rows"]
+    from published_closed import report
+
+    return report(options.rows)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
+    "published": published,
+    "published-closed": published_closed,
+}
+
+
+def main() -> None:
+    """Prints the parts asked for, or all."""
+    parser = argparse.ArgumentParser(description="Scores the estimator, each claim beside its bar.")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be given again")
+    parser.add_argument("--rows", type=Path, help="published measurements, one JSON object a line")
+    parser.add_argument("--pattern", default="", help="only published rows whose id holds this")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    quiet_libraries()
+    for name in options.only or PARTS:
+        for line in PARTS[name](options):
+            print(line)
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
