@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.ledger_matrix import Case, make_folder, measure
+from ledger_matrix import Case, make_folder, measure
 from torch import nn
 
 from qadapt.engine.ledger import Ledger
@@ -100,6 +100,15 @@ def test_what_kernels_take_inside_counts_while_they_run() -> None:
     assert ledger.peak.categories["temporary"] == 1400
     assert [event.size_bytes for event in ledger.trace] == [1000, 400, 0]
     del result
+
+
+def test_what_is_told_apart_later_stands_in_the_trace_as_what_it_is() -> None:
+    with Ledger(is_recording=True) as ledger, ledger.during("forward"):
+        kept, boundary = torch.zeros(10), torch.zeros(20)
+        ledger.tell_apart("recompute_boundaries", boundary)
+    assert [event.category for event in ledger.trace] == ["activations", "recompute_boundaries"]
+    assert (ledger.live["activations"], ledger.live["recompute_boundaries"]) == (40, 80)
+    del kept, boundary
 
 
 def test_a_peak_can_be_asked_for_anew() -> None:

@@ -85,6 +85,7 @@ class Ledger(TorchDispatchMode):
         self._peak_bytes = 0
         self._peak: tuple[dict[str, int], str, str] = (dict(self.live), "outside", "")
         self._next_key = 0
+        self._places: dict[int, int] = {}  # key of a block → index of its allocation in the trace
 
     @property
     def peak(self) -> Peak:
@@ -105,12 +106,15 @@ class Ledger(TorchDispatchMode):
         self._look()
 
     def tell_apart(self, category: str, tensor: Tensor) -> None:
-        """Moves a tensor's storage to another category."""
+        """Moves a tensor's storage to another category, as if it had been made in it."""
         block = self._blocks.get(id(tensor.untyped_storage()))
         if block is not None:
             self.live[block.category] -= block.size_bytes
             self.live[category] += block.size_bytes
             block.category = category
+            if self._is_recording and block.key:
+                place = self._places[block.key]
+                self.trace[place] = self.trace[place]._replace(category=category)
 
     def keep(self, category: str, size_bytes: int) -> None:
         """Counts bytes that no tensor shows and that stay, such as a library's workspace."""
@@ -179,6 +183,7 @@ class Ledger(TorchDispatchMode):
     def _record(self, size_bytes: int, category: str) -> int:
         self._next_key += 1
         if self._is_recording:
+            self._places[self._next_key] = len(self.trace)
             self.trace.append(TraceEvent(self._next_key, size_bytes, category, self._phase_now()))
         return self._next_key
 
