@@ -130,6 +130,7 @@ def test_a_dry_run_of_the_measured_stack_meets_its_peak_within_a_third_of_a_perc
         ({"target_modules": ["c_attn"]}, "adapter targets"),
         ({"rank": "unrecorded"}, "no count"),
         ({"optimizer": "paged_adamw_8bit"}, "optimizer"),
+        ({"optimizer": "bnb AdamW8bit"}, "optimizer"),
         ({"optimizer": None}, "optimizer"),
         ({"attention": None}, "attention"),
         ({"method": "lora-8bit"}, "method"),

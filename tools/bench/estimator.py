@@ -17,8 +17,6 @@ from pathlib import Path
 
 from qadapt.quiet import quiet_libraries
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the parts name each other `bench.…`
-
 
 def published(options: argparse.Namespace) -> Iterable[str]:
     """Published measurements."""

@@ -77,23 +77,14 @@ class Table:
 
 def describe(row: Row) -> Described | str:
     """The row's stack as it was measured, or why it cannot be said."""
-    source = str(row.get("source") or "")
+    source = str(row.get("source"))
     is_t4, is_a100 = source.startswith("fitcheck"), source.startswith("foundation-model-stack")
     if not (is_t4 or is_a100):
         return "another framework's step, or a source whose scripts are not written down here"
-    for name in ("rank", "micro_batch", "seq_len"):
-        if not isinstance(row.get(name), int) or row[name] <= 0:
-            return f"{name} is {row.get(name)!r}, no count"
-    targets = row.get("target_modules")
-    if not isinstance(targets, list) or not targets or not set(targets) <= TARGETS:
-        return f"adapter targets {targets!r} are none of a decoder's seven"
-    if (
-        "adamw" not in str(row.get("optimizer")).lower()
-        or "paged" in str(row.get("optimizer")).lower().split("(")[0]
-    ):
-        return f"optimizer {row.get('optimizer')!r}"
+    if (reason := _reason_against(row)) is not None:
+        return reason
     try:
-        config, card = _config_of(str(row["model"])), find_card(str(row["gpu"]).split(" (")[0])
+        config, card = _config_of(str(row.get("model"))), find_card(_card_name(row))
     except QadaptError as error:
         return str(error).splitlines()[0]
     described = _t4(row) if is_t4 else _a100(row, str(config.values["model_type"]))
@@ -102,7 +93,24 @@ def describe(row: Row) -> Described | str:
     stack, group = described
     if config.values["model_type"] == "mixtral" and stack.quantization == "nf4":
         return "experts were quantized one by one; today's library keeps them in one 16-bit tensor"
-    return Described(stack, config, card, group)
+    return Described(stack, config, card, group if row.get("tier") == "A" else f"{group}, tier B")
+
+
+def _reason_against(row: Row) -> str | None:
+    for name in ("rank", "micro_batch", "seq_len"):
+        if not isinstance(row.get(name), int) or row[name] <= 0:
+            return f"{name} is {row.get(name)!r}, no count"
+    targets = row.get("target_modules")
+    if not isinstance(targets, list) or not targets or not set(targets) <= TARGETS:
+        return f"adapter targets {targets!r} are none of a decoder's seven"
+    optimizer = str(row.get("optimizer")).lower().partition("(")[0]
+    if "adamw" not in optimizer or any(word in optimizer for word in ("paged", "8bit", "8-bit", "bnb")):
+        return f"optimizer {row.get('optimizer')!r}"
+    return None
+
+
+def _card_name(row: Row) -> str:
+    return str(row.get("gpu")).partition(" (")[0]
 
 
 def _config_of(model: str) -> ModelConfig:
@@ -129,9 +137,9 @@ def _t4(row: Row) -> tuple[Stack, str] | str:
     kernel: Attention = "eager" if attention.startswith("eager") else "efficient"
     if not attention.startswith(("eager", "sdpa")):
         return f"attention {attention!r}"
-    if row["method"] not in ("qlora-nf4", "lora-fp16"):
-        return f"method {row['method']!r}"
-    is_nf4 = row["method"] == "qlora-nf4"
+    if row.get("method") not in ("qlora-nf4", "lora-fp16"):
+        return f"method {row.get('method')!r}"
+    is_nf4 = row.get("method") == "qlora-nf4"
     stack = Stack(
         **_common(row), capability=7.5, dtype=torch.float16, quantization="nf4" if is_nf4 else "none",
         attention=kernel, double_quant=bool(row.get("double_quant")), upcast="all" if is_nf4 else "none",
@@ -140,7 +148,7 @@ def _t4(row: Row) -> tuple[Stack, str] | str:
 
 
 def _a100(row: Row, family: str) -> tuple[Stack, str] | str:
-    method = str(row["method"])
+    method = str(row.get("method"))
     if method not in ("qlora-nf4", "lora-bf16", *STAND_INS):
         return f"method {method!r}"
     is_quantized = method != "lora-bf16"
@@ -183,7 +191,7 @@ def score(row: Row, described: Described) -> Scored:
     scored = Scored(
         row, described.group, peak.peak_allocated_bytes, _reserved(row, measured, capacity), fits=fits
     )
-    if row.get("peak_allocated_gib") and not row["is_oom"]:
+    if row.get("peak_allocated_gib") and not row.get("is_oom"):
         scored.error = peak.peak_allocated_bytes / (row["peak_allocated_gib"] * GIB) - 1
     if row.get("peak_reserved_gib"):
         scored.inside = scored.reserved.holds(round(row["peak_reserved_gib"] * GIB))
@@ -201,7 +209,7 @@ def _weight_bytes(described: Described) -> int:
 
 
 def _reserved(row: Row, measured: Measured, capacity: int) -> ReservedRange:
-    if row["is_oom"] or not row.get("peak_reserved_gib"):
+    if row.get("is_oom") or not row.get("peak_reserved_gib"):
         return ReservedRange(0, 0)
     start = measured.places["forward"]
     found = reserved_range(measured.trace, others=measured.others, capacity_bytes=capacity, count_from=start)
@@ -250,7 +258,7 @@ def _result(scored: Scored) -> str:
         where = "inside" if scored.inside else "OUTSIDE"
         words.append(f"reserved {bounds}, published {row['peak_reserved_gib']:.2f} {where}")
     words.append("fits" if scored.fits else "does not fit")
-    if row["is_oom"]:
+    if row.get("is_oom"):
         words.append("(published: out of memory)")
     return "  ".join(words)
 
@@ -263,7 +271,7 @@ def _summary(table: Table) -> Iterable[str]:
     for group, errors in sorted(groups.items()):
         yield _group_line(group, errors)
     yield from _reserved_lines(
-        [each for each in table.scored if each.inside is not None and each.row["tier"] == "A"]
+        [each for each in table.scored if each.inside is not None and each.row.get("tier") == "A"]
     )
     yield from _verdict_lines(table.scored)
     yield ""
@@ -308,8 +316,8 @@ def _reserved_lines(scored: Sequence[Scored]) -> Iterable[str]:
 
 def _verdict_lines(scored: Sequence[Scored]) -> Iterable[str]:
     """All out-of-memory rows, and as many completed ones nearest to their card's limit."""
-    failed = [each for each in scored if each.row["is_oom"]]
-    completed = sorted((each for each in scored if not each.row["is_oom"]), key=_nearness, reverse=True)
+    failed = [each for each in scored if each.row.get("is_oom")]
+    completed = sorted((each for each in scored if not each.row.get("is_oom")), key=_nearness, reverse=True)
     completed = completed[: len(failed)]
     if not failed:
         return
@@ -330,4 +338,4 @@ def _verdict_lines(scored: Sequence[Scored]) -> Iterable[str]:
 def _nearness(scored: Scored) -> float:
     row = scored.row
     taken = row.get("process_gib") or row.get("peak_reserved_gib") or row.get("peak_allocated_gib") or 0.0
-    return float(taken) * GIB / find_card(str(row["gpu"]).split(" (")[0]).memory_bytes
+    return float(taken) * GIB / find_card(_card_name(row)).memory_bytes
