@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qadapt.architecture import size
 from qadapt.errors import BadModel, NoClosedForm
-from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall, remember
+from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall
 from qadapt.hardware.target import Target, find_target
 from qadapt.plan.answer import Answer
 from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
@@ -216,22 +216,6 @@ def kind_of_run(target: Target, setting: Setting) -> Kind:
     """Which runs a step is compared with."""
     device = target.name if target.device == "cuda" else "cpu"
     return kind_of(device=device, method=setting.method, quantization=setting.quantization)
-
-
-def remember_run(target: Target, estimate: Estimate, *, measured_peak_bytes: int) -> bool:
-    """Keeps what a finished run measured, for later estimates on this machine.
-
-    Args:
-        target: Where it ran; anything but a device of this machine is not remembered.
-        estimate: The step as it was planned.
-        measured_peak_bytes: The peak of allocated bytes that was measured.
-
-    Returns:
-        Whether it is kept.
-    """
-    kind = kind_of_run(target, estimate.setting)
-    predicted = estimate.peak_allocated_bytes
-    return target.is_here and remember(kind, predicted_bytes=predicted, measured_bytes=measured_peak_bytes)
 
 
 def ask(model: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:

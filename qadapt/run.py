@@ -45,6 +45,7 @@ from qadapt.run_parts import (
     optimizer_of,
     place_base,
     prepare,
+    remember_peak,
     resolved,
     started,
 )
@@ -52,7 +53,6 @@ from qadapt.stage import with_progress
 from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.loop import Loop
-from qadapt.train.memory import PeakMeter
 from qadapt.train.stored_plan import StoredPlan, read_plan
 from qadapt.units import parse_bytes
 from qadapt.view.journal import Journal, effective, read_events
@@ -123,26 +123,25 @@ def _steps(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, is_resumed: bool
 ) -> Iterator[Event]:
     start = time.monotonic()
-    with PeakMeter(choose_device(plan.device)) as meter:
-        base = yield from place_base(recipe, plan, material.files)
-        model = yield from adapt(recipe, plan, base)
-        torch.manual_seed(recipe.train.seed)
-        loop = Loop(
-            model,
-            optimizer_of(recipe, plan, model),
-            rows=material.rows,
-            settings=loop_settings(recipe, plan),
-            run_folder=run.path,
-            meter=meter,
-        )
-        if plan.compute_dtype == "fp16":
-            loop.scale_loss()
-        if is_resumed:
-            yield from _restore(loop, run)
-        for event in loop.events():
-            yield event
-            if isinstance(event, Stopped):
-                return
+    base = yield from place_base(recipe, plan, material.files)
+    model = yield from adapt(recipe, plan, base)
+    torch.manual_seed(recipe.train.seed)
+    loop = Loop(
+        model,
+        optimizer_of(recipe, plan, model),
+        rows=material.rows,
+        settings=loop_settings(recipe, plan),
+        run_folder=run.path,
+    )
+    if plan.compute_dtype == "fp16":
+        loop.scale_loss()
+    if is_resumed:
+        yield from _restore(loop, run)
+    for event in loop.events():
+        yield event
+        if isinstance(event, Stopped):
+            return
+    remember_peak(recipe, plan, measured_bytes=loop.peak_bytes)
     facts = adapter_facts(recipe, plan, material)
     yield from _finish(loop, model, run, facts=facts, seconds=time.monotonic() - start)
 

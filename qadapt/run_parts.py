@@ -26,6 +26,7 @@ from qadapt.data.sources import read_conversations
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
+from qadapt.hardware.calibration import kind_of, remember
 from qadapt.model.cache import ignore
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
@@ -271,6 +272,13 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         keep_checkpoints=section.keep_checkpoints,
         seed=section.seed,
     )
+
+
+def remember_peak(recipe: Recipe, plan: StoredPlan, *, measured_bytes: int) -> None:
+    """Keeps how far the plan's peak was from the measured one, for later estimates on this machine."""
+    device = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
+    kind = kind_of(device=device, method=recipe.adapter.method, quantization=recipe.model.quantization)
+    remember(kind, predicted_bytes=plan.predicted_peak_bytes, measured_bytes=measured_bytes)
 
 
 def adapter_facts(recipe: Recipe, plan: StoredPlan, material: Material) -> AdapterFacts:

@@ -33,6 +33,14 @@ def _same_start() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs of the tests measure stays out of the user's own calibration."""
+    monkeypatch.setattr(
+        "qadapt.hardware.calibration.calibration_file", lambda: tmp_path / "calibration.jsonl"
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """`tiny_model("llama", layers=3)`: the folder of a tiny random model, made once and not to be changed."""

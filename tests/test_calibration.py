@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.hardware import calibration
-from qadapt.hardware.calibration import Calibration, Kind, calibration_file, kind_of, recall, remember
+from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall, remember
 
 KIND = Kind("0badcafe", "NVIDIA GeForce RTX 4060", "lora", "nf4", "2.13.0")
 
@@ -128,4 +128,3 @@ def test_a_kind_says_what_torch_is_installed_without_importing_it() -> None:
     assert kind.torch[0].isdigit()
     assert "+" not in kind.torch
     assert json.loads(json.dumps(dataclasses.asdict(kind)))["machine"] == kind.machine
-    assert calibration_file().name == "calibration.jsonl"

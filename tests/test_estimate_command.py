@@ -18,12 +18,11 @@ from typer.testing import CliRunner
 import qadapt
 from qadapt.cli.estimate import estimate, plan
 from qadapt.errors import QadaptError
-from qadapt.hardware import calibration
 from qadapt.hardware import target as targets
+from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.cards import cards, this_platform
 from qadapt.hardware.probe import Machine
-from qadapt.hardware.target import find_target
-from qadapt.planning import ask, remember_run
+from qadapt.planning import ask
 from qadapt.units import GIB
 from qadapt.view.tables import EstimateTable, bar
 
@@ -243,16 +242,16 @@ def test_the_matrix_is_readable_at_80_columns(asked: tuple[str, ...]) -> None:
     assert "T4 16GB: no bf16, so fp16 with fp32 adapters." in result.output
 
 
-def test_what_runs_measured_here_is_said_and_widens_the_verdict(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(calibration, "calibration_file", lambda: tmp_path / "calibration.jsonl")
+def test_what_runs_measured_here_is_said_and_widens_the_verdict() -> None:
     before = ask("Qwen2.5-0.5B", (), card=None, vram=None)
     assert values_of("estimate", "Qwen2.5-0.5B")["calibration"] is None
     predicted = before.estimate()
     for share in (1.5, 1.58, 1.6):
-        assert remember_run(
-            before.target, predicted, measured_peak_bytes=round(share * predicted.peak_allocated_bytes)
+        peak_bytes = predicted.peak_allocated_bytes
+        assert remember(
+            kind_of(device="cpu", method="lora", quantization="nf4"),
+            predicted_bytes=peak_bytes,
+            measured_bytes=round(share * peak_bytes),
         )
     values = values_of("estimate", "Qwen2.5-0.5B")
     assert problems(values, SCHEMA) == []
@@ -264,7 +263,6 @@ def test_what_runs_measured_here_is_said_and_widens_the_verdict(
         "on this machine: measured 58.0 % above the estimate in the last 3 runs (+50.0 to +60.0 %)" in output
     )
     assert values_of("estimate", "Qwen2.5-0.5B", "--card", "RTX 4060")["calibration"] is None
-    assert not remember_run(find_target("RTX 4060"), predicted, measured_peak_bytes=5)
 
 
 def test_a_verdict_on_windows_says_that_the_driver_may_spill(monkeypatch: pytest.MonkeyPatch) -> None:

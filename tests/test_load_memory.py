@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.load_memory import make, measure
+from load_memory import make, measure
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from Linux's /proc")

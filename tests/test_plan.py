@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from bench.exhaustive import all_ways, compare_all
+from exhaustive import all_ways, compare_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -182,8 +182,8 @@ def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """A mask as kernels take it: numbers to be added (`convert_boolean_attn_mask` in `attention.cpp`)."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    like = {"dtype": query.dtype, "device": query.device}
-    return torch.where(mask, torch.scalar_tensor(0.0, **like), torch.scalar_tensor(-torch.inf, **like))
+    lowest = torch.scalar_tensor(-torch.inf, dtype=query.dtype, device=query.device)
+    return torch.where(mask, torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device), lowest)
 
 
 def _drop(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

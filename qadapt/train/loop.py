@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,10 +27,13 @@ from qadapt.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from qadapt.train.memory import PeakMeter, measured, static_bytes
+from qadapt.train.memory import MemoryMeter
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.schedule import learning_rate
 from qadapt.train.step import evaluate_loss, train_step
+
+MEMORY_EVERY = 10
+"""Steps from one whose memory is counted to the next."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,6 @@ class Loop:
         rows: What is trained and evaluated on.
         settings: How.
         run_folder: Where checkpoints go and requests come from.
-        meter: The open meter of the device's memory.
     """
 
     def __init__(
@@ -81,7 +84,6 @@ class Loop:
         rows: Rows,
         settings: LoopSettings,
         run_folder: Path,
-        meter: PeakMeter,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -89,13 +91,18 @@ class Loop:
         self.settings = settings
         self.run_folder = run_folder
         self.progress = Progress()
-        self._meter = meter
+        self._memory = MemoryMeter(model, optimizer)
         self._device = next(model.parameters()).device
         self._scaler: torch.amp.GradScaler | None = None
 
     def scale_loss(self) -> None:
         """Scales the loss from now on, for fp16 products."""
         self._scaler = torch.amp.GradScaler(self._device.type)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest memory of the steps so far; 0 before the first."""
+        return self._memory.measured()[1]
 
     def events(self) -> Iterator[Event]:
         """Trains from where the run stands to its last step, an early stop, or a request to stop."""
@@ -104,10 +111,14 @@ class Loop:
             if control.is_asked(self.run_folder, "stop"):
                 yield from self._stop("asked to stop")
                 return
-            yield self._step()
+            is_watched = self._is_watched(self.progress.step + 1)
+            with self._memory.watching() if is_watched else nullcontext():
+                done = self._step()
+            yield done
             step = self.progress.step
-            if step in (1, self.settings.steps) or step % 10 == 0:
-                yield self._memory()
+            if is_watched:
+                measured, peak_bytes = self._memory.measured()
+                yield MemoryMeasured(step=step, measured=measured, peak_bytes=peak_bytes)
             is_last = step == self.settings.steps
             has_evaluated = self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every))
             if has_evaluated:
@@ -158,12 +169,8 @@ class Loop:
     def _split(self, rows: list[Tokens]) -> list[MicroBatch]:
         return micro_batches(rows, size=self.settings.micro_batch, pad_id=self.rows.pad_id)
 
-    def _memory(self) -> MemoryMeasured:
-        peak_bytes = self._meter.peak_bytes + self.optimizer.paged_bytes
-        static = static_bytes(self.model, self.optimizer)
-        return MemoryMeasured(
-            step=self.progress.step, measured=measured(static, peak_bytes), peak_bytes=peak_bytes
-        )
+    def _is_watched(self, step: int) -> bool:
+        return step in (1, self.settings.steps) or step % MEMORY_EVERY == 0
 
     def _evaluate(self) -> Evaluated:
         start = time.perf_counter()

@@ -1,119 +1,99 @@
-"""What a run takes, by category: the static ones counted from the tensors, the peak read from the system.
+"""What a run takes, by category: some of its steps under the ledger, the peak of all of them by the device.
 
-On CUDA the peak is the allocator's. On a CPU it is anonymous memory, sampled by a thread, above the level at
-the start of the run: the pages of mapped weight files do not count, as they can be dropped at any time.
+On CUDA the peak is the allocator's own; on a CPU, whose allocator keeps no count, it is the ledger's, of the
+steps that were watched. A watched step costs a few per cent more time and no other number.
 """
 
 from __future__ import annotations
 
-import re
-import threading
-from collections.abc import Iterable
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from qadapt.engine.ledger import Ledger
+from qadapt.engine.moments import watched
+from qadapt.engine.target import Target, kernels_of
 from qadapt.plan.categories import STATIC
+from qadapt.plan.setting import ALLOCATION_BYTES
 from qadapt.train.optimizer import AdapterOptimizer, held_tensors
 
-WORKING = "working"
-"""The one measured entry for all that a step allocates: boundaries, activations, loss and temporary
-together."""
 
-_SAMPLE_SECONDS = 0.02
+class MemoryMeter:
+    """Measures the memory of a model's steps.
 
+    Args:
+        model: The adapted model, on its device.
+        optimizer: Over its trained parameters.
+    """
 
-class PeakMeter:
-    """Measures the peak of a device's memory while it is open, above the level at its start."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._highest = self._floor = 0 if device.type == "cuda" else anonymous_bytes()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
-
-    def __enter__(self) -> PeakMeter:
+    def __init__(self, model: PeftModel, optimizer: AdapterOptimizer) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._device = next(model.parameters()).device
+        self._peak_bytes = 0
+        self._categories: dict[str, int] = {}
         if self._device.type == "cuda":
-            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While open, one step is counted by category."""
+        is_cuda = self._device.type == "cuda"
+        ledger = Ledger(
+            step=ALLOCATION_BYTES["cuda" if is_cuda else "cpu"],
+            inside=None if is_cuda else kernels_of(Target()),  # on CUDA the allocator's peak has them
+        )
+        with ledger.during("load"):
+            for category, tensors in static_tensors(self._model, self._optimizer).items():
+                ledger.hold(category, tensors)
+        with watched(ledger, self._model.get_base_model(), optimizer=self._optimizer.inner), ledger:
+            yield
+        if ledger.peak.bytes > self._peak_bytes:
+            self._peak_bytes, self._categories = ledger.peak.bytes, ledger.peak.categories
 
-    @property
-    def peak_bytes(self) -> int:
-        """The highest level so far, above that at the start."""
+    def measured(self) -> tuple[dict[str, int], int]:
+        """Bytes by category at the highest watched moment, and the peak; they sum up to it.
+
+        On CUDA what the allocator counts above the ledger (kernels' workspaces, steps that were not watched)
+        is `temporary`.
+        """
+        categories, peak_bytes = dict(self._categories), self._peak_bytes
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        self._highest = max(self._highest, anonymous_bytes())
-        return self._highest - self._floor
-
-    def _sample(self) -> None:
-        while not self._closed.wait(_SAMPLE_SECONDS):
-            self._highest = max(self._highest, anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process that is no file's: RssAnon on Linux, the resident set elsewhere."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text(encoding="ascii"))
-        if found:
-            return int(found[1]) * 1024
-    return psutil.Process().memory_info().rss
+            peak_bytes = torch.cuda.max_memory_allocated(self._device) + self._optimizer.paged_bytes
+            categories["temporary"] = max(0, categories.get("temporary", 0) + peak_bytes - self._peak_bytes)
+        return categories, peak_bytes
 
 
 def static_tensors(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, list[Tensor]]:
     """Every tensor that stays from step to step, by category; gradients, which come and go, are not here."""
-    found: dict[str, list[Tensor]] = {name: [] for name in STATIC if name != "gradients"}
-    base = model.get_base_model()
+    adapters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return base_tensors(model.get_base_model()) | {
+        "adapters": adapters,
+        "optimizer": held_tensors(optimizer),
+    }
+
+
+def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
+    """The frozen tensors of a base by category, with or without adapters attached."""
+    found: dict[str, list[Tensor]] = {name: [] for name in STATIC[:3]}
     ends = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
-    for parameter in model.parameters():
+    for parameter in base.parameters():
+        if parameter.requires_grad:
+            continue
         state = getattr(parameter, "quant_state", None)  # only 4-bit parameters have one
         if state is not None:
             found["quantization_constants"] += _constants(state)
-        if parameter.requires_grad:
-            found["adapters"].append(parameter)
-        elif parameter.ndim > 1 and not any(parameter is end for end in ends):
-            found["base_weights"].append(parameter)
-        else:
-            found["unquantized"].append(parameter)
-    found["unquantized"] += model.buffers()
-    found["optimizer"] += held_tensors(optimizer)
+        is_weight = parameter.ndim > 1 and not any(parameter is end for end in ends)
+        found["base_weights" if is_weight else "unquantized"].append(parameter)
+    found["unquantized"] += base.buffers()
     return found
-
-
-def static_bytes(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, int]:
-    """Bytes of everything that stays from step to step, by category.
-
-    Gradients are counted at the size they have before the update, when all of them are there.
-    """
-    sizes = {name: _stored_bytes(tensors) for name, tensors in static_tensors(model, optimizer).items()}
-    return sizes | {"gradients": sizes["adapters"]}
-
-
-def _stored_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _constants(state: object) -> list[Tensor]:
     held: list[Tensor] = [value for value in vars(state).values() if isinstance(value, Tensor)]
     nested = getattr(state, "state2", None)
     return held + (_constants(nested) if nested is not None else [])
-
-
-def measured(static: dict[str, int], peak_bytes: int) -> dict[str, int]:
-    """The static categories, and all the rest of the peak as the step's working memory."""
-    return static | {WORKING: max(0, peak_bytes - sum(static.values()))}

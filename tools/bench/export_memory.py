@@ -17,13 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
+from host_memory import Peak
 
 from qadapt.model.shards import TensorEntry, write_shards
 from qadapt.model.tensor_values import bytes_of
@@ -36,38 +35,6 @@ LINEARS = {
     "mlp.gate_proj": (MLP_WIDTH, WIDTH), "mlp.up_proj": (MLP_WIDTH, WIDTH),
     "mlp.down_proj": (WIDTH, MLP_WIDTH),
 }  # fmt: skip
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process (RssAnon on Linux; elsewhere resident memory, which is more)."""
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
-
-
-class Peak:
-    """The highest anonymous memory while the block runs, sampled every 5 ms, above the level at its start."""
-
-    def __enter__(self) -> Peak:
-        self.start_bytes = self.top_bytes = anonymous_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.top_bytes = max(self.top_bytes, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def bytes(self) -> int:
-        return self.top_bytes - self.start_bytes
 
 
 def random_pieces(entry: TensorEntry) -> Iterator[memoryview]:

@@ -115,7 +115,8 @@ def measure(case: Case, folder: Path) -> Measured:
     """One step by the ledger, by the allocator, and on `meta`; the folder holds the family's tiny model."""
     ledger = _ledger()
     _step(case, _model(case, folder), ledger)
-    allocator = _allocated(case, _model(case, folder))
+    model = _model(case, folder)
+    allocator = allocated_bytes(_prepared(case, model, _optimizer(model)))
     dry = _ledger()
     with on_target(Target(), is_packed=case.rows == "packed"):
         _step(case, _model(case, None), dry)
@@ -161,9 +162,8 @@ def _step(case: Case, model: PeftModel, ledger: Ledger) -> None:
         step()
 
 
-def _allocated(case: Case, model: PeftModel) -> int:
-    """The highest sum of the allocator's own records over a step."""
-    step = _prepared(case, model, _optimizer(model))
+def allocated_bytes(step: Callable[[], object]) -> int:
+    """The highest sum of the CPU allocator's own records over a step; what was there before counts nothing."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     level = highest = 0

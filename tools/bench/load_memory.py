@@ -5,7 +5,7 @@
 
 The bound: what stays resident (4-bit codes, their constants, 16-bit parts) plus the two largest source
 tensors. Measured is the peak of RssAnon above its level after a tiny model was loaded, so that imports do not
-count; sampled every 2 ms in a process of its own. Exits with 1 if the bound is broken. Linux only.
+count; in a process of its own. Exits with 1 if the bound is broken. Linux only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from host_memory import Peak
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROOT = Path(__file__).parent.parent
 MIB = 1024**2
@@ -53,8 +58,8 @@ def measure(folder: Path, dtype: str) -> Load:
     return Load(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def load_once(folder: Path, dtype: str) -> Load:
-    """Loads a model in this process and measures it."""
+def sampled_load(folder: Path, dtype: str) -> tuple[Load, PreTrainedModel]:
+    """Loads a model in this process and measures it; a tiny one first, for what only the first load takes."""
     from qadapt.quiet import quiet_libraries
 
     quiet_libraries()
@@ -63,9 +68,8 @@ def load_once(folder: Path, dtype: str) -> Load:
 
     from qadapt.model.load import load_base
     from qadapt.model.precision import DTYPES
-    from qadapt.train.memory import anonymous_bytes
 
-    def load(place: Path) -> torch.nn.Module:
+    def load(place: Path) -> PreTrainedModel:
         return load_base(
             place,
             quantization="nf4",
@@ -76,30 +80,20 @@ def load_once(folder: Path, dtype: str) -> Load:
 
     with tempfile.TemporaryDirectory() as tiny:
         load(make_tiny_model(Path(tiny), "llama"))
-    floor = highest = anonymous_bytes()
-    is_over = threading.Event()
-
-    def sample() -> None:
-        nonlocal highest
-        while not is_over.wait(0.002):
-            highest = max(highest, anonymous_bytes())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    model = load(folder)
-    is_over.set()
-    sampler.join()
-    return Load(dtype, resident_bytes(model), largest_two_bytes(folder), highest - floor)
+    with Peak() as peak:
+        model = load(folder)
+    return Load(dtype, resident_bytes(model), largest_two_bytes(folder), peak.bytes), model
 
 
-def resident_bytes(model: object) -> int:
+def resident_bytes(model: PreTrainedModel) -> int:
     """Bytes of the loaded model: weights, constants and buffers, tied ones once."""
-    from qadapt.train.memory import static_bytes
+    from qadapt.engine.ledger import Ledger
+    from qadapt.train.memory import base_tensors
 
-    class NoOptimizer:
-        state_bytes = 0
-
-    return sum(static_bytes(model, NoOptimizer()).values())  # type: ignore[arg-type]
+    ledger = Ledger()
+    for category, tensors in base_tensors(model).items():
+        ledger.hold(category, tensors)
+    return ledger.live_bytes
 
 
 def largest_two_bytes(folder: Path) -> int:
@@ -126,7 +120,7 @@ def main() -> int:
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(asdict(load_once(Path(arguments.one[0]), arguments.one[1]))))
+        print(json.dumps(asdict(sampled_load(Path(arguments.one[0]), arguments.one[1])[0])))
         return 0
     with tempfile.TemporaryDirectory() as made:
         if arguments.made:
