@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -14,9 +15,22 @@ class BatchShape:
         length: Tokens of the longest.
         positions: Positions of a row that reach the head, as any row learns their next token.
         supervised_tokens: Tokens learned in all, at most `rows` times `positions`.
+        expert_tokens: Tokens of each routed expert that gets any, in a mixture of experts that runs them one
+            after another; empty where grouped products take them all at once, whatever the routing.
     """
 
     rows: int
     length: int
     positions: int
     supervised_tokens: int
+    expert_tokens: tuple[int, ...] = ()
+
+
+def balanced_routing(*, tokens: int, experts: int, per_token: int) -> tuple[int, ...]:
+    """Every expert gets as many tokens as any other."""
+    return (math.ceil(tokens * per_token / experts),) * experts
+
+
+def worst_routing(*, tokens: int, per_token: int) -> tuple[int, ...]:
+    """All tokens go to the same experts, which take the most at once."""
+    return (tokens,) * per_token

@@ -12,7 +12,7 @@ import torch
 from test_estimate import CPU, build, folders, shape_of, values_of
 
 from qadapt.adapters.lora import trainable
-from qadapt.batch_shape import BatchShape
+from qadapt.batch_shape import BatchShape, balanced_routing, worst_routing
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
@@ -22,7 +22,7 @@ from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.plan.trace import peak_of
 from qadapt.shape import find_config
-from qadapt.train.dryrun import DryRun, dry_run
+from qadapt.train.dryrun import DryRun, batch_of, dry_run
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
@@ -109,12 +109,6 @@ def on_card(capability: float, **changes: Any) -> DryRun:
     return dry_run(config("llama"), setting, capability=capability)
 
 
-def test_a_card_without_flash_attention_makes_square_scores_under_grouped_queries() -> None:
-    turing, ampere = on_card(7.5), on_card(8.6)
-    square = 6 * 900 * 900
-    assert turing.peak.bytes - ampere.peak.bytes > 4 * square
-
-
 def test_a_card_takes_workspaces_and_rounds_up() -> None:
     dry = on_card(8.6)
     assert dry.static["temporary"] == 2 * 8_519_680
@@ -165,3 +159,24 @@ def test_an_unknown_architecture_is_a_clear_no() -> None:
 def test_values_that_make_no_model_are_a_clear_no() -> None:
     with pytest.raises(BadModel, match="No model can be built"):
         dry_run(config("llama") | {"hidden_act": "nonsense"}, SETTING)
+
+
+def test_routing_is_given_from_balanced_to_worst() -> None:
+    values = find_config("mistralai/Mixtral-8x7B-v0.1").values | {
+        "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 999,
+    }  # fmt: skip
+    setting = dataclasses.replace(SETTING, device="cuda", compute_dtype="bf16", supervised_share=0.1)
+    batch, tokens = batch_of(setting), setting.tokens
+    grouped = dry_run(values, setting, capability=8.9, batch=batch)
+    routings = (
+        balanced_routing(tokens=tokens, experts=8, per_token=2),
+        worst_routing(tokens=tokens, per_token=2),
+    )
+    balanced, worst = (
+        dry_run(values, setting, capability=8.9, batch=dataclasses.replace(batch, expert_tokens=routing))
+        for routing in routings
+    )
+    assert balanced.phase_bytes["forward"] < worst.phase_bytes["forward"]
+    assert balanced.static == worst.static == grouped.static
+    assert grouped.static["base_weights"] > 2 * 2 * 8 * 3 * 256 * 896  # experts stay in 16 bits

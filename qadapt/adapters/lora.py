@@ -67,11 +67,11 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, int]:
-    """Last name → narrowest side of the linear layers in the decoder, the head left out."""
+    """Last name → narrowest side of the linear layers in the decoder, without head and gates of one value."""
     widths: dict[str, int] = {}
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        if isinstance(module, torch.nn.Linear) and module is not head and module.out_features > 1:
             name = path.rpartition(".")[2]
             widths[name] = min(module.in_features, module.out_features, widths.get(name, module.in_features))
     return widths

@@ -10,7 +10,8 @@ Legend: B rows, H query heads, K key-value heads, T tokens, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qadapt.engine.ledger import Inside
-from qadapt.plan.workspace import attention_kernel, kernel_bytes
+from qadapt.plan.attention import attention_kernel
+from qadapt.plan.workspace import kernel_bytes
 
 aten = torch.ops.aten
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -49,14 +51,17 @@ class Target:
 
 
 @contextmanager
-def on_target(target: Target, *, is_packed: bool = False) -> Iterator[None]:
+def on_target(
+    target: Target, *, is_packed: bool = False, expert_tokens: Sequence[int] = ()
+) -> Iterator[None]:
     """While open, operations on `meta` tensors are the target's.
 
     Args:
         target: The device.
-        is_packed: Whether rows hold several documents: the one thing a step asks of its values.
+        is_packed: Whether rows hold several documents.
+        expert_tokens: Tokens of each routed expert that gets any, where experts run one after another.
     """
-    with _Values(is_packed=is_packed), target_functions(target):
+    with _Values(is_packed=is_packed, expert_tokens=expert_tokens), target_functions(target):
         yield
 
 
@@ -73,7 +78,7 @@ def kernels_of(target: Target) -> Inside:
         if name is None:
             return 0
         if name == "gemm_4bit":
-            return _dequantizing_bytes(args, kwargs)
+            return _dequantizing_bytes(args)
         if target.capability is None:
             return 0
         tensors = [each for each in args if isinstance(each, Tensor)]
@@ -87,31 +92,53 @@ def kernels_of(target: Target) -> Inside:
     return inside
 
 
-def _dequantizing_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _dequantizing_bytes(args: tuple[Any, ...]) -> int:
     """The 4-bit product: the weight in the type of the inputs, and, of nested constants, fp32 ones.
 
     Source: `_gemm_4bit_default_impl` of bitsandbytes 0.50. On CUDA small products may go without (a fused
     kernel, by shape and card); they are no step's peak.
     """
     inputs, _, (rows, columns) = args[:3]
-    nested = kwargs.get("absmax_8bit")
+    nested = args[7] if len(args) > 7 else None  # absmax_8bit: dispatch hands all arguments over by place
     constants = 0 if nested is None else FP32 * nested.numel()
     return int(rows * columns * inputs.itemsize + constants)
 
 
 class _Values(TorchDispatchMode):
-    """Answers what only values could tell: a condition holds unless rows are packed, a number is one."""
+    """Answers what only values could tell.
 
-    def __init__(self, *, is_packed: bool) -> None:
+    "All ..." holds unless rows are packed, any other condition does not; a number is one; what is not zero
+    among experts and their tokens is as many as given.
+    """
+
+    def __init__(self, *, is_packed: bool, expert_tokens: Sequence[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._is_packed = is_packed
+        self._expert_tokens = expert_tokens
+        self._waiting: list[int] = []
+        self._all: weakref.ref[Tensor] | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return not self._is_packed if args[0].dtype == torch.bool else 1
-        return func(*args, **(kwargs or {}))
+            if args[0].dtype != torch.bool:
+                return 1
+            is_all = self._all is not None and args[0] is self._all()
+            return is_all and not self._is_packed
+        if func is aten.nonzero.default and args[0].is_meta:
+            return self._not_zero(args[0])
+        result = func(*args, **(kwargs or {}))
+        if func is aten.all.default:
+            self._all = weakref.ref(result)
+        return result
+
+    def _not_zero(self, values: Tensor) -> Tensor:
+        """The experts that get tokens (one dimension), then the tokens of each in turn (two)."""
+        if values.ndim == 1:
+            self._waiting = list(self._expert_tokens)
+        count = len(self._waiting) if values.ndim == 1 else self._waiting.pop(0)
+        return values.new_empty(count, values.ndim, dtype=torch.int64)
 
 
 class _Functions(TorchFunctionMode):

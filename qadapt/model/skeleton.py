@@ -25,7 +25,12 @@ from qadapt.errors import BadModel, Unsupported
 
 
 def skeleton_base(
-    values: Mapping[str, Any], *, quantization: str, double_quant: bool, dtype: torch.dtype
+    values: Mapping[str, Any],
+    *,
+    quantization: str,
+    double_quant: bool,
+    dtype: torch.dtype,
+    experts: str | None = None,
 ) -> PreTrainedModel:
     """The frozen base on `meta`, in training mode.
 
@@ -34,15 +39,17 @@ def skeleton_base(
         quantization: `nf4` or `none`.
         double_quant: Quantize the quantization constants too.
         dtype: Type of products and of everything that is not quantized.
+        experts: How routed experts run, a name of transformers' registry; None leaves its default.
 
     Raises:
         Unsupported: transformers knows no causal language model of this architecture.
         BadModel: It cannot be built from these values.
     """
     config = config_of(values)
+    chosen = {} if experts is None else {"experts_implementation": experts}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError) as error:
         raise BadModel(
             f"No model can be built from this config.json: {str(error).splitlines()[0]}",

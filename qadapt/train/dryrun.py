@@ -23,6 +23,7 @@ from torch import Tensor
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.batch_shape import BatchShape
 from qadapt.data.batches import MicroBatch
+from qadapt.engine.attention import choose_attention
 from qadapt.engine.ledger import Ledger, Peak
 from qadapt.engine.moments import watched
 from qadapt.engine.recompute import set_recompute
@@ -72,13 +73,16 @@ def dry_run(
         QadaptError: The model cannot be built, or an adapter does not suit it.
     """
     target = Target(capability if setting.device == "cuda" else None)
-    model = skeleton_model(values, setting, target)
+    batch = batch or batch_of(setting)
+    experts = "eager" if batch.expert_tokens else None
+    model = skeleton_model(values, setting, target=target, experts=experts)
     optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
     ledger = Ledger(step=ALLOCATION_BYTES[setting.device], inside=kernels_of(target), is_recording=True)
     _hold(ledger, model, optimizer, setting, target)
     static = dict(ledger.live)
-    micro_batches = [_micro_batch(batch or batch_of(setting))]
-    with watched(ledger, model.get_base_model(), optimizer=optimizer.inner), on_target(target), ledger:
+    micro_batches = [_micro_batch(batch)]
+    watching = watched(ledger, model.get_base_model(), optimizer=optimizer.inner)
+    with watching, on_target(target, expert_tokens=batch.expert_tokens), ledger:
         for _ in range(steps):
             if setting.accumulates:
                 _leave_gradients(ledger, optimizer)
@@ -87,15 +91,19 @@ def dry_run(
     return DryRun(ledger.peak, static, dict(ledger.phase_bytes), tuple(ledger.trace))
 
 
-def skeleton_model(values: Mapping[str, Any], setting: Setting, target: Target) -> PeftModel:
-    """The adapted model of a setting on `meta`."""
+def skeleton_model(
+    values: Mapping[str, Any], setting: Setting, *, target: Target, experts: str | None = None
+) -> PeftModel:
+    """The adapted model of a setting on `meta`; `experts` as in `skeleton_base`."""
     base = skeleton_base(
         values,
         quantization=setting.quantization,
         double_quant=setting.double_quant,
         dtype=DTYPES[setting.compute_dtype],
+        experts=experts,
     )
     set_recompute(base, setting.recompute, within=lambda: target_functions(target))
+    choose_attention(base, dtype=DTYPES[setting.compute_dtype], capability=target.capability)
     lora = Lora(rank=setting.rank, alpha=setting.rank, dropout=setting.dropout, targets=setting.targets)
     return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
 
