@@ -125,6 +125,7 @@ def test_a_dry_run_of_the_measured_stack_meets_its_peak_within_a_third_of_a_perc
     ("changes", "words"),
     [
         ({"source": "a blog"}, "another framework"),
+        ({"source": None}, "another framework"),
         ({"model": "somebody/Unheard-9B"}, "neither a folder"),
         ({"target_modules": None}, "adapter targets"),
         ({"target_modules": ["c_attn"]}, "adapter targets"),
@@ -146,7 +147,7 @@ def test_what_cannot_be_described_is_told_with_the_reason(changes: dict[str, Any
 
 def test_the_table_names_each_row_and_counts_the_reasons(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    rows = [T4 | {"id": name, "source": "a blog"} for name in ("first", "second")]
+    rows = [{"id": "first"}, T4 | {"id": "second", "source": "a blog"}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     lines = list(report(path))
     assert [line.split()[0] for line in lines[:2]] == ["first", "second"]

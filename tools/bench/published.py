@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,14 +115,12 @@ def _card_name(row: Row) -> str:
 
 
 def _config_of(model: str) -> ModelConfig:
-    """The configuration by name; a GPTQ copy has that of its original."""
-    if not model.endswith("-GPTQ"):
-        return find_config(model)
-    original = model.rpartition("/")[2].removesuffix("-GPTQ")
-    try:
-        return find_config(original)
-    except QadaptError:
-        return find_config(f"{original.lower()}-hf")
+    """The configuration by name, else by its last part; a GPTQ copy has that of its original."""
+    last = model.rpartition("/")[2].removesuffix("-GPTQ").lower()
+    for name in (model, last):
+        with suppress(QadaptError):
+            return find_config(name)
+    return find_config(f"{last}-hf")
 
 
 def _common(row: Row) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def report(path: Path, *, pattern: str = "") -> Iterable[str]:
     """
     table = Table()
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and pattern in (row := json.loads(line))["id"]:
+        if line.strip() and pattern in str((row := json.loads(line)).get("id")):
             yield _score_row(row, table)
     yield ""
     yield from _summary(table)
@@ -234,14 +233,14 @@ def report(path: Path, *, pattern: str = "") -> Iterable[str]:
 
 def _score_row(row: Row, table: Table) -> str:
     described = describe(row)
-    name = f"{row['id'][-30:]:30} {str(row['model']).rpartition('/')[2][-24:]:24}"
+    name = f"{str(row.get('id'))[-30:]:30} {str(row.get('model')).rpartition('/')[2][-24:]:24}"
     if isinstance(described, str):
         kind = described.split(" is neither")[0] if " is neither" in described else described
         table.reasons[kind] = table.reasons.get(kind, 0) + 1
         return f"{name} not modelled: {described}"
     try:
         scored = score(row, described)
-    except (QadaptError, RuntimeError, NotImplementedError) as error:
+    except (QadaptError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"the dry run failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         table.reasons[reason] = table.reasons.get(reason, 0) + 1
         return f"{name} not modelled: {reason}"
@@ -332,7 +331,7 @@ def _verdict_lines(scored: Sequence[Scored]) -> Iterable[str]:
         f"bar: {WRONG_VERDICTS:.0%} each: {met}"
     )
     for each in (*missed, *refused):
-        yield f"  wrong: {each.row['id']}"
+        yield f"  wrong: {each.row.get('id')}"
 
 
 def _nearness(scored: Scored) -> float:
