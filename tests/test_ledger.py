@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ledger_matrix import Case, make_folder, measure
+from bitsandbytes.nn import Linear4bit
+from ledger_matrix import Case, allocated_bytes, make_folder, measure
 from torch import nn
 
 from qadapt.engine.ledger import Ledger
+from qadapt.engine.target import Target, kernels_of
 from qadapt.plan.trace import peak_of
 
 CASES = [
@@ -36,6 +38,20 @@ def test_a_real_step_is_counted_as_the_allocator_counts_it_and_as_the_dry_run_sa
     measured = measure(case, folders[case.family])
     assert measured.ledger == pytest.approx(measured.allocator, rel=0.005)
     assert measured.peak == measured.dry_peak
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_product_in_4_bits_takes_its_weight_and_its_constants_in_full(double_quant: bool) -> None:
+    layer = Linear4bit(704, 320, bias=False, compress_statistics=double_quant, quant_type="nf4").to("cpu")
+    inputs = torch.randn(3, 704)
+    ledger = Ledger(inside=kernels_of(Target()))
+    ledger.hold("base_weights", [layer.weight])
+    with torch.no_grad():
+        with ledger:
+            layer(inputs)
+        allocated = allocated_bytes(lambda: layer(inputs))
+    constants = 704 * 320 // 64 if double_quant else 0
+    assert ledger.peak.categories["temporary"] == allocated == 4 * (704 * 320 + constants + 3 * 320)
 
 
 def test_live_bytes_follow_the_storages_and_not_their_views() -> None:
