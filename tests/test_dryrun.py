@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,25 @@ def test_routing_is_given_from_balanced_to_worst() -> None:
     assert balanced.phase_bytes["forward"] < worst.phase_bytes["forward"]
     assert balanced.static == worst.static == grouped.static
     assert grouped.static["base_weights"] > 2 * 2 * 8 * 3 * 256 * 896  # experts stay in 16 bits
+
+
+def test_a_base_can_be_loaded_after_a_dry_run_in_a_fresh_process(folders: dict[str, Path]) -> None:
+    code = """
+import sys
+from pathlib import Path
+
+import torch
+
+from qadapt.model.load import load_base
+from qadapt.model.skeleton import skeleton_base
+from qadapt.shape import find_config
+
+options = {"quantization": "nf4", "double_quant": True, "dtype": torch.float32}
+skeleton_base(find_config(sys.argv[1]).values, **options)
+base = load_base(Path(sys.argv[1]), device=torch.device("cpu"), **options)
+assert not any(parameter.is_meta for parameter in base.parameters())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folders["llama"])], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

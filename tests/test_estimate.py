@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointing
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import set_recompute
-from qadapt.hardware.cards import find_card
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.categories import STATIC
@@ -269,14 +268,3 @@ def test_cuda_rounds_every_tensor_up_and_keeps_a_workspace() -> None:
     assert cuda.categories["temporary"] >= 8_519_680
     assert cpu.context_bytes == 0 < cuda.context_bytes
     assert cpu.reserved_high_bytes == cpu.peak_allocated_bytes < cuda.reserved_low_bytes
-
-
-def test_a_card_without_flash_attention_makes_scores_of_grouped_queries() -> None:
-    shape = shape_of("llama")
-    setting = dataclasses.replace(CPU, device="cuda", compute_dtype="fp16", length=999, recompute="none")
-    turing, newer = (estimate_step(shape, setting, card=find_card(name)) for name in ("T4", "RTX 3060 12GB"))
-    scores = setting.rows * shape.heads * setting.length**2 * 4
-    assert turing.phase_bytes["loss"] - newer.phase_bytes["loss"] > shape.layers * scores
-    alone = dataclasses.replace(shape, kv_heads=shape.heads)
-    turing, newer = (estimate_step(alone, setting, card=find_card(name)) for name in ("T4", "RTX 3060 12GB"))
-    assert turing.peak_allocated_bytes == newer.peak_allocated_bytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from qadapt.plan.workspace import attention_kernel, blas_workspace_bytes, kernel_bytes
+from qadapt.plan.attention import attention_kernel
+from qadapt.plan.workspace import blas_workspace_bytes, kernel_bytes
 from qadapt.units import MIB
 
 FLASH, EFFICIENT = (f"_scaled_dot_product_{kernel}_attention_backward" for kernel in ("flash", "efficient"))

@@ -20,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qadapt.engine.attention import choose_attention
 from qadapt.errors import BadModel, Unsupported
+from qadapt.model.precision import capability_of
 from qadapt.model.tensor_files import open_model
 
 NF4_BLOCK = 64
@@ -72,6 +74,7 @@ def load_base(
     model.requires_grad_(False)
     _keep_quantized_weights(model)
     _check_widths(model)
+    choose_attention(model, dtype=dtype, capability=capability_of(device))
     return model
 
 

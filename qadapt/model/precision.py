@@ -40,6 +40,14 @@ def choose_device(choice: str) -> torch.device:
     return torch.device("cuda" if has_cuda and choice != "cpu" else "cpu")
 
 
+def capability_of(device: torch.device) -> float | None:
+    """Compute capability of a CUDA device, such as 8.6; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major + minor / 10
+
+
 def choose_compute_dtype(choice: str, device: torch.device) -> str:
     """The name of the type of activations and products: the recipe's, or the table's.
 

@@ -90,6 +90,10 @@ def _quantize(model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype)
     )
     quantizer = AutoHfQuantizer.from_config(config)
     quantizer.preprocess_model(model, device_map=None)
+    # bitsandbytes keeps one code book of nested constants for the whole process, on the device where it is
+    # first needed; on `meta` it would spoil every base that is loaded later
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quantize_4bit(torch.zeros(64, 64, device=device), compress_statistics=True, quant_type="nf4")
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             packed, state = quantize_4bit(

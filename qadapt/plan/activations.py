@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qadapt.plan.attention import Attention, attention_core_bytes, mask_bytes, score_bytes
 from qadapt.plan.setting import Setting
 from qadapt.shape import Linear, ModelShape
 
@@ -25,16 +26,14 @@ def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
     return setting.recomputed_layers(shape.layers) * each
 
 
-def attention_bytes(
-    shape: ModelShape, setting: Setting, *, is_recomputed: bool, has_scores: bool = False
-) -> int:
+def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *, is_recomputed: bool) -> int:
     """What the attention half of a layer keeps: norm, adapter inputs, queries, keys, values, output.
 
     Args:
         shape: The model.
         setting: The step.
+        attention: The way attention takes.
         is_recomputed: Its input, a boundary, is not counted.
-        has_scores: No fused kernel takes this attention (`workspace.makes_scores`).
     """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES]
@@ -42,14 +41,13 @@ def attention_bytes(
     kept = _norm(shape.width, setting, is_kept_already=is_recomputed) + _adapter(first, setting)
     if shape.family == "qwen3":
         kept += _norm(query, setting, groups=shape.heads) + _norm(key_value, setting, groups=shape.kv_heads)
-    # phi3's rotary part lays the queries out so that the output is copied; with scores nobody keeps it
-    is_output = shape.family != "phi3" and not has_scores
-    kept += _attention_core(shape, setting, has_scores=has_scores) + _adapter(
-        last, setting, is_kept_already=is_output
-    )
+    # phi3's rotary part lays queries out so that Flash's output, laid out alike, is copied
+    is_copied = shape.family == "phi3" and attention.kernel in ("flash", "cpu")
+    kept += attention_core_bytes(shape, setting, attention)
+    kept += _adapter(last, setting, is_kept_already=attention.keeps_output and not is_copied)
     if shape.family == "gemma2":
         kept += _norm(shape.width, setting)
-    return kept * setting.tokens + score_bytes(shape, setting, has_scores=has_scores)
+    return kept * setting.tokens + score_bytes(shape, setting, attention)
 
 
 def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -63,21 +61,11 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
     return kept * setting.tokens
 
 
-def score_bytes(shape: ModelShape, setting: Setting, *, has_scores: bool = False) -> int:
-    """The T x T matrices that are kept: the fp32 softmax; with a soft cap also its tanh and a cast."""
-    if shape.attention_softcap is None:
-        return has_scores * setting.rows * shape.heads * setting.length**2 * FP32
-    cast = 0 if setting.compute_bytes == FP32 else setting.compute_bytes
-    per_score = setting.compute_bytes + FP32 + cast
-    return setting.rows * shape.heads * setting.length**2 * per_score
-
-
-def shared_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What is there once for all layers: rotary tables, token numbers, eager attention's two masks."""
+def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
+    """What is there once for all layers: rotary tables, token numbers, masks."""
     tables = 2 * setting.length * shape.head_width * setting.compute_bytes
     numbers = 3 * setting.tokens * 8
-    masks = 0 if shape.attention_softcap is None else 2 * setting.length**2 * setting.compute_bytes
-    return tables + numbers + masks
+    return tables + numbers + mask_bytes(setting, attention)
 
 
 def norm_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -112,18 +100,3 @@ def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_
     if each != setting.compute_bytes:
         return len(adapted) * adapted[0].inputs * each
     return 0 if is_kept_already else adapted[0].inputs * each
-
-
-def _attention_core(shape: ModelShape, setting: Setting, *, has_scores: bool) -> int:
-    """Queries, keys, values, output and the fp32 log-sum of each head.
-
-    Where scores are made: scaled queries and keys, and values, in fp32 and repeated per query head
-    (`_scaled_dot_product_attention_math`).
-    """
-    query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    if shape.attention_softcap is not None:  # eager: keys and values repeated per query head, no log-sum
-        return 4 * query * setting.compute_bytes
-    if has_scores:
-        return 3 * query * FP32
-    values = query + 2 * key_value if shape.family == "phi3" else key_value  # phi3: a view of q, k and v
-    return (2 * query + key_value + values) * setting.compute_bytes + shape.heads * FP32

@@ -28,6 +28,7 @@ from qadapt.plan.activations import (
     shared_bytes,
 )
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, trainable
+from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.categories import STATIC
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
@@ -36,7 +37,6 @@ from qadapt.plan.workspace import (
     attention_passing_bytes,
     library_bytes,
     logit_bytes,
-    makes_scores,
     mlp_passing_bytes,
     norm_passing_bytes,
     update_bytes,
@@ -125,11 +125,8 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     check_setting(shape, setting)
     capability = card.compute_capability if card else None
     library = library_bytes(setting, compute_capability=capability)
-    has_scores = makes_scores(shape, setting, compute_capability=capability)
-    kept, recomputed = (
-        _layer(shape, setting, is_recomputed=each, has_scores=has_scores) for each in (False, True)
-    )
-    moments = _moments(shape, setting, library=library, kept=kept, recomputed=recomputed)
+    attention = attention_of(shape, setting, compute_capability=capability)
+    moments = _moments(shape, setting, attention, library=library)
     totals = {phase: sum(categories.values()) for phase, categories in moments.items()}
     peak_phase = max(totals, key=lambda phase: totals[phase])
     is_cuda = setting.device == "cuda"
@@ -161,8 +158,9 @@ class _Layer:
 
 
 def _moments(
-    shape: ModelShape, setting: Setting, *, library: int, kept: _Layer, recomputed: _Layer
+    shape: ModelShape, setting: Setting, attention: Attention, *, library: int
 ) -> dict[str, dict[str, int]]:
+    kept, recomputed = (_layer(shape, setting, attention, is_recomputed=each) for each in (False, True))
     adapter = adapter_bytes(shape, setting)
     static = {
         "base_weights": base_weight_bytes(shape, setting),
@@ -172,7 +170,7 @@ def _moments(
         "gradients": adapter if setting.accumulates else 0,
         "optimizer": optimizer_bytes(shape, setting),
     }
-    shared = shared_bytes(shape, setting)
+    shared = shared_bytes(shape, setting, attention)
     logits, held_logits = logit_bytes(shape, setting)
     at_loss = {
         "recompute_boundaries": boundary_bytes(shape, setting),
@@ -232,12 +230,12 @@ def _kept_layers_bytes(shape: ModelShape, setting: Setting, layer: _Layer) -> in
     return kept if recomputed else kept - norm_bytes(shape, setting)
 
 
-def _layer(shape: ModelShape, setting: Setting, *, is_recomputed: bool, has_scores: bool) -> _Layer:
+def _layer(shape: ModelShape, setting: Setting, attention: Attention, *, is_recomputed: bool) -> _Layer:
     """One layer; its highest moment is in its feed-forward half, or in its attention."""
-    attention = attention_bytes(shape, setting, is_recomputed=is_recomputed, has_scores=has_scores)
-    kept = attention + mlp_bytes(shape, setting)
+    half = attention_bytes(shape, setting, attention, is_recomputed=is_recomputed)
+    kept = half + mlp_bytes(shape, setting)
     both = (kept, mlp_passing_bytes(shape, setting))
-    alone = (attention, attention_passing_bytes(shape, setting, has_scores=has_scores))
+    alone = (half, attention_passing_bytes(shape, setting, attention))
     return _Layer(kept, *max(both, alone, key=sum))
 
 

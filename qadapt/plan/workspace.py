@@ -1,27 +1,24 @@
 """Bytes that come and go within an operation: what the step keeps is in `activations`.
 
 Two halves. The closed form's: the moments of a layer, and of the loss. The kernels': what CUDA takes inside
-an operation, where no dispatch mode can see it (`kernel_bytes`, asked by the dry run), which attention kernel
-a target takes (`attention_kernel`), and what cuBLAS keeps. The kernels' figures are from PyTorch's sources
-(2.13 and the code just after it), not measured here; published peaks of a T4 and an A100 score them
-(`tools/bench/estimator.py`).
+an operation, where no dispatch mode can see it (`kernel_bytes`, asked by the dry run), and what cuBLAS keeps.
+The kernels' figures are from PyTorch's sources (2.13 and the code just after it), not measured here;
+published peaks of a T4 and an A100 score them (`tools/bench/estimator.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from qadapt.plan.activations import adapter_input_bytes
+from qadapt.plan.attention import Attention
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
 from qadapt.shape import Linear, ModelShape
 from qadapt.units import MIB
 
 FP32 = 4
-
-AttentionKernel = Literal["flash", "efficient", "math"]
 
 
 def library_bytes(setting: Setting, *, compute_capability: float | None) -> int:
@@ -56,45 +53,38 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     return gradient + max(moments)
 
 
-def makes_scores(shape: ModelShape, setting: Setting, *, compute_capability: float | None) -> bool:
-    """Whether attention falls to the kernel that makes T x T scores; an unknown card is taken to be new."""
-    if setting.device == "cpu" or compute_capability is None or shape.attention_softcap is not None:
-        return False
-    kernel = attention_kernel(
-        compute_capability,
-        setting.compute_dtype,
-        head_width=shape.head_width,
-        grouped=shape.kv_heads < shape.heads,
-        has_mask=False,
-    )
-    return kernel == "math"
+def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
+    """What comes on top of the attention half's kept bytes while its scores go backward.
 
-
-def attention_passing_bytes(shape: ModelShape, setting: Setting, *, has_scores: bool = False) -> int:
-    """What comes on top of the attention half's kept bytes while fused attention goes backward.
-
-    Eager attention with a soft cap: the fp32 gradients before and after the softmax, its cast let go. Scores
-    made without fusing (`makes_scores`): the same two, and what the kernel of the softmax's gradient takes.
+    Fused: the residual's gradient, that of the output and those of queries, keys and values, and what the
+    kernel takes inside. Eager attention with a soft cap: the fp32 gradients before and after the softmax, its
+    cast let go. Scores made without fusing: the same two, and what the kernel of the softmax's gradient
+    takes.
     """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     c = setting.compute_bytes
-    if shape.attention_softcap is not None:
+    scores = setting.rows * shape.heads * setting.length**2
+    if attention.kernel == "eager":
         per_score = 2 * FP32 - (c if c < FP32 else 0)
-        scores = setting.rows * shape.heads * setting.length**2 * per_score
         let_go = query * c + shape.width * FP32  # output and values, less one gradient; the norm after them
-        return (shape.width * c - let_go) * setting.tokens + scores
-    if has_scores:
-        scores = setting.rows * shape.heads * setting.length**2
+        return (shape.width * c - let_go) * setting.tokens + scores * per_score
+    if attention.kernel == "math":
         let_go = adapter_input_bytes(
             [_linear(shape, "o_proj")], setting
         )  # the values go, too, as theirs come
         return 3 * FP32 * scores + (shape.width * c - let_go) * setting.tokens
-    gradients = (shape.width + 2 * query + 2 * key_value) * c
-    if setting.device == "cuda":
-        gradients += query * FP32
-        if shape.kv_heads < shape.heads:
-            gradients += 2 * query * c
-    return gradients * setting.tokens
+    wide = query if attention.is_repeated else key_value
+    gradients = (shape.width + 2 * query + 2 * wide) * c * setting.tokens
+    if setting.device == "cpu":
+        return gradients
+    heads = [(setting.rows, count, setting.length, shape.head_width) for count in (shape.heads, wide)]
+    heads[1] = (setting.rows, wide // shape.head_width, setting.length, shape.head_width)
+    return gradients + kernel_bytes(
+        f"_scaled_dot_product_{attention.kernel}_attention_backward",
+        [heads[0], *heads],
+        value_bytes=c,
+        capability=attention.capability,
+    )
 
 
 def norm_passing_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -134,36 +124,6 @@ def _linear(shape: ModelShape, name: str) -> Linear:
 
 def _up(shape: ModelShape) -> Linear:
     return _linear(shape, "gate_up_proj" if shape.family == "phi3" else "up_proj")
-
-
-def attention_kernel(
-    capability: float, dtype: str, *, head_width: int, grouped: bool, has_mask: bool
-) -> AttentionKernel:
-    """Which kernel `scaled_dot_product_attention` takes on CUDA while training, without dropout.
-
-    Source: PyTorch's `sdp_utils.cpp`. Flash needs compute capability 8.0, 16 bits, no mask; on 8.6 to 8.9 and
-    12.x its backward leaves out head widths of 193 to 224. The memory-efficient one takes fp32 and masks and
-    works from 5.0 on, but refuses grouped queries (`enable_gqa`) in every release up to 2.13; grouped queries
-    without Flash therefore go to the one that makes T x T scores. On 9.0 and 10.0 newer releases may prefer
-    cuDNN's kernel, whose workspace nobody has published: it is taken for Flash here.
-
-    Args:
-        capability: Compute capability of the card: 7.5, 8.6, ...
-        dtype: The values' type: "fp32", "bf16" or "fp16".
-        head_width: Width of one head.
-        grouped: Fewer key-value heads than query heads reach the call (it is given `enable_gqa`).
-        has_mask: The call has a mask tensor; `is_causal` is none.
-    """
-    is_half = dtype != "fp32"
-    if capability >= 8 and is_half and not has_mask and head_width <= 256:
-        is_consumer = 8.6 <= capability < 9 or capability >= 12
-        if not (is_consumer and 192 < head_width <= 224):
-            return "flash"
-    alignment = 8 if is_half else 4 if capability >= 8 else 1
-    is_known = dtype != "bf16" or capability >= 8
-    if is_known and not grouped and head_width % alignment == 0:
-        return "efficient"
-    return "math"
 
 
 def blas_workspace_bytes(capability: float | None) -> int:
