@@ -25,10 +25,12 @@ from qadapt.plan.inverse import ModelAnswer, Most, What, fitting_models, most
 from qadapt.plan.knobs import PLANNED
 from qadapt.plan.ladder import ladder
 from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, check_setting, setting_of
+from qadapt.quiet import quiet_libraries
 from qadapt.shape import ModelConfig, ModelShape, find_config, known_shapes, shape_from_config
 from qadapt.units import parse_bytes
 
 if TYPE_CHECKING:
+    from qadapt.exact import ExactAnswer
     from qadapt.recipe import Recipe
 
 ComputeType = Literal["bf16", "fp16", "fp32"]
@@ -41,6 +43,7 @@ def estimate(
     *,
     card: str | None = None,
     vram: str | None = None,
+    exact: bool = False,
     **step: object,
 ) -> Estimate:
     """What one micro-batch takes, by category.
@@ -50,13 +53,15 @@ def estimate(
         overrides: `section.key=value` texts, as in a recipe.
         card: A card's name; default: this machine.
         vram: What is free on the card, such as `7.3GiB`.
+        exact: Count it on the step itself, without its memory: takes seconds, and imports torch. A decoder
+            without a closed form is always counted so.
         step: Fields of `Setting` to change: `length`, `rows`, `rank`, `recompute`, `supervised_share`.
 
     Raises:
         QadaptError: The model, the card, an override or a number is wrong.
     """
     question = ask(model, overrides, card=card, vram=vram).changed(step)
-    return question.estimate()
+    return question.dry_run().estimate if exact or question.shape is None else question.estimate()
 
 
 def plan(
@@ -98,7 +103,7 @@ class Question:
         setting = dataclasses.replace(self.setting, **step)  # type: ignore[arg-type]
         if self.shape is not None:
             check_setting(self.shape, setting)
-        elif self.config is not None:
+        else:
             check_numbers(_Outline.of(self.config), setting)
         rows_per_step = max(self.rows_per_step, setting.rows) if self.rows_per_step else 0
         setting = dataclasses.replace(setting, accumulates=rows_per_step > setting.rows)
@@ -114,7 +119,10 @@ class Question:
         if self.shape is not None:
             return self.shape
         assert self.config is not None
-        return shape_from_config(self.config.values, name=self.config.name)
+        raise NoClosedForm(
+            f"{self.config.name} has the architecture {self.config.family!r}, which has no closed form here.",
+            cure="`qadapt estimate` asks the exact dry run about one step, without --max or --all-cards.",
+        )
 
     def estimate(self) -> Estimate:
         """What one micro-batch takes, by the closed form.
@@ -123,6 +131,26 @@ class Question:
             NoClosedForm: The model has none.
         """
         return estimate_step(self.closed, self.setting, card=self.target.card)
+
+    def dry_run(self) -> ExactAnswer:
+        """What one micro-batch takes, counted on the step itself without its memory. Imports torch.
+
+        Raises:
+            QadaptError: The model cannot be built, or an adapter does not suit it.
+        """
+        from qadapt.exact import exact_answer
+
+        quiet_libraries()
+        assert self.config is not None, "a run's own question has no configuration at hand"
+        found = exact_answer(
+            self.config,
+            self.setting,
+            shape=self.shape,
+            target=self.target,
+            rows_per_step=max(self.rows_per_step, self.setting.rows),
+            calibration=self.calibration(),
+        )
+        return dataclasses.replace(found, answer=self._with_changes(found.answer))
 
     def answer(self, estimate: Estimate | None = None) -> Answer:
         """The estimate with its verdict; with the cheapest changes, where it does not surely fit.
@@ -143,12 +171,16 @@ class Question:
             rows_per_step=max(self.rows_per_step, found.setting.rows),
             calibration=self.calibration(),
         )
-        if answer.verdict == "fits":
+        return self._with_changes(answer)
+
+    def _with_changes(self, answer: Answer) -> Answer:
+        """With the cheapest changes, if it does not surely fit and a closed form can tell them."""
+        if answer.verdict == "fits" or self.shape is None:
             return answer
-        wider = answer.error_bytes - found.error_bytes
+        wider = answer.error_bytes - answer.estimate.error_bytes
         changes = ladder(
-            shape,
-            found.setting,
+            self.shape,
+            answer.estimate.setting,
             budget_bytes=self.target.free_bytes - wider,
             rows_per_step=answer.rows_per_step,
             card=self.target.card,
@@ -206,7 +238,9 @@ class _Outline(NamedTuple):
     context: int
 
     @staticmethod
-    def of(config: ModelConfig) -> _Outline:
+    def of(config: ModelConfig | None) -> _Outline:
+        if config is None:
+            return _Outline("any model", sys.maxsize, sys.maxsize)
         layers = size(config.values, "num_hidden_layers")
         context = size(config.values, "max_position_embeddings")
         return _Outline(config.name, layers or sys.maxsize, context or sys.maxsize)

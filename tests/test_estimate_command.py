@@ -361,7 +361,7 @@ def test_models_and_cards_are_listed() -> None:
         (("estimate", "Llama-3.1-8B", "--max", "width"), "Give one of: length, rows, rank, model."),
         (("estimate", "--max", "length"), "needs a model or a recipe"),
         (("estimate", "--all-cards"), "needs a model or a recipe"),
-        (("estimate", "--all-cards", "--max", "model"), "needs a model or a recipe"),
+        (("estimate", "--all-cards", "--max", "model"), "--max model about all of them"),
         (("estimate", "Llama-3.1-8B", "--all-cards", "--max", "model"), "--max model about all of them"),
         (("estimate", "Llama-3.1-8B", "--all-cards", "--card", "4060"), "contradict each other"),
         (("estimate", "Llama-3.1-8B", "--all-cards", "--vram", "7GiB"), "contradict each other"),

@@ -18,7 +18,7 @@ RUNGS = (
     {"model", "adapters", "data"},
     {"train"},
     {"export", "view", "serve"},
-    {"run", "run_parts", "planning"},
+    {"run", "run_parts", "planning", "exact"},
     {"cli", "__init__"},
     {"__main__"},
 )

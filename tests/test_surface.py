@@ -21,7 +21,7 @@ NAMES = ["estimate", "export", "load", "plan", "train"]
 COMMANDS = {
     "estimate": (
         "model overrides --card --vram --length --rows --rank --recompute --supervised "
-        "--max --all-cards --models --cards --json"
+        "--max --all-cards --exact --plot --models --cards --json"
     ),
     "plan": "recipe overrides --card --vram --supervised --json",
     "train": "recipe overrides --quiet --plain",

@@ -88,6 +88,11 @@ def test_what_is_there_before_may_be_given_instead_of_traced() -> None:
     assert traced == given_
 
 
+def test_sizes_are_rounded_as_the_device_rounds_them() -> None:
+    events = [TraceEvent(n, MIB - 1, "activations", "forward") for n in range(4)]
+    assert "4.0 MiB" in texts(memory_svg(events, title="a step", unit_bytes=512))
+
+
 def test_a_limit_far_above_does_not_flatten_the_picture() -> None:
     assert "limit 78.00 GiB, far above ↑" in texts(memory_svg(step(), title="a step", limit_bytes=78 * GIB))
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from qadapt.cli.screen import console
+from qadapt.cli.plot import check_plot, write_plot
+from qadapt.cli.screen import console, error_console
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import cards as all_cards
 from qadapt.plan.answer import CardAnswer
@@ -38,6 +40,21 @@ JsonOption = Annotated[
 ]
 
 
+MaxOption = Annotated[
+    str | None,
+    typer.Option("--max", help="The most that fits of: length, rows, rank; or the largest model."),
+]
+AllCardsOption = Annotated[
+    bool, typer.Option("--all-cards", help="Ask every card of the catalogue; also with --max.")
+]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Count the very step, run without its memory; takes seconds.")
+]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="Draw the step's memory over time into this .svg; exact, too.")
+]
+
+
 def estimate(
     model: Annotated[
         str | None, typer.Argument(help="A known model, a folder with a config.json, or a recipe.")
@@ -55,13 +72,10 @@ def estimate(
         str | None, typer.Option(help="Activation checkpointing: all, none, or how many of the first layers.")
     ] = None,
     supervised: SupervisedOption = None,
-    max_: Annotated[
-        str | None,
-        typer.Option("--max", help="The most that fits of: length, rows, rank; or the largest model."),
-    ] = None,
-    is_on_all: Annotated[
-        bool, typer.Option("--all-cards", help="Ask every card of the catalogue; also with --max.")
-    ] = False,
+    max_: MaxOption = None,
+    is_on_all: AllCardsOption = False,
+    exact: ExactOption = False,
+    plot: PlotOption = None,
     models: Annotated[bool, typer.Option("--models", help="List the known models and leave.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="List the known cards and leave.")] = False,
     json: JsonOption = False,
@@ -71,7 +85,8 @@ def estimate(
     Examples: `qadapt estimate Llama-3.1-8B --card "RTX 4060" --length 2048`,
     `qadapt estimate llama-3.1-8b-qlora-8gb data.length=1024 --vram 7.3GiB`, `qadapt estimate --models`,
     `qadapt estimate Llama-3.1-8B --card "RTX 4060" --max length`,
-    `qadapt estimate --card "RTX 4060" --max model`, `qadapt estimate Llama-3.1-8B --all-cards`.
+    `qadapt estimate --card "RTX 4060" --max model`, `qadapt estimate Llama-3.1-8B --all-cards`,
+    `qadapt estimate Llama-3.1-8B --card "RTX 4060" --plot memory.svg`.
 
     With --json the output has at least: schema, peak_allocated_bytes, categories (name to bytes at the peak),
     reserved_bytes (low, high), context_bytes, host_bytes, disk_bytes, fits, exact. With --max or --all-cards
@@ -81,11 +96,14 @@ def estimate(
         console().print(_catalogue(is_cards=cards))
         return
     wanted = _wanted(max_)
+    _check_together(wanted, is_on_all=is_on_all, is_exact=exact or plot is not None)
+    if plot is not None:
+        check_plot(plot)
     numbers = {"length": length, "rows": rows, "rank": rank, "supervised_share": supervised}
     changes: dict[str, object] = {name: value for name, value in numbers.items() if value is not None}
     if recompute is not None:
         changes["recompute"] = _recompute(recompute)
-    if model is None and wanted == "model" and not is_on_all:
+    if model is None and wanted == "model":
         answer = _models_answer(ask_models(card=card, vram=vram).changed(changes))
     elif model is None:
         raise BadRecipe(
@@ -93,12 +111,12 @@ def estimate(
             cure="Give one, such as Llama-3.1-8B; `qadapt estimate --models` lists the known ones.",
         )
     elif is_on_all:
-        _check_on_all(card, vram, wanted)
+        _check_on_all(card, vram)
         asked = [ask(model, overrides or (), card=each.name, vram=None) for each in all_cards()]
         answer = _cards_answer([question.changed(changes) for question in asked], wanted)
     else:
         question = ask(model, overrides or (), card=card, vram=vram).changed(changes)
-        answer = _models_answer(question) if wanted == "model" else _answer(question, wanted)
+        answer = _answer(question, wanted, is_exact=exact, plot=plot)
     _show(*answer, is_json=json)
 
 
@@ -132,6 +150,7 @@ def plan(
     _show(plan_record(answer, found), draw, is_json=json)
 
 
+Asked = What | Literal["model"]
 Drawing = Callable[[], "RenderableType"]
 """Makes what the screen shows; the libraries for it are imported only then."""
 
@@ -143,8 +162,8 @@ def _show(record: dict[str, Any], draw: Drawing, *, is_json: bool) -> None:
         console().print(draw())
 
 
-def _wanted(text: str | None) -> What | Literal["model"] | None:
-    choices: tuple[What | Literal["model"], ...] = (*get_args(What), "model")
+def _wanted(text: str | None) -> Asked | None:
+    choices: tuple[Asked, ...] = (*get_args(What), "model")
     for choice in choices:
         if text == choice:
             return choice
@@ -165,29 +184,69 @@ def _recompute(text: str) -> Recompute:
         ) from None
 
 
-def _check_on_all(card: str | None, vram: str | None, wanted: str | None) -> None:
-    given = "--card" if card is not None else "--vram" if vram is not None else None
-    if given is not None:
-        raise BadRecipe(f"--all-cards and {given} contradict each other.", cure="Give one of them.")
-    if wanted == "model":
+def _check_together(wanted: Asked | None, *, is_on_all: bool, is_exact: bool) -> None:
+    if is_exact and (wanted is not None or is_on_all):
+        raise BadRecipe(
+            "--exact and --plot are about one step, --max and --all-cards about many.", cure="Leave one out."
+        )
+    if is_on_all and wanted == "model":
         raise BadRecipe(
             "--all-cards asks about one model, --max model about all of them.",
             cure="Give --max length, rows or rank with --all-cards; or --max model with one --card.",
         )
 
 
-def _answer(question: Question, wanted: What | None) -> tuple[dict[str, Any], Drawing]:
-    """One step; or the largest value of a field, and the step at it."""
-    found = question.most(wanted) if wanted is not None else None
-    answer = question.answer(found.estimate if found else None)
+def _check_on_all(card: str | None, vram: str | None) -> None:
+    given = "--card" if card is not None else "--vram" if vram is not None else None
+    if given is not None:
+        raise BadRecipe(f"--all-cards and {given} contradict each other.", cure="Give one of them.")
+
+
+def _answer(
+    question: Question, wanted: Asked | None, *, is_exact: bool, plot: Path | None
+) -> tuple[dict[str, Any], Drawing]:
+    """One question: a step, the largest value of a field and the step at it, or the largest model."""
+    if wanted == "model":
+        return _models_answer(question)
+    if wanted is not None:
+        return _most_answer(question, wanted)
+    if is_exact or plot is not None or question.shape is None:
+        return _exact_answer(question, plot)
+    answer = question.answer()
+
+    def draw() -> RenderableType:
+        from qadapt.view.tables import EstimateTable
+
+        return EstimateTable(answer)
+
+    return estimate_record(answer), draw
+
+
+def _most_answer(question: Question, what: What) -> tuple[dict[str, Any], Drawing]:
+    found = question.most(what)
+    answer = question.answer(found.estimate)
 
     def draw() -> RenderableType:
         from qadapt.view.answers import MostTable
+
+        return MostTable(answer, found)
+
+    return most_record(answer, found), draw
+
+
+def _exact_answer(question: Question, plot: Path | None) -> tuple[dict[str, Any], Drawing]:
+    """One step by the dry run, and its picture if one is wanted."""
+    with error_console().status("running the step without its memory ..."):
+        found = question.dry_run()
+    if plot is not None:
+        write_plot(plot, found.answer, found.trace)
+
+    def draw() -> RenderableType:
         from qadapt.view.tables import EstimateTable
 
-        return MostTable(answer, found) if found else EstimateTable(answer)
+        return EstimateTable(found.answer)
 
-    return most_record(answer, found) if found else estimate_record(answer), draw
+    return estimate_record(found.answer), draw
 
 
 def _models_answer(question: Question) -> tuple[dict[str, Any], Drawing]:
@@ -201,9 +260,7 @@ def _models_answer(question: Question) -> tuple[dict[str, Any], Drawing]:
     return models_record(answers, question.target), draw
 
 
-def _cards_answer(
-    questions: Sequence[Question], wanted: What | Literal["model"] | None
-) -> tuple[dict[str, Any], Drawing]:
+def _cards_answer(questions: Sequence[Question], wanted: Asked | None) -> tuple[dict[str, Any], Drawing]:
     asked = None if wanted == "model" else wanted
     found = [question.most(asked) if asked else None for question in questions]
     rows = tuple(

@@ -32,6 +32,8 @@ class Answer:
         changes: What would make it fit, if it does not.
         calibration: What earlier runs measured, if the target is this machine.
         module: The module that ran at the peak; empty where only the phase is known.
+        notes: What a reader would not expect of this model.
+        reserved_range_bytes: What the allocator may hold, from a replay; None: the estimate's own range.
     """
 
     name: str
@@ -43,6 +45,14 @@ class Answer:
     changes: tuple[Change, ...] = ()
     calibration: Calibration | None = None
     module: str = ""
+    notes: tuple[str, ...] = ()
+    reserved_range_bytes: tuple[int, int] | None = None
+
+    @property
+    def reserved_bytes(self) -> tuple[int, int]:
+        """The least and the most the allocator is likely to hold, with memory to spare."""
+        own = (self.estimate.reserved_low_bytes, self.estimate.reserved_high_bytes)
+        return self.reserved_range_bytes or own
 
     @property
     def error_bytes(self) -> int:

@@ -35,7 +35,7 @@ def estimate_record(answer: Answer) -> dict[str, Any]:
         "peak_module": answer.module or None,
         "phase_bytes": estimate.phase_bytes,
         "categories": estimate.categories,
-        "reserved_bytes": {"low": estimate.reserved_low_bytes, "high": estimate.reserved_high_bytes},
+        "reserved_bytes": dict(zip(("low", "high"), answer.reserved_bytes, strict=True)),
         "context_bytes": estimate.context_bytes,
         "context_range_bytes": dict(zip(("low", "high"), estimate.context_range_bytes, strict=True)),
         "needed_bytes": estimate.needed_bytes,
@@ -52,6 +52,7 @@ def estimate_record(answer: Answer) -> dict[str, Any]:
         "exact": estimate.exact,
         "relative_error": estimate.relative_error,
         "calibration": _calibration(answer.calibration),
+        "notes": list(answer.notes),
         "changes": [_change(change) for change in answer.changes],
     }
 

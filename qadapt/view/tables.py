@@ -168,7 +168,9 @@ def sureness(answer: Answer) -> tuple[Line, ...]:
     is_cuda = estimate.setting.device == "cuda"
     if estimate.exact:
         exact = "every tensor of the step, counted on the step itself without its memory"
-        ranges = ["what kernels take inside an operation, from a table"] if is_cuda else []
+        ranges = (
+            [f"what kernels take inside, from a table ({estimate.relative_error:.0%})"] if is_cuda else []
+        )
     else:
         exact = f"what stays from step to step, {stays}, to the byte"
         ranges = [f"what comes and goes, within {estimate.relative_error:.0%}"]
@@ -177,8 +179,6 @@ def sureness(answer: Answer) -> tuple[Line, ...]:
     unknown = []
     if is_cuda:
         unknown.append("no GPU has confirmed this step")
-        if not estimate.exact and not answer.target.has_bf16:
-            unknown.append("Turing may compute attention with T x T scores, which are not counted")
     else:
         unknown.append("what the allocator keeps beside live tensors is not counted")
     lines = (("exact", exact), ("range", "; ".join(ranges)), ("unknown", "; ".join(unknown)))
@@ -211,17 +211,19 @@ def _memory(answer: Answer) -> Iterator[Line]:
     estimate = answer.estimate
     if not estimate.context_bytes:
         return
-    low, high = (f"{amount / MIB:.0f}" for amount in estimate.context_range_bytes)
-    context = f"{estimate.context_bytes / MIB:.0f} MiB of CUDA's own, {low} to {high} possible"
+    least, most = (f"{amount / MIB:.0f}" for amount in estimate.context_range_bytes)
+    context = f"{estimate.context_bytes / MIB:.0f} MiB of CUDA's own, {least} to {most} possible"
     yield "context", f"{context}; counted in the verdict"
-    low, high = f"{estimate.reserved_low_bytes / GIB:.2f}", format_bytes(estimate.reserved_high_bytes)
-    yield "reserved", f"{low} to {high} with memory to spare; less under pressure"
+    low, high = answer.reserved_bytes
+    yield "reserved", f"{low / GIB:.2f} to {format_bytes(high)} with memory to spare; less under pressure"
 
 
 def _doubts(answer: Answer) -> Iterator[Line]:
     """What this very machine adds to the verdict."""
     if answer.target.may_spill and answer.verdict != "fits":
         yield "Windows", "may put what does not fit into host memory: many times slower, and no error"
+    for note in answer.notes:
+        yield "note", note
     if answer.calibration:
         widened = "; ± is widened to that" if answer.is_widened else ""
         yield "measured", f"{answer.calibration.sentence}{widened}"
@@ -237,7 +239,12 @@ def _disk(answer: Answer) -> Line:
 def _time(answer: Answer) -> Line:
     total = answer.seconds_per_1000_steps
     if total is None or answer.estimate.seconds_per_step is None:
-        return "time", "unknown: nobody has measured this device"
+        card = answer.target.card
+        is_known = card is not None and card.tflops is not None
+        what = (
+            "there is no closed form for this architecture" if is_known else "nobody has measured this device"
+        )
+        return "time", f"unknown: {what}"
     count = answer.micro_batches_per_step
     each = format_seconds(answer.estimate.seconds_per_step)
     step = f"{count} micro-batch{'es' if count > 1 else ''} of {each} a step"

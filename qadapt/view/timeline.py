@@ -81,6 +81,7 @@ def memory_svg(
     title: str,
     starting: Mapping[str, int] | None = None,
     limit_bytes: int | None = None,
+    unit_bytes: int = 1,
 ) -> str:
     """The picture of a step.
 
@@ -90,11 +91,13 @@ def memory_svg(
         title: What it is a picture of.
         starting: Bytes by category before the first event, where the trace does not hold the loading.
         limit_bytes: What is free for the allocator; a line is drawn there.
+        unit_bytes: What every size is rounded up to, as the device's allocator does.
 
     Raises:
         ValueError: Nothing happens after the loading.
     """
-    before, bands = _bands(trace, starting or {})
+    sized = [event._replace(size_bytes=-(-event.size_bytes // unit_bytes) * unit_bytes) for event in trace]
+    before, bands = _bands(sized, starting or {})
     if not bands:
         raise ValueError("the trace holds no event after the loading")
     _measure(bands, before)

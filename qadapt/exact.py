@@ -1,0 +1,160 @@
+"""A question answered by the exact dry run: the very step without its memory, for any decoder.
+
+The same `Answer` as the closed form's, so that screens and `--json` show both alike; beside it the trace,
+from which the picture is drawn. What stays and what comes and goes is counted, to the byte, as a CPU run
+counts it; what CUDA kernels take inside an operation comes from a table (`plan/workspace.py`), so that `±`
+keeps a share for it. Imports torch and transformers: some seconds. `planning.py` is the door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qadapt.experts import routed_experts
+from qadapt.hardware.calibration import Calibration
+from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
+from qadapt.hardware.target import Target
+from qadapt.model.precision import DTYPES
+from qadapt.model.skeleton import skeleton_base
+from qadapt.plan.allocator import reserved_range
+from qadapt.plan.answer import Answer
+from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
+from qadapt.plan.setting import Setting
+from qadapt.plan.trace import TraceEvent
+from qadapt.shape import ModelConfig, ModelShape
+from qadapt.train.dryrun import DryRun, dry_run
+
+KERNEL_ERROR = 0.02
+"""On CUDA, of what comes and goes: the bar that published peaks are held to (`tools/bench/estimator.py`)."""
+
+
+@dataclass(frozen=True)
+class ExactAnswer:
+    """What the dry run says.
+
+    Attributes:
+        answer: The answer; its estimate is `exact`.
+        trace: Every allocation and release, from the loading on.
+        static: Bytes by category before the step.
+    """
+
+    answer: Answer
+    trace: tuple[TraceEvent, ...]
+    static: Mapping[str, int]
+
+    @property
+    def estimate(self) -> Estimate:
+        """The estimate alone."""
+        return self.answer.estimate
+
+
+def exact_answer(
+    config: ModelConfig,
+    setting: Setting,
+    *,
+    shape: ModelShape | None,
+    target: Target,
+    rows_per_step: int,
+    calibration: Calibration | None,
+) -> ExactAnswer:
+    """Runs a step without memory and says what it took.
+
+    Args:
+        config: The model.
+        setting: The step.
+        shape: The model's shape, if it has a closed form: then the time is known, too.
+        target: Where it would run.
+        rows_per_step: Rows of one optimizer step.
+        calibration: What earlier runs on this machine measured.
+
+    Raises:
+        QadaptError: The model cannot be built, or an adapter does not suit it.
+    """
+    capability = target.card.compute_capability if target.card else None
+    run = dry_run(config.values, setting, capability=capability)
+    outside = _outside(shape, setting, target.card) if shape else _outside_of_skeleton(config, setting, run)
+    reserved = reserved_range(run.trace)
+    answer = Answer(
+        name=config.name,
+        parameters=outside.parameters,
+        disk=outside.disk,
+        estimate=_estimate(run, setting, card=target.card, outside=outside),
+        target=target,
+        rows_per_step=rows_per_step,
+        calibration=calibration,
+        module=run.peak.module,
+        notes=_notes(config, setting, run, has_closed_form=shape is not None),
+        reserved_range_bytes=None if setting.device == "cpu" else (reserved.low_bytes, reserved.high_bytes),
+    )
+    return ExactAnswer(answer, run.trace, run.static)
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """What the step's own memory does not say."""
+
+    parameters: int
+    disk: dict[str, int]
+    host_bytes: int
+    seconds: float | None
+
+
+def _outside(shape: ModelShape, setting: Setting, card: Card | None) -> _Outside:
+    """By the closed form."""
+    closed = estimate_step(shape, setting, card=card)
+    host = closed.host_bytes - (closed.peak_allocated_bytes if setting.device == "cpu" else 0)
+    return _Outside(shape.parameters, disk_parts(shape, setting), host, closed.seconds_per_step)
+
+
+def _outside_of_skeleton(config: ModelConfig, setting: Setting, run: DryRun) -> _Outside:
+    """From the model as it is built: the two largest tensors lie in host memory while it is loaded."""
+    sizes = sorted(_tensor_sizes(config.values))
+    adapter = run.static["adapters"]
+    disk = {
+        "checkpoints": 3 * (adapter + run.static["optimizer"]),
+        "adapter": adapter,
+        "merged-fp16": 2 * sum(sizes),
+    }
+    return _Outside(sum(sizes), disk, RUNTIME_BYTES[setting.device] + 2 * sum(sizes[-2:]), None)
+
+
+def _tensor_sizes(values: Mapping[str, Any]) -> list[int]:
+    model = skeleton_base(values, quantization="none", double_quant=False, dtype=DTYPES["bf16"])
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+def _estimate(run: DryRun, setting: Setting, *, card: Card | None, outside: _Outside) -> Estimate:
+    is_cuda = setting.device == "cuda"
+    context = card.context_bytes if card else CONTEXT_BYTES
+    context_range = card.context_range_bytes if card else CONTEXT_RANGE_BYTES
+    return Estimate(
+        setting=setting,
+        categories=dict(run.peak.categories),
+        peak_phase=run.peak.phase,
+        phase_bytes={
+            name: amount for name, amount in run.phase_bytes.items() if name not in ("load", "outside")
+        },
+        context_bytes=context if is_cuda else 0,
+        context_range_bytes=context_range if is_cuda else (0, 0),
+        host_bytes=outside.host_bytes + (0 if is_cuda else run.peak.bytes),
+        pinned_bytes=0,
+        disk_bytes=sum(outside.disk.values()),
+        seconds_per_step=outside.seconds,
+        relative_error=KERNEL_ERROR if is_cuda else 0.0,
+        exact=True,
+    )
+
+
+def _notes(config: ModelConfig, setting: Setting, run: DryRun, *, has_closed_form: bool) -> tuple[str, ...]:
+    """What a reader would not expect of this model."""
+    notes = []
+    if not has_closed_form:
+        notes.append(f"{config.family} has no closed form here: counted by the exact dry run")
+    experts = routed_experts(config.values)
+    if experts is not None:
+        notes.append(experts.not_covered.rstrip("."))
+    elif setting.quantization == "nf4" and not run.static["quantization_constants"]:
+        notes.append("the library quantizes no layer of this architecture: all of it stays in 16 bits")
+    return tuple(notes)
