@@ -163,7 +163,7 @@ def _step(case: Case, model: PeftModel, ledger: Ledger) -> None:
 
 
 def allocated_bytes(step: Callable[[], object]) -> int:
-    """The highest sum of the CPU allocator's own records over a step; what was there before counts nothing."""
+    """The highest sum of the CPU allocator's records over a step; what was there before counts nothing."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     level = highest = 0
