@@ -155,6 +155,7 @@ def _notes(config: ModelConfig, setting: Setting, run: DryRun, *, has_closed_for
     experts = routed_experts(config.values)
     if experts is not None:
         notes.append(experts.not_covered.rstrip("."))
+        notes.append("their products are grouped, as transformers does: the routing does not change the peak")
     elif setting.quantization == "nf4" and not run.static["quantization_constants"]:
         notes.append("the library quantizes no layer of this architecture: all of it stays in 16 bits")
     return tuple(notes)

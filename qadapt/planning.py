@@ -24,6 +24,7 @@ from qadapt.plan.fit import Plan, fit
 from qadapt.plan.inverse import ModelAnswer, Most, What, fitting_models, most
 from qadapt.plan.knobs import PLANNED
 from qadapt.plan.ladder import ladder
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, check_setting, setting_of
 from qadapt.quiet import quiet_libraries
 from qadapt.shape import ModelConfig, ModelShape, find_config, known_shapes, shape_from_config
@@ -193,6 +194,11 @@ class Question:
             return None
         return recall(kind_of_run(self.target, self.setting))
 
+    def room(self) -> Room:
+        """What there is for the step."""
+        calibration = self.calibration()
+        return Room(self.target.free_bytes, calibration.worst if calibration else 0.0)
+
     def most(self, what: What) -> Most:
         """The largest length, number of rows or rank that fits.
 
@@ -203,7 +209,7 @@ class Question:
             self.closed,
             self.setting,
             what=what,
-            budget_bytes=self.target.free_bytes,
+            room=self.room(),
             rows_per_step=self.rows_per_step,
             card=self.target.card,
         )
@@ -211,7 +217,7 @@ class Question:
     def models(self) -> tuple[ModelAnswer, ...]:
         """Every known model with a closed form at this setting, the largest first."""
         card = self.target.card
-        return fitting_models(known_shapes(), self.setting, budget_bytes=self.target.free_bytes, card=card)
+        return fitting_models(known_shapes(), self.setting, room=self.room(), card=card)
 
     def plan(self) -> Plan:
         """The fastest setting of the free knobs that fits.

@@ -10,6 +10,7 @@ import pytest
 from qadapt.hardware.cards import find_card
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import MOST_ROWS, fitting_models, largest, most
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape, find_shape, known_shapes
 from qadapt.units import GIB
@@ -36,7 +37,7 @@ def test_a_ceiling_that_fits_again_is_found() -> None:
 def test_the_answer_fits_and_one_more_does_not(what: str, setting: Setting) -> None:
     card = find_card("RTX 4060 8GB") if setting.quantization == "nf4" else find_card("RTX 4090")
     budget = card.free_bytes("headless")
-    answer = most(LLAMA, setting, what=what, budget_bytes=budget, card=card)  # type: ignore[arg-type]
+    answer = most(LLAMA, setting, what=what, room=Room(budget), card=card)  # type: ignore[arg-type]
     assert answer.value is not None
     assert answer.value >= 1
     assert vars(answer.estimate.setting)[what] == answer.value
@@ -55,7 +56,7 @@ def test_halving_agrees_with_every_length_of_a_small_model() -> None:
             if estimate_step(shape, Setting(length=length)).fits(budget)
         ]
         assert every == list(range(1, len(every) + 1)), "fits up to there and not above"
-        answer = most(shape, Setting(), what="length", budget_bytes=budget)
+        answer = most(shape, Setting(), what="length", room=Room(budget))
         assert answer.value == (every[-1] if every else None)
 
 
@@ -77,36 +78,45 @@ def one_of_each_family() -> list[ModelShape]:
 
 
 def test_the_context_ends_the_search_and_is_said() -> None:
-    answer = most(SMALL, Setting(), what="length", budget_bytes=80 * GIB)
+    answer = most(SMALL, Setting(), what="length", room=Room(80 * GIB))
     assert (answer.value, answer.is_at_ceiling, answer.next_estimate) == (SMALL.context, True, None)
     assert answer.ceiling.reason == f"the context of {SMALL.name}"
 
 
 def test_the_rank_ends_at_the_narrowest_adapted_layer() -> None:
-    answer = most(SMALL, Setting(length=64), what="rank", budget_bytes=80 * GIB)
+    answer = most(SMALL, Setting(length=64), what="rank", room=Room(80 * GIB))
     assert answer.value == SMALL.kv_heads * SMALL.head_width
     only = Setting(length=64, targets=("down_proj",))
-    assert most(SMALL, only, what="rank", budget_bytes=80 * GIB).value == SMALL.width
+    assert most(SMALL, only, what="rank", room=Room(80 * GIB)).value == SMALL.width
 
 
 def test_rows_end_at_those_of_one_step() -> None:
     setting = Setting(length=64)
-    answer = most(SMALL, setting, what="rows", budget_bytes=80 * GIB, rows_per_step=12)
+    answer = most(SMALL, setting, what="rows", room=Room(80 * GIB), rows_per_step=12)
     assert (answer.value, answer.estimate.setting.accumulates) == (12, False)
-    assert most(SMALL, setting, what="rows", budget_bytes=10**15).value == MOST_ROWS
+    assert most(SMALL, setting, what="rows", room=Room(10**15)).value == MOST_ROWS
 
 
 def test_if_nothing_fits_the_least_step_is_shown() -> None:
-    answer = most(LLAMA, Setting(), what="length", budget_bytes=2 * GIB)
+    answer = most(LLAMA, Setting(), what="length", room=Room(2 * GIB))
     assert answer.value is None
     assert answer.estimate.setting.length == 1
     assert answer.next_estimate is None
     assert not answer.is_at_ceiling
 
 
+def test_what_this_machine_measured_narrows_the_answer() -> None:
+    plain = most(SMALL, Setting(), what="length", room=Room(GIB))
+    narrowed = most(SMALL, Setting(), what="length", room=Room(GIB, seen_error=1.0))
+    assert plain.value is not None
+    assert narrowed.value is not None
+    assert narrowed.value < plain.value
+    assert 2 * narrowed.estimate.peak_allocated_bytes < GIB
+
+
 def test_models_come_largest_first_and_those_of_one_shape_once() -> None:
     card = find_card("RTX 4060 8GB")
-    answers = fitting_models(known_shapes(), Setting(length=1024), budget_bytes=7 * GIB, card=card)
+    answers = fitting_models(known_shapes(), Setting(length=1024), room=Room(7 * GIB), card=card)
     sizes = [answer.shape.parameters for answer in answers]
     assert sizes == sorted(sizes, reverse=True)
     names = [name for answer in answers for name in (answer.shape.name, *answer.same)]
@@ -121,6 +131,6 @@ def test_models_come_largest_first_and_those_of_one_shape_once() -> None:
 
 
 def test_a_model_that_cannot_take_the_length_says_so() -> None:
-    answers = fitting_models([find_shape("TinyLlama-1.1B-Chat-v1.0")], Setting(length=5000), budget_bytes=GIB)
+    answers = fitting_models([find_shape("TinyLlama-1.1B-Chat-v1.0")], Setting(length=5000), room=Room(GIB))
     assert answers[0].estimate is None
     assert "above the context" in str(answers[0].refusal)

@@ -250,14 +250,14 @@ def _exact_answer(question: Question, plot: Path | None) -> tuple[dict[str, Any]
 
 
 def _models_answer(question: Question) -> tuple[dict[str, Any], Drawing]:
-    answers = question.models()
+    answers, room = question.models(), question.room()
 
     def draw() -> RenderableType:
         from qadapt.view.answers import ModelsTable
 
-        return ModelsTable(answers, question.setting, question.target)
+        return ModelsTable(answers, question.setting, question.target, room)
 
-    return models_record(answers, question.target), draw
+    return models_record(answers, question.target, room), draw
 
 
 def _cards_answer(questions: Sequence[Question], wanted: Asked | None) -> tuple[dict[str, Any], Drawing]:

@@ -5,7 +5,6 @@ Screens and `--json` read the same `Answer`. It knows neither.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +15,7 @@ from qadapt.plan.estimate import Estimate
 from qadapt.plan.inverse import Most
 from qadapt.plan.knobs import micro_batches
 from qadapt.plan.ladder import Change
+from qadapt.plan.room import Room
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,13 @@ class Answer:
 
     @property
     def error_bytes(self) -> int:
-        """How far the needed bytes may be off: the estimate's word, or what this machine measured."""
-        measured = self.calibration.worst if self.calibration else 0.0
-        seen = math.ceil(self.estimate.peak_allocated_bytes * measured)
-        return max(self.estimate.error_bytes, seen)
+        """How far the needed bytes may be off."""
+        return self.room.error_bytes(self.estimate)
+
+    @property
+    def room(self) -> Room:
+        """What there is for the step."""
+        return Room(self.target.free_bytes, self.calibration.worst if self.calibration else 0.0)
 
     @property
     def is_widened(self) -> bool:
@@ -69,10 +72,9 @@ class Answer:
     @property
     def verdict(self) -> Literal["fits", "close", "too much"]:
         """Whether it fits by all means, perhaps, or not even if the estimate is off in its favour."""
-        needed, free = self.estimate.needed_bytes, self.target.free_bytes
-        if needed + self.error_bytes <= free:
+        if self.room.holds(self.estimate):
             return "fits"
-        return "close" if needed - self.error_bytes <= free else "too much"
+        return "close" if self.room.may_hold(self.estimate) else "too much"
 
     @property
     def micro_batches_per_step(self) -> int:

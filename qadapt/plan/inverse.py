@@ -1,8 +1,8 @@
 """Inverse questions: the longest row, the most rows, the highest rank, the largest model that fits a budget.
 
-By the closed form alone: `Estimate.fits` is asked at values that are halved between one that fits and one
-that does not. That is right because every moment of the estimate takes more bytes for more tokens or a higher
-rank (`tests/test_inverse.py` compares with asking every value). Knows no screen and no recipe file.
+By the closed form alone: whether there is room is asked at values that are halved between one that fits and
+one that does not. That is right because every moment of the estimate takes more bytes for more tokens or a
+higher rank (`tests/test_inverse.py` compares with asking every value). Knows no screen and no recipe file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import Card
 from qadapt.plan.estimate import Estimate, estimate_step
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.shape import ModelShape
 
@@ -61,7 +62,7 @@ def most(
     setting: Setting,
     *,
     what: What,
-    budget_bytes: int,
+    room: Room,
     rows_per_step: int = 0,
     card: Card | None = None,
 ) -> Most:
@@ -71,7 +72,7 @@ def most(
         shape: The model.
         setting: The step.
         what: The field to raise.
-        budget_bytes: What there is, a CUDA context included.
+        room: What there is.
         rows_per_step: Rows of one optimizer step; 0: one forward pass is a step.
         card: Where it runs.
 
@@ -84,7 +85,7 @@ def most(
     def estimate(value: int) -> Estimate:
         return estimate_step(shape, _at(setting, what, value, rows_per_step=rows_per_step), card=card)
 
-    value = largest(lambda tried: estimate(tried).fits(budget_bytes), ceiling.value)
+    value = largest(lambda tried: room.holds(estimate(tried)), ceiling.value)
     has_next = value is not None and value < ceiling.value
     return Most(what, value, ceiling, estimate(value or 1), estimate((value or 1) + 1) if has_next else None)
 
@@ -129,29 +130,27 @@ class ModelAnswer:
 
 
 def fitting_models(
-    shapes: Iterable[ModelShape], setting: Setting, *, budget_bytes: int, card: Card | None = None
+    shapes: Iterable[ModelShape], setting: Setting, *, room: Room, card: Card | None = None
 ) -> tuple[ModelAnswer, ...]:
     """Every shape against a budget, the largest model first; models of one shape are one answer."""
     names: dict[ModelShape, list[str]] = {}
     for shape in shapes:
         names.setdefault(dataclasses.replace(shape, name=""), []).append(shape.name)
     answers = [
-        _model_answer(
-            dataclasses.replace(key, name=first), tuple(others), setting, budget_bytes=budget_bytes, card=card
-        )
+        _model_answer(dataclasses.replace(key, name=first), tuple(others), setting, room=room, card=card)
         for key, (first, *others) in names.items()
     ]
     return tuple(sorted(answers, key=lambda answer: -answer.shape.parameters))
 
 
 def _model_answer(
-    shape: ModelShape, same: tuple[str, ...], setting: Setting, *, budget_bytes: int, card: Card | None
+    shape: ModelShape, same: tuple[str, ...], setting: Setting, *, room: Room, card: Card | None
 ) -> ModelAnswer:
     try:
         estimate = estimate_step(shape, setting, card=card)
     except BadRecipe as error:
         return ModelAnswer(shape, same, None, error.problem, fits=False)
-    return ModelAnswer(shape, same, estimate, None, fits=estimate.fits(budget_bytes))
+    return ModelAnswer(shape, same, estimate, None, fits=room.holds(estimate))
 
 
 def _at(setting: Setting, what: What, value: int, *, rows_per_step: int) -> Setting:

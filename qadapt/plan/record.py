@@ -16,6 +16,7 @@ from qadapt.plan.answer import Answer, CardAnswer
 from qadapt.plan.fit import Plan
 from qadapt.plan.inverse import ModelAnswer, Most
 from qadapt.plan.ladder import Change
+from qadapt.plan.room import Room
 
 SCHEMA = "qadapt/estimate/1"
 MAX_SCHEMA = "qadapt/max/1"
@@ -77,7 +78,7 @@ def most_record(answer: Answer, found: Most) -> dict[str, Any]:
     }
 
 
-def models_record(answers: Sequence[ModelAnswer], target: Target) -> dict[str, Any]:
+def models_record(answers: Sequence[ModelAnswer], target: Target, room: Room) -> dict[str, Any]:
     """The values of the largest model, and of every other one."""
     fitting = [answer.shape.name for answer in answers if answer.fits]
     return {
@@ -91,7 +92,7 @@ def models_record(answers: Sequence[ModelAnswer], target: Target) -> dict[str, A
                 "same_shape": list(answer.same),
                 "parameters": answer.shape.parameters,
                 "needed_bytes": answer.estimate and answer.estimate.needed_bytes,
-                "error_bytes": answer.estimate and answer.estimate.error_bytes,
+                "error_bytes": answer.estimate and room.error_bytes(answer.estimate),
                 "fits": answer.fits,
                 "refusal": answer.refusal,
             }

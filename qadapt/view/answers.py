@@ -15,6 +15,7 @@ from rich.text import Text
 from qadapt.hardware.target import Target
 from qadapt.plan.answer import Answer, CardAnswer
 from qadapt.plan.inverse import ModelAnswer, Most, What
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.units import GIB, MIB, format_bytes, format_count, format_seconds
 from qadapt.view.tables import changes_list, facts, heading, needed_words, setting_words, verdict
@@ -66,6 +67,7 @@ class ModelsTable:
     answers: tuple[ModelAnswer, ...]
     setting: Setting
     target: Target
+    room: Room
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         fitting = [answer for answer in self.answers if answer.fits]
@@ -93,8 +95,9 @@ class ModelsTable:
         for answer in (*larger, *fitting[: 1 + _RUNNERS_UP]):
             estimate = answer.estimate
             assert estimate is not None
-            needed = f"{estimate.needed_bytes / GIB:.2f} ± {estimate.error_bytes / GIB:.2f}"
-            is_close = estimate.needed_bytes - estimate.error_bytes <= self.target.free_bytes
+            error = self.room.error_bytes(estimate)
+            needed = f"{estimate.needed_bytes / GIB:.2f} ± {error / GIB:.2f}"
+            is_close = self.room.may_hold(estimate)
             mark = _MARKS["fits" if answer.fits else "close" if is_close else "too much"]
             table.add_row(
                 answer.shape.name,
