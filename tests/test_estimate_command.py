@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import qadapt
+from qadapt.cli import main
 from qadapt.cli.estimate import estimate, plan
 from qadapt.errors import QadaptError
 from qadapt.hardware import target as targets
@@ -374,13 +375,43 @@ def test_models_and_cards_are_listed() -> None:
         (("estimate", "Llama-3.1-8B", "--rows", "0"), "rows = 0"),
         (("estimate", "Llama-3.1-8B", "--supervised", "1.5"), "a share lies between 0 and 1"),
         (("estimate", "Llama-3.1-8B", "--card", ""), "There is no card"),
+        (("estimate", "--max", "model", "--length", "-5", "--card", "4060"), "length = -5"),
     ],
 )
-def test_bad_input_is_one_clear_error(arguments: tuple[str, ...], words: str) -> None:
-    with pytest.raises(QadaptError) as caught:
-        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert words in str(caught.value)
-    assert caught.value.cure
+def test_bad_input_is_one_clear_error(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(list(arguments)) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    assert said.err.startswith("error: ")
+    assert 2 <= len(said.err.splitlines()) <= 3, "the problem and its cure"
+
+
+FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "vision": ({"model_type": "llava", "vision_config": {"hidden_size": 8}}, "no decoder-only text model"),
+    "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "no decoder-only text model"),
+    "contradiction": (
+        {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 3, "vocab_size": 99, "max_position_embeddings": 64},
+        "3 key-value heads",
+    ),
+    "missing field": ({"model_type": "llama", "hidden_size": 64}, "a positive whole number is needed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_that_is_no_model_for_this_is_one_clear_error(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, words = FOLDERS[kind]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main.run(["estimate", str(tmp_path), "--card", "4060"]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert (said.out, "Traceback" in said.err) == ("", False)
 
 
 def test_a_plan_that_cannot_fit_names_the_cheapest_change(recipe: Path) -> None:

@@ -84,6 +84,16 @@ def test_a_model_without_closed_form_is_counted_by_the_dry_run_and_that_is_said(
     assert qadapt.estimate(neox, card="4060").exact
 
 
+def test_an_architecture_that_nobody_knows_is_a_clear_no(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = model(tmp_path, GPT_NEOX | {"model_type": "novelty"})
+    assert run(["estimate", unknown, "--card", "4060"]) == 2
+    said = capsys.readouterr()
+    assert "'novelty' is not known to transformers" in said.err
+    assert (said.out, "Traceback" in said.err) == ("", False)
+
+
 @pytest.mark.parametrize("more", [("--max", "length"), ("--all-cards",)])
 def test_many_steps_are_not_asked_of_a_model_without_closed_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
