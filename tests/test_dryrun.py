@@ -204,3 +204,15 @@ assert not any(parameter.is_meta for parameter in base.parameters())
         [sys.executable, "-c", code, str(folders["llama"])], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_card_normalizes_fp16_scores_without_an_fp32_copy() -> None:
+    def scores(dtype: str) -> int:
+        setting = dataclasses.replace(
+            SETTING, device="cuda", compute_dtype=dtype, length=900, rows=1, supervised_share=0.1
+        )
+        dry = dry_run(config("gemma2"), setting, capability=7.5)
+        return dry.phase_bytes["forward"]
+
+    half_bytes = 2 * 6 * 900 * 900  # without the copy the highest moment is the next one, with half of it
+    assert scores("bf16") - scores("fp16") == pytest.approx(half_bytes, rel=0.05)

@@ -78,7 +78,7 @@ def kernels_of(target: Target) -> Inside:
         if name is None:
             return 0
         if name == "gemm_4bit":
-            return _dequantizing_bytes(args)
+            return _dequantizing_bytes(args, copies=1 if target.capability is None else 2)
         if target.capability is None:
             return 0
         tensors = [each for each in args if isinstance(each, Tensor)]
@@ -92,15 +92,16 @@ def kernels_of(target: Target) -> Inside:
     return inside
 
 
-def _dequantizing_bytes(args: tuple[Any, ...]) -> int:
-    """The 4-bit product: the weight in the type of the inputs, and, of nested constants, fp32 ones.
+def _dequantizing_bytes(args: tuple[Any, ...], *, copies: int) -> int:
+    """The 4-bit product: the weight in the type of the inputs, and, of nested constants, fp32 copies.
 
-    Source: `_gemm_4bit_default_impl` of bitsandbytes 0.50. On CUDA small products may go without (a fused
+    Source: `_gemm_4bit_default_impl` of bitsandbytes 0.50, and `_dequant_linear_fallback` for CUDA, which
+    holds the constants before and after their offset is added. On CUDA small products may go without (a fused
     kernel, by shape and card); they are no step's peak.
     """
     inputs, _, (rows, columns) = args[:3]
     nested = args[7] if len(args) > 7 else None  # absmax_8bit: dispatch hands all arguments over by place
-    constants = 0 if nested is None else FP32 * nested.numel()
+    constants = 0 if nested is None else copies * FP32 * nested.numel()
     return int(rows * columns * inputs.itemsize + constants)
 
 
@@ -151,6 +152,7 @@ class _Functions(TorchFunctionMode):
         }
         if target.capability is not None:
             self._replacements[functional.dropout] = _drop
+            self._replacements[functional.softmax] = _normalize
         self._target = target
 
     def __torch_function__(
@@ -211,6 +213,15 @@ def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
         return mask
     lowest = torch.scalar_tensor(-torch.inf, dtype=query.dtype, device=query.device)
     return torch.where(mask, torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device), lowest)
+
+
+def _normalize(
+    values: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """CUDA's softmax of fp16 values in fp32 is one kernel, without an fp32 copy of them."""
+    if values.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
+        return torch._softmax(values, dim, True)
+    return functional.softmax(values, dim, _stacklevel, dtype)
 
 
 def _drop(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
