@@ -31,6 +31,7 @@ from qadapt.shape import FAMILIES, ModelShape, known_models, known_shapes
 from qadapt.train.dryrun import DryRun, dry_run
 from qadapt.units import GIB, MIB
 
+POINTS = 300
 BAR = 0.03
 SHOWN = 0.01
 MOST_TOKENS = 32_768
@@ -160,30 +161,38 @@ def summary(found: Sequence[Compared]) -> Iterator[str]:
         yield f"{part:10}{median:9.2%}{at[0]:9.2%}{at[1]:9.2%}{errors[-1]:+9.2%}"
     worst = max(found, key=lambda one: abs(one.errors["peak"]))
     yield f"{len(found)} points, {sum(abs(one.errors['peak']) > SHOWN for one in found)} off by more than 1 %"
-    yield f"worst: {worst.errors['peak']:+.2%} {worst.point}"
+    met = "met" if abs(worst.errors["peak"]) <= BAR else "MISSED"
+    yield f"worst: {worst.errors['peak']:+.2%} (bar {BAR:.0%}): {met}  {worst.point}"
+
+
+def report(count: int = POINTS, *, seed: int = 0, is_all: bool = False) -> Iterator[str]:
+    """The comparison, point by point where it is off (or all), then the summary."""
+    yield f"seed {seed}"
+    found = []
+    for number, point in enumerate(points(count, seed)):
+        found.append(compare(point))
+        error = max(abs(found[-1].errors[part]) for part in ("peak", "working"))
+        if is_all or error > SHOWN:
+            yield "\n".join((f"{number}.", *found[-1].lines()))
+    yield from summary(found)
 
 
 def main() -> None:
-    """Runs it."""
+    """Prints it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--points", type=int, default=300)
+    parser.add_argument("--points", type=int, default=POINTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="print every point")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     quiet_libraries()
-    print(f"seed {options.seed}")
-    found = []
-    for number, point in enumerate(points(options.points, options.seed)):
-        found.append(compare(point))
-        error = max(abs(found[-1].errors[part]) for part in ("peak", "working"))
-        if options.all or error > SHOWN:
-            print(f"{number}.", *found[-1].lines(), sep="\n", flush=True)
-    print(*summary(found), sep="\n")
-    if abs(max((one.errors["peak"] for one in found), key=abs)) > BAR:
-        sys.exit(1)
+    missed = False
+    for line in report(options.points, seed=options.seed, is_all=options.all):
+        print(line, flush=True)
+        missed = missed or "MISSED" in line
+    sys.exit(missed)
 
 
 if __name__ == "__main__":

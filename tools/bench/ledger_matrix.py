@@ -22,6 +22,7 @@ import itertools
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from qadapt.engine.target import Target, kernels_of, on_target, target_functions
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
+from qadapt.quiet import quiet_libraries
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 
@@ -257,31 +259,39 @@ def _bytes_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     return tensor.detach().contiguous().view(torch.uint8).numpy()
 
 
-def main() -> None:
-    """Prints the matrix's worst and typical cells."""
-    parser = argparse.ArgumentParser(description="The ledger and the dry run against the allocator.")
-    parser.add_argument("--family", choices=FAMILIES)
-    chosen = parser.parse_args().family
-    families = (chosen,) if chosen else FAMILIES
+def report(families: tuple[str, ...] = FAMILIES) -> Iterator[str]:
+    """Every cell, then typical and worst."""
     found: dict[Case, Measured] = {}
     with tempfile.TemporaryDirectory() as place:
         folders = {family: make_folder(family, Path(place) / family) for family in families}
         for case in cases(families):
             found[case] = each = measure(case, folders[case.family])
             mark = "same" if each.is_same else f"NOT SAME: {each.dry_peak} against {each.peak}"
-            print(
+            yield (
                 f"{case.family:8} {case.recompute:12} {case.loss:8} {case.base:7} {case.rows:7}"
                 f" {each.allocator / MIB:7.2f} MiB  ledger {each.error:+7.3%}  dry run {mark}"
             )
     errors = [abs(each.error) for each in found.values()]
     same = sum(each.is_same for each in found.values())
-    print(
-        f"\n{len(found)} cells: ledger against the allocator: median {statistics.median(errors):.3%}, ",
-        end="",
-    )
-    print(f"worst {max(errors):.3%} (bar {BAR:.1%}); dry run the same to the byte in {same} of {len(found)}")
-    if max(errors) > BAR or same < len(found):
-        sys.exit(1)
+    met = "met" if max(errors) <= BAR else "MISSED"
+    yield f"\n{len(found)} cells; ledger against the allocator: median {statistics.median(errors):.3%},"
+    yield f"worst {max(errors):.3%} (bar {BAR:.1%}): {met}"
+    met = "met" if same == len(found) else "MISSED"
+    yield f"dry run the same to the byte in {same} of {len(found)}: {met}"
+
+
+def main() -> None:
+    """Prints it."""
+    parser = argparse.ArgumentParser(description="The ledger and the dry run against the allocator.")
+    parser.add_argument("--family", choices=FAMILIES)
+    chosen = parser.parse_args().family
+    warnings.simplefilter("ignore")
+    quiet_libraries()
+    missed = False
+    for line in report((chosen,) if chosen else FAMILIES):
+        print(line, flush=True)
+        missed = missed or "MISSED" in line
+    sys.exit(missed)
 
 
 if __name__ == "__main__":
