@@ -99,6 +99,7 @@ def test_healthy_machine_has_nothing_to_cure() -> None:
         ({"disk_free_bytes": GIB // 2}, "blocks", "512.0 MiB free", "Free at least"),
         ({"cache_failure": "Permission denied"}, "blocks", "Permission denied", "Make it writable"),
         ({"system": "win32"}, "note", "spill", "Sysmem Fallback"),
+        ({"system": "wsl"}, "note", "spill", "Sysmem Fallback"),
     ],
 )
 def test_each_problem_has_its_line_and_its_cure(

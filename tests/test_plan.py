@@ -24,7 +24,7 @@ from qadapt.plan.speed import micro_batch_seconds, operations
 from qadapt.recipe import Recipe
 from qadapt.shape import ModelShape, find_shape, known_shapes
 from qadapt.units import GIB
-from qadapt.view.tables import cards_table
+from qadapt.view.catalogue import cards_table
 
 LLAMA = find_shape("meta-llama/Llama-3.1-8B")
 SMALL = find_shape("HuggingFaceTB/SmolLM2-135M")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qadapt.hardware.cards import find_card
 from qadapt.shape import find_shape
-from qadapt.view.tables import cards_table
+from qadapt.view.catalogue import cards_table
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- cards: begin -->", "<!-- cards: end -->"

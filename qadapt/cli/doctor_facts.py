@@ -15,6 +15,7 @@ from types import ModuleType
 import psutil
 import pynvml
 
+from qadapt.hardware.cards import this_platform
 from qadapt.hardware.checks import Facts, FourBit, Gpu
 from qadapt.hardware.probe import gpus
 from qadapt.quiet import quiet_libraries
@@ -40,7 +41,7 @@ def gather_facts(cache: Path | None = None) -> Facts:
     driver, driver_cuda = _driver()
     return Facts(
         python=sys.version_info[:3],
-        system=sys.platform,
+        system="wsl" if this_platform() == "wsl" else sys.platform,
         torch=str(torch.__version__) if torch is not None else None,
         torch_failure=failure,
         torch_cuda=torch.version.cuda if torch is not None else None,

@@ -277,7 +277,7 @@ def _cards_answer(questions: Sequence[Question], wanted: Asked | None) -> tuple[
 
 
 def _catalogue(*, is_cards: bool) -> RenderableType:
-    from qadapt.view.tables import catalogue_table, models_table
+    from qadapt.view.catalogue import catalogue_table, models_table
 
     if is_cards:
         return catalogue_table(all_cards())

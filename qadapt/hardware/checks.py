@@ -46,7 +46,7 @@ class Facts:
 
     Attributes:
         python: Version.
-        system: `linux`, `win32` or `darwin`.
+        system: `linux`, `win32`, `darwin`, or `wsl`: Linux within Windows.
         torch: Version; None if it cannot be imported.
         torch_failure: Why it cannot.
         torch_cuda: The CUDA version torch was built with; None for a CPU build.
@@ -269,7 +269,7 @@ def _cache(facts: Facts) -> Finding:
 
 
 def _system(facts: Facts) -> Iterator[Finding]:
-    if facts.system == "win32":
+    if facts.system in ("win32", "wsl"):
         yield Finding(
             "Windows",
             "the driver may spill a full card into host memory, many times slower, instead of failing",
