@@ -10,7 +10,6 @@ folder that cannot be written means that nothing is remembered, without a word: 
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import os
@@ -87,9 +86,11 @@ def kind_of(*, device: str, method: str, quantization: str) -> Kind:
         method: The adapter method, such as `lora`.
         quantization: Of the base, such as `nf4`.
     """
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of a start that needs none of it
+
     try:
-        torch = importlib.metadata.version("torch").partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
+        torch = version("torch").partition("+")[0]
+    except PackageNotFoundError:
         torch = "none"
     return Kind(f"{zlib.crc32(platform.node().encode()):08x}", device, method, quantization, torch)
 
