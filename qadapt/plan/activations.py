@@ -73,6 +73,18 @@ def norm_bytes(shape: ModelShape, setting: Setting) -> int:
     return setting.tokens * _norm(shape.width, setting)
 
 
+def first_input_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What the first layer need not keep: its norm and dropout masks, as nothing goes back to its input."""
+    first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES and setting.adapts(linear)]
+    masks = len(first) * shape.width * _mask_bytes(setting) if setting.dropout > 0 else 0
+    return norm_bytes(shape, setting) + masks * setting.tokens
+
+
+def _mask_bytes(setting: Setting) -> int:
+    """Of a dropped value: CUDA keeps booleans, a CPU the factor in the value's type."""
+    return 1 if setting.device == "cuda" else setting.adapter_value_bytes
+
+
 def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: bool = False) -> int:
     """RMSNorm computes in fp32: it keeps its input in fp32 (a copy, unless it is fp32) and a scale."""
     copies = not (is_kept_already and setting.compute_bytes == FP32)
@@ -95,8 +107,7 @@ def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_
         return 0
     each = setting.adapter_value_bytes
     if setting.dropout > 0:
-        mask = 1 if setting.device == "cuda" else each
-        return len(adapted) * adapted[0].inputs * (each + mask)
+        return len(adapted) * adapted[0].inputs * (each + _mask_bytes(setting))
     if each != setting.compute_bytes:
         return len(adapted) * adapted[0].inputs * each
     return 0 if is_kept_already else adapted[0].inputs * each

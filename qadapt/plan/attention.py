@@ -147,7 +147,7 @@ def score_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> in
 
 def mask_bytes(setting: Setting, attention: Attention) -> int:
     """Masks that are there once for all layers: eager attention's two, in numbers; else one of booleans."""
-    squares = setting.length**2
+    squares = setting.rows * setting.length**2
     if attention.kernel == "eager":
         return 2 * squares * setting.compute_bytes
-    return squares * setting.rows if attention.has_mask else 0
+    return squares if attention.has_mask else 0

@@ -23,6 +23,7 @@ from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BY
 from qadapt.plan.activations import (
     attention_bytes,
     boundary_bytes,
+    first_input_bytes,
     mlp_bytes,
     norm_bytes,
     shared_bytes,
@@ -213,7 +214,7 @@ def _at_widest_layer(
         for place in (last, first) if first <= last else ():
             held = layer.widest_bytes + kept.kept_bytes * max(0, place - count)
             if place and not count:
-                held -= norm_bytes(shape, setting)  # the first layer's, see `_kept_layers_bytes`
+                held -= first_input_bytes(shape, setting)
             at_layer = {
                 "gradients": earlier or whole * (layers - 1 - place) // layers,
                 "recompute_boundaries": min(place + 1, count) * boundaries // max(1, count),
@@ -224,17 +225,17 @@ def _at_widest_layer(
 
 
 def _kept_layers_bytes(shape: ModelShape, setting: Setting, layer: _Layer) -> int:
-    """What the kept layers keep; the very first input needs no gradient, so the first norm keeps nothing."""
+    """What the kept layers keep; the very first input needs no gradient (`first_input_bytes`)."""
     recomputed = setting.recomputed_layers(shape.layers)
     kept = (shape.layers - recomputed) * layer.kept_bytes
-    return kept if recomputed else kept - norm_bytes(shape, setting)
+    return kept if recomputed else kept - first_input_bytes(shape, setting)
 
 
 def _layer(shape: ModelShape, setting: Setting, attention: Attention, *, is_recomputed: bool) -> _Layer:
     """One layer; its highest moment is in its feed-forward half, or in its attention."""
     half = attention_bytes(shape, setting, attention, is_recomputed=is_recomputed)
     kept = half + mlp_bytes(shape, setting)
-    both = (kept, mlp_passing_bytes(shape, setting))
+    both = (kept, mlp_passing_bytes(shape, setting, is_recomputed=is_recomputed))
     alone = (half, attention_passing_bytes(shape, setting, attention))
     return _Layer(kept, *max(both, alone, key=sum))
 

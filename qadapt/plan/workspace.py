@@ -26,31 +26,75 @@ def library_bytes(setting: Setting, *, compute_capability: float | None) -> int:
     return 0 if setting.device == "cpu" else 2 * blas_workspace_bytes(compute_capability)
 
 
-def mlp_passing_bytes(shape: ModelShape, setting: Setting) -> int:
+def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> int:
     """What comes on top of the kept bytes of a layer at the widest moment of its feed-forward half.
 
-    Moments, all with the layer's output gradient: the down projection's gradient through the adapter; the
-    same through the base, with the dequantized weight; their sum, or the products' two gradients; and,
-    before all of them, the recomputed up projection with its adapter's output in two copies.
+    Backward, all with the layer's output gradient: the down projection's gradient through the adapter; the
+    same through the base, with the dequantized weight; the products' two gradients. Forward, or recomputed:
+    see `_forward_moments`.
+    """
+    down, up = _linear(shape, "down_proj"), _up(shape)
+    c, tokens = setting.compute_bytes, setting.tokens
+    wide, gradient = shape.mlp_width * tokens, shape.width * c * tokens
+    product = adapter_input_bytes([down], setting) * tokens
+    through_adapter = wide * setting.adapter_value_bytes if setting.adapts(down) else 0
+    through_base = (1 + setting.adapts(down)) * wide * c + dequantized_bytes(down, setting) - product
+    moments = [through_adapter, through_base, 3 * wide * c - product]
+    if shape.family == "phi3":  # the fused layer's weight is the largest; what it made is gone by then
+        moments.append(dequantized_bytes(up, setting) + 2 * gradient - wide * c - product)
+    if shape.family == "gemma2":  # the norm after the feed-forward part, in fp32, is gone by then
+        norm = shape.width * FP32 * tokens
+        moments = [5 * norm, *(moment - norm for moment in moments)]
+    held = _held_gradient_bytes(shape, setting) if is_recomputed else 0
+    return max(
+        gradient + max(moments), held + max(_forward_moments(shape, setting, is_recomputed=is_recomputed))
+    )
+
+
+def _held_gradient_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Gradients that wait while a layer is computed again: up to the first operation that needs its values.
+
+    That is the down projection's adapter, behind its scale; without an adapter, the product before it; in
+    gemma2 the norm after it.
+    """
+    c, a = setting.compute_bytes, setting.adapter_value_bytes
+    per_token = shape.width * c
+    if shape.family != "gemma2":
+        if not setting.adapts(_linear(shape, "down_proj")):
+            per_token += shape.mlp_width * c
+        else:
+            per_token += shape.width * (c if a == c else c + FP32)
+    return per_token * setting.tokens
+
+
+def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> Sequence[int]:
+    """The feed-forward half on its way forward, on top of all that the layer keeps.
+
+    The up projection's weight dequantized; its adapter's output in two copies; the down projection's weight
+    dequantized; its adapter's input, dropped. What the half keeps later than that is taken off. Computed
+    again, a layer stops at the last value that is needed, before a down projection without an adapter.
     """
     down, up = _linear(shape, "down_proj"), _up(shape)
     c, a, tokens = setting.compute_bytes, setting.adapter_value_bytes, setting.tokens
-    wide, gradient = shape.mlp_width * tokens, shape.width * c * tokens
+    wide, hidden = shape.mlp_width * tokens, shape.width * c * tokens
+    is_copied = a != c or setting.dropout > 0  # what adapters keep is no input, but a copy of it
     product = adapter_input_bytes([down], setting) * tokens
-    moments = [3 * wide * c - product, 2 * wide * c + dequantized_bytes(down, setting) - product]
-    if setting.adapts(down):
-        moments.append(wide * a)
+    residual = hidden if c < FP32 else 0  # in fp32 a norm keeps it
+    normed = hidden if is_copied or not setting.adapts(up) else 0
+    later = (
+        product + (up.outputs - wide // tokens) * tokens * c
+    )  # gate and up as one layer: not activated yet
+    moments = [dequantized_bytes(up, setting) + residual + normed - later]
     if setting.adapts(up):
-        fused = up.outputs // shape.mlp_width - 1  # 1 if gate and up are one layer: no activated gate yet
-        cast = 0 if a == c else (c + FP32) * shape.width * tokens
-        again = 2 * up.outputs * a * tokens - fused * wide * c - product
-        residual = gradient * (2 if fused and c < FP32 else 1)
-        moments.append(again + residual + cast)
-    if setting.dropout > 0:  # the recomputed product, beside the dropped one
-        moments.append(wide * c + 4 * gradient)
-    if shape.family == "gemma2":  # the norm after the feed-forward part, in fp32
-        moments.append(5 * shape.width * FP32 * tokens)
-    return gradient + max(moments)
+        moments.append(2 * up.outputs * a * tokens + residual + normed - later)
+    if not is_recomputed or setting.adapts(down) or shape.family == "gemma2":
+        is_kept = setting.adapts(down) and not is_copied
+        taken = 0 if is_kept else wide * c - product
+        moments.append(dequantized_bytes(down, setting) + residual + hidden + taken)
+    if setting.adapts(down) and is_copied:
+        before = wide * a if setting.dropout > 0 and a != c else 0
+        moments.append(wide * c + before + residual + hidden)
+    return moments
 
 
 def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
@@ -65,7 +109,7 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
     c = setting.compute_bytes
     scores = setting.rows * shape.heads * setting.length**2
     if attention.kernel == "eager":
-        per_score = 2 * FP32 - (c if c < FP32 else 0)
+        per_score = (3 if setting.device == "cuda" else 2) * FP32 - (c if c < FP32 else 0)
         let_go = query * c + shape.width * FP32  # output and values, less one gradient; the norm after them
         return (shape.width * c - let_go) * setting.tokens + scores * per_score
     if attention.kernel == "math":

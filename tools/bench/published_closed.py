@@ -84,11 +84,9 @@ def describe_a100(row: dict[str, Any], changes: dict[str, Any]) -> tuple[Setting
 def allocated(shape: ModelShape, setting: Setting, *, card: Card | None, under_autocast: bool) -> Estimate:
     """The estimate; under autocast bf16 adapters stand for fp32 ones, whose static bytes are put in here.
 
-    The stacks repeat grouped keys and values, so that no card falls to T x T scores: its capability is left
-    out.
+    The stacks' FlashAttention takes a sliding window without a mask.
     """
-    card = card and dataclasses.replace(card, compute_capability=None)
-    estimate = estimate_step(shape, setting, card=card)
+    estimate = estimate_step(dataclasses.replace(shape, sliding_window=None), setting, card=card)
     if not under_autocast:
         return estimate
     values = trainable(shape, setting)
