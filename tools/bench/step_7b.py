@@ -10,7 +10,10 @@ the package's step runs on it: under the ledger, and under torch's profiler, who
 summed up as in `ledger_matrix.py`. The records begin with the step: "static" are the tensors that were there
 before, "working" is all above them. What neither prediction nor ledger sees is the scratch of oneDNN's bf16
 products. Exits with 1 if a predicted peak is more than 1 % off the allocator's, or the load above its bound.
-Linux only; a 7B model takes 6 GiB, and is read faster where the file cache has room for it.
+
+Known: in bf16, embeddings and head stay mapped from the files, so they are resident but not anonymous. In
+fp32, where they are anonymous, bitsandbytes' quantizer of the widest layer (432 MiB above its fp32 weight)
+breaks the bound of this shape by about 50 MiB. Linux only; 5 GiB and room for 13.5 GB on the disk.
 """
 
 from __future__ import annotations
