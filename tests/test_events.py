@@ -28,6 +28,7 @@ STRATEGIES: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(min_value=-(2**63), max_value=2**63),
     float: NUMBERS,
     bool: st.booleans(),
+    str | int: TEXTS | st.integers(min_value=1, max_value=200),
     float | None: st.none() | NUMBERS,
     dict[str, int]: st.dictionaries(TEXTS, st.integers(min_value=0, max_value=2**48), max_size=4),
     tuple[str, ...]: st.lists(TEXTS, max_size=3).map(tuple),
