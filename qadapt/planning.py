@@ -197,7 +197,7 @@ class Question:
     def room(self) -> Room:
         """What there is for the step."""
         calibration = self.calibration()
-        return Room(self.target.free_bytes, calibration.worst if calibration else 0.0)
+        return Room(self.target.free_bytes, calibration.above if calibration else 0.0)
 
     def most(self, what: What) -> Most:
         """The largest length, number of rows or rank that fits.
@@ -229,7 +229,7 @@ class Question:
         return fit(
             self.closed,
             self.setting,
-            budget_bytes=self.target.free_bytes,
+            room=self.room(),
             rows_per_step=self.rows_per_step,
             free=self.free,
             card=self.target.card,

@@ -38,14 +38,15 @@ def test_the_last_five_comparable_runs_are_summed_up(path: Path) -> None:
     assert found.sentence == (
         "on this machine: measured 1.8 % above the estimate in the last 5 runs (-0.4 to +2.1 %)"
     )
-    assert found.worst == found.high
+    assert found.above == found.high
 
 
 def test_one_run_is_one_run() -> None:
     assert Calibration(1, -0.03, -0.03, -0.03).sentence == (
         "on this machine: measured 3.0 % below the estimate in the last run"
     )
-    assert Calibration(2, -0.03, -0.01, 0.01).worst == 0.03
+    assert Calibration(2, -0.03, -0.01, 0.01).above == 0.01
+    assert Calibration(2, -0.03, -0.02, -0.01).above == 0
 
 
 @pytest.mark.parametrize("field", ["machine", "device", "method", "quantization", "torch"])

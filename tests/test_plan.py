@@ -19,6 +19,7 @@ from qadapt.plan.estimate import disk_parts, estimate_step
 from qadapt.plan.fit import Plan, fit
 from qadapt.plan.knobs import KNOBS, PLANNED, micro_batches
 from qadapt.plan.ladder import ladder
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting, auto_dtypes, setting_of
 from qadapt.plan.speed import micro_batch_seconds, operations
 from qadapt.recipe import Recipe
@@ -35,7 +36,7 @@ TIGHT = 1.2  # GiB: less than the small model takes with everything kept, one ro
 
 def plan_of(budget: float, setting: Setting = Setting(length=512), rows_per_step: int = 12) -> Plan:  # noqa: B008
     return fit(
-        SMALL, setting, budget_bytes=round(budget * GIB), rows_per_step=rows_per_step, free=PLANNED, card=CARD
+        SMALL, setting, room=Room(round(budget * GIB)), rows_per_step=rows_per_step, free=PLANNED, card=CARD
     )
 
 
@@ -57,9 +58,7 @@ def test_the_plan_is_the_fastest_of_all_that_fit(
     needed = [way.needed_bytes for way in tried]
     budget_bytes = round(min(needed) + place * (max(needed) - min(needed)))  # from too little to plenty
     fitting = [way.seconds for way in tried if way.needed_bytes <= budget_bytes]
-    plan = fit(
-        shape, setting, budget_bytes=budget_bytes, rows_per_step=rows_per_step, free=PLANNED, card=found
-    )
+    plan = fit(shape, setting, room=Room(budget_bytes), rows_per_step=rows_per_step, free=PLANNED, card=found)
     assert plan.estimate.fits(budget_bytes)
     assert plan.micro_batches_per_step == micro_batches(rows_per_step, plan.setting.rows)
     assert plan.seconds_per_step == pytest.approx(min(fitting), rel=1e-4)  # whole learned tokens, rounded up
@@ -67,7 +66,7 @@ def test_the_plan_is_the_fastest_of_all_that_fit(
         fit(
             shape,
             setting,
-            budget_bytes=min(needed) - 1,
+            room=Room(min(needed) - 1),
             rows_per_step=rows_per_step,
             free=PLANNED,
             card=found,
@@ -107,7 +106,7 @@ def test_between_them_only_as_many_layers_recompute_as_have_to() -> None:
         plan = fit(
             SMALL,
             setting,
-            budget_bytes=round(budget * GIB),
+            room=Room(round(budget * GIB)),
             rows_per_step=4,
             free=frozenset({"recompute"}),
             card=CARD,
@@ -135,13 +134,13 @@ def test_every_choice_is_given_with_its_price() -> None:
 
 def test_knobs_that_are_not_free_stay_where_they_stand() -> None:
     setting = Setting(length=512, rows=2, recompute="all")
-    plan = fit(SMALL, setting, budget_bytes=40 * GIB, rows_per_step=8, free=frozenset(), card=CARD)
+    plan = fit(SMALL, setting, room=Room(40 * GIB), rows_per_step=8, free=frozenset(), card=CARD)
     assert (plan.setting, plan.micro_batches_per_step, plan.reasons) == (setting, 4, ())
 
 
 def test_without_a_known_speed_the_plan_has_no_seconds_but_is_made() -> None:
     setting = Setting(length=300, device="cpu", compute_dtype="fp32", adapter_dtype="fp32", optimizer="adamw")
-    plan = fit(SMALL, setting, budget_bytes=20 * GIB, rows_per_step=4, free=PLANNED)
+    plan = fit(SMALL, setting, room=Room(20 * GIB), rows_per_step=4, free=PLANNED)
     assert plan.seconds_per_step is None
     assert plan.setting.recompute == "none"
 
@@ -174,7 +173,7 @@ def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:
         fit(
             LLAMA,
             Setting(length=4096),
-            budget_bytes=round(7.3 * GIB),
+            room=Room(round(7.3 * GIB)),
             rows_per_step=16,
             free=PLANNED,
             card=CARD,
@@ -341,3 +340,14 @@ def test_cards_against_models_gives_the_longest_row_that_fits() -> None:
 def test_a_model_that_no_length_fits_is_a_dash() -> None:
     laptop = [card for card in cards() if card.name == "RTX 3050 Laptop 4GB"]
     assert "–" in cards_table([LLAMA], laptop, 4096).markdown()
+
+
+def test_a_plan_keeps_the_distance_that_runs_on_this_machine_showed() -> None:
+    def planned(seen_error: float) -> Plan:
+        room = Room(round(12 * GIB), seen_error)
+        return fit(LLAMA, Setting(length=1024), room=room, rows_per_step=8, free=PLANNED, card=CARD)
+
+    bold, careful = planned(0.0), planned(0.25)
+    assert (
+        careful.estimate.peak_allocated_bytes * 1.25 <= 12 * GIB < bold.estimate.peak_allocated_bytes * 1.25
+    )

@@ -58,9 +58,9 @@ class Calibration:
     high: float
 
     @property
-    def worst(self) -> float:
-        """The largest share by which an estimate was off, either way."""
-        return max(abs(self.low), abs(self.high))
+    def above(self) -> float:
+        """The largest share by which a run was above its estimate; 0 if none was. Below is no danger."""
+        return max(0.0, self.high)
 
     @property
     def sentence(self) -> str:

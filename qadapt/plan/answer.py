@@ -62,7 +62,7 @@ class Answer:
     @property
     def room(self) -> Room:
         """What there is for the step."""
-        return Room(self.target.free_bytes, self.calibration.worst if self.calibration else 0.0)
+        return Room(self.target.free_bytes, self.calibration.above if self.calibration else 0.0)
 
     @property
     def is_widened(self) -> bool:

@@ -16,6 +16,7 @@ from qadapt.hardware.cards import Card
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.knobs import KNOBS, Knob, micro_batches
 from qadapt.plan.ladder import ladder
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.plan.speed import NOMINAL, step_seconds
 from qadapt.shape import ModelShape
@@ -41,7 +42,7 @@ def fit(
     shape: ModelShape,
     setting: Setting,
     *,
-    budget_bytes: int,
+    room: Room,
     rows_per_step: int,
     free: frozenset[str],
     card: Card | None = None,
@@ -51,7 +52,7 @@ def fit(
     Args:
         shape: The model.
         setting: Where the knobs that are not free stand.
-        budget_bytes: What there is, a CUDA context included.
+        room: What there is, and how far estimates have been off on this machine.
         rows_per_step: Rows of one optimizer step.
         free: Names of the knobs (`plan/knobs.py`) that may be turned, such as `micro_batch`, `recompute`.
         card: The card, if known: its speed decides; without it the count of operations does.
@@ -61,17 +62,17 @@ def fit(
         BadRecipe: See `check_setting`.
     """
     knobs = [knob for knob in KNOBS if knob.name in free]
-    bench = _Bench(shape, rows_per_step, budget_bytes, card)
+    bench = _Bench(shape, rows_per_step, room, card)
     tried = list(bench.search(setting, knobs))
     fitting = [candidate for candidate in tried if bench.fits(candidate)]
     if not fitting:
         least = min((candidate.estimate for candidate in tried), key=lambda each: each.needed_bytes)
-        raise _does_not_fit(shape, least, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
+        raise _does_not_fit(shape, least, room=room, rows_per_step=rows_per_step, card=card)
     best = min(fitting, key=lambda each: (each.cost, each.count, each.estimate.needed_bytes))
     return Plan(
         setting=best.estimate.setting,
         estimate=best.estimate,
-        budget_bytes=budget_bytes,
+        budget_bytes=room.free_bytes,
         micro_batches_per_step=best.count,
         seconds_per_step=best.seconds,
         reasons=tuple(bench.reason(knob, best) for knob in knobs),
@@ -94,7 +95,7 @@ class _Bench:
 
     shape: ModelShape
     rows_per_step: int
-    budget_bytes: int
+    room: Room
     card: Card | None
 
     def candidate(self, setting: Setting) -> _Candidate:
@@ -112,7 +113,7 @@ class _Bench:
         )
 
     def fits(self, candidate: _Candidate) -> bool:
-        return candidate.estimate.fits(self.budget_bytes)
+        return self.room.holds(candidate.estimate)
 
     def search(self, setting: Setting, knobs: list[Knob]) -> Iterator[_Candidate]:
         """Candidates, the fastest fitting one of every combination of the coarse knobs among them."""
@@ -159,15 +160,17 @@ def _does_not_fit(
     shape: ModelShape,
     least: Estimate,
     *,
-    budget_bytes: int,
+    room: Room,
     rows_per_step: int,
     card: Card | None,
 ) -> DoesNotFit:
     where = f" on {card.name}" if card else ""
+    wider = room.error_bytes(least) - least.error_bytes
+    budget_bytes = room.free_bytes - wider
     changes = ladder(shape, least.setting, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
     problem = (
         f"{shape.name} at {least.setting.length:,} tokens needs {format_bytes(least.needed_bytes)} "
-        f"± {format_bytes(least.error_bytes)}; {format_bytes(budget_bytes)} are free{where}."
+        f"± {format_bytes(room.error_bytes(least))}; {format_bytes(room.free_bytes)} are free{where}."
     )
     enough = [change for change in changes if change.is_enough] or list(changes)
     if not enough:

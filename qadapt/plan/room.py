@@ -14,7 +14,7 @@ class Room:
 
     Attributes:
         free_bytes: What there is.
-        seen_error: The largest share of a peak by which runs on this machine were off; 0 where none ran.
+        seen_error: The largest share by which runs on this machine were above their estimate; else 0.
     """
 
     free_bytes: int

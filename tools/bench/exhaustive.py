@@ -21,6 +21,7 @@ from qadapt.hardware.cards import Card, cards
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.fit import fit
 from qadapt.plan.knobs import PLANNED
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Recompute, Setting, auto_dtypes
 from qadapt.plan.speed import step_seconds
 from qadapt.shape import ModelShape, known_shapes
@@ -76,9 +77,7 @@ def compare(draw: random.Random) -> Point:
     budget_bytes = round(least * (most / least) ** draw.random())
     best = min((way for way in ways if way.needed_bytes <= budget_bytes), key=lambda way: way.seconds)
     start = time.perf_counter()
-    plan = fit(
-        shape, setting, budget_bytes=budget_bytes, rows_per_step=rows_per_step, free=PLANNED, card=card
-    )
+    plan = fit(shape, setting, room=Room(budget_bytes), rows_per_step=rows_per_step, free=PLANNED, card=card)
     taken = time.perf_counter() - start
     assert plan.seconds_per_step is not None
     chosen = (plan.setting.rows, plan.setting.recompute)
