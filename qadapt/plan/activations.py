@@ -65,7 +65,7 @@ def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> i
     """What is there once for all layers: rotary tables, token numbers, masks."""
     tables = 2 * setting.length * shape.head_width * setting.compute_bytes
     numbers = 3 * setting.tokens * 8
-    return tables + numbers + mask_bytes(setting, attention)
+    return tables + numbers + mask_bytes(shape, setting, attention)
 
 
 def norm_bytes(shape: ModelShape, setting: Setting) -> int:

@@ -145,9 +145,12 @@ def score_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> in
     return squares * c if attention.has_mask else 0
 
 
-def mask_bytes(setting: Setting, attention: Attention) -> int:
-    """Masks that are there once for all layers: eager attention's two, in numbers; else one of booleans."""
-    squares = setting.rows * setting.length**2
+def mask_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
+    """Masks that stay for all layers: eager attention's two, in numbers; else one of booleans for all rows.
+
+    Layers that are not recomputed keep only what they made of it (`score_bytes`).
+    """
+    squares = setting.length**2
     if attention.kernel == "eager":
-        return 2 * squares * setting.compute_bytes
-    return squares if attention.has_mask else 0
+        return 2 * setting.rows * squares * setting.compute_bytes
+    return squares if attention.has_mask and setting.recomputed_layers(shape.layers) else 0

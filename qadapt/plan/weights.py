@@ -61,9 +61,13 @@ def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
     return embeddings + shape.layers * (biases + head_norms + wide_norms) + final_norm + rotary
 
 
-def dequantized_bytes(linear: Linear, setting: Setting) -> int:
-    """What one product takes besides its operands: the weight in the compute type, and its fp32 absmax."""
+def dequantized_bytes(linear: Linear, setting: Setting, *, is_forward: bool = False) -> int:
+    """What one product takes besides its operands: the weight in the compute type, and its fp32 absmax.
+
+    Going forward on CUDA the absmax is there before and after its offset is added.
+    """
     if setting.quantization == "none":
         return 0
     absmax = setting.tensor_bytes(math.ceil(linear.weights / BLOCK), 4) if setting.double_quant else 0
-    return setting.tensor_bytes(linear.weights, setting.compute_bytes) + absmax
+    copies = 2 if is_forward and setting.device == "cuda" else 1
+    return setting.tensor_bytes(linear.weights, setting.compute_bytes) + copies * absmax

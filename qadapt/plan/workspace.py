@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from qadapt.plan.activations import adapter_input_bytes
+from qadapt.plan.adapters import adapter_tensors, trainable
 from qadapt.plan.attention import Attention
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
@@ -45,7 +46,10 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     if shape.family == "gemma2":  # the norm after the feed-forward part, in fp32, is gone by then
         norm = shape.width * FP32 * tokens
         moments = [5 * norm, *(moment - norm for moment in moments)]
-    held = _held_gradient_bytes(shape, setting) if is_recomputed else 0
+    held = _held_gradient_bytes(shape, setting)
+    if not is_recomputed:  # the model's forward pass holds its embeddings, and what went into this layer
+        is_embedding_free = setting.recomputed_layers(shape.layers) == 0
+        held = ((c < FP32) + is_embedding_free) * shape.width * c * tokens
     return max(
         gradient + max(moments), held + max(_forward_moments(shape, setting, is_recomputed=is_recomputed))
     )
@@ -63,7 +67,10 @@ def _held_gradient_bytes(shape: ModelShape, setting: Setting) -> int:
         if not setting.adapts(_linear(shape, "down_proj")):
             per_token += shape.mlp_width * c
         else:
-            per_token += shape.width * (c if a == c else c + FP32)
+            plain = (
+                c if setting.quantization == "none" else 0
+            )  # PEFT casts the sum there, not the adapter's part
+            per_token += shape.width * (c if a == c else FP32 + plain)
     return per_token * setting.tokens
 
 
@@ -71,8 +78,9 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     """The feed-forward half on its way forward, on top of all that the layer keeps.
 
     The up projection's weight dequantized; its adapter's output in two copies; the down projection's weight
-    dequantized; its adapter's input, dropped. What the half keeps later than that is taken off. Computed
-    again, a layer stops at the last value that is needed, before a down projection without an adapter.
+    dequantized; its adapter's input, cast and dropped. What the half keeps later than that is taken off.
+    Computed again, a layer stops at the last value that is needed, before a down projection without an
+    adapter.
     """
     down, up = _linear(shape, "down_proj"), _up(shape)
     c, a, tokens = setting.compute_bytes, setting.adapter_value_bytes, setting.tokens
@@ -81,19 +89,20 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     product = adapter_input_bytes([down], setting) * tokens
     residual = hidden if c < FP32 else 0  # in fp32 a norm keeps it
     normed = hidden if is_copied or not setting.adapts(up) else 0
-    later = (
-        product + (up.outputs - wide // tokens) * tokens * c
-    )  # gate and up as one layer: not activated yet
-    moments = [dequantized_bytes(up, setting) + residual + normed - later]
+    later = product + (up.outputs - shape.mlp_width) * tokens * c  # one layer for both: not activated yet
+    moments = [dequantized_bytes(up, setting, is_forward=True) + residual + normed - later]
     if setting.adapts(up):
-        moments.append(2 * up.outputs * a * tokens + residual + normed - later)
+        before = shape.width * a * tokens if setting.dropout > 0 and a != c else 0
+        moments.append(2 * up.outputs * a * tokens + before + residual + normed - later)
     if not is_recomputed or setting.adapts(down) or shape.family == "gemma2":
         is_kept = setting.adapts(down) and not is_copied
         taken = 0 if is_kept else wide * c - product
-        moments.append(dequantized_bytes(down, setting) + residual + hidden + taken)
-    if setting.adapts(down) and is_copied:
+        base = dequantized_bytes(down, setting, is_forward=True)
+        moments.append(base + residual + normed + hidden + taken)
+    if setting.adapts(down):
         before = wide * a if setting.dropout > 0 and a != c else 0
-        moments.append(wide * c + before + residual + hidden)
+        adapted = 0 if is_recomputed else 2 * shape.width * a * tokens
+        moments.append(is_copied * wide * c + before + residual + normed + hidden + adapted)
     return moments
 
 
@@ -157,9 +166,15 @@ def logit_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     return capped + max(forward, backward), held
 
 
-def update_bytes(setting: Setting, *, adapter_values: int) -> int:
-    """What the optimizer's step takes on top: bf16 adapters get their updates as bf16 values of their own."""
-    return adapter_values * 2 if setting.adapter_dtype == "bf16" else 0
+def update_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What the optimizer's step takes on top.
+
+    bf16 adapters get their updates as bf16 values of their own; of one tensor at a time four fp32 copies
+    exist: the last tensor's sum, weight, lost part and their sum (`train/optimizer.py`).
+    """
+    if setting.adapter_dtype != "bf16":
+        return 0
+    return 2 * trainable(shape, setting) + 4 * FP32 * max(adapter_tensors(shape, setting), default=0)
 
 
 def _linear(shape: ModelShape, name: str) -> Linear:
