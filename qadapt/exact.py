@@ -8,10 +8,12 @@ keeps a share for it. Imports torch and transformers: some seconds. `planning.py
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qadapt.batch_shape import worst_routing
 from qadapt.experts import routed_experts
 from qadapt.hardware.calibration import Calibration
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
@@ -24,8 +26,10 @@ from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.plan.trace import TraceEvent
 from qadapt.shape import ModelConfig, ModelShape
-from qadapt.train.dryrun import DryRun, dry_run
+from qadapt.train.dryrun import DryRun, batch_of, dry_run
 
+Ends = tuple[int, int]
+"""The least and the most, in bytes."""
 KERNEL_ERROR = 0.02
 """On CUDA, of what comes and goes: the bar that published peaks are held to (`tools/bench/estimator.py`)."""
 
@@ -73,7 +77,7 @@ def exact_answer(
         QadaptError: The model cannot be built, or an adapter does not suit it.
     """
     capability = target.card.compute_capability if target.card else None
-    run = dry_run(config.values, setting, capability=capability)
+    run, routing = _routed(config, setting, capability=capability)
     outside = _outside(shape, setting, target.card) if shape else _outside_of_skeleton(config, setting, run)
     reserved = reserved_range(run.trace)
     answer = Answer(
@@ -86,6 +90,7 @@ def exact_answer(
         calibration=calibration,
         module=run.peak.module,
         notes=_notes(config, setting, run, has_closed_form=shape is not None),
+        routing_bytes=routing,
         reserved_range_bytes=None if setting.device == "cpu" else (reserved.low_bytes, reserved.high_bytes),
     )
     return ExactAnswer(answer, run.trace, run.static)
@@ -147,6 +152,26 @@ def _estimate(run: DryRun, setting: Setting, *, card: Card | None, outside: _Out
     )
 
 
+def _routed(config: ModelConfig, setting: Setting, *, capability: float | None) -> tuple[DryRun, Ends | None]:
+    """The dry run, and for a mixture of experts its peak from balanced to worst routing.
+
+    Grouped products, which transformers takes in bf16, hold every token's share at once, as balanced experts
+    do; the worst is experts one after another, all tokens to the same ones. In other types the products are
+    not grouped and balanced experts would take minutes to run: the worst alone is told.
+    """
+    batch, experts = batch_of(setting), routed_experts(config.values)
+    if experts is None or experts.per_token is None:
+        return dry_run(config.values, setting, capability=capability, batch=batch), None
+    tokens = worst_routing(tokens=setting.tokens, per_token=experts.per_token)
+    worst_batch = dataclasses.replace(batch, expert_tokens=tokens)
+    worst = dry_run(config.values, setting, capability=capability, batch=worst_batch)
+    if setting.compute_dtype != "bf16":
+        return worst, None
+    balanced = dry_run(config.values, setting, capability=capability, batch=batch)
+    higher = max(worst, balanced, key=lambda run: run.peak.bytes)
+    return higher, (min(worst.peak.bytes, balanced.peak.bytes), higher.peak.bytes)
+
+
 def _notes(config: ModelConfig, setting: Setting, run: DryRun, *, has_closed_form: bool) -> tuple[str, ...]:
     """What a reader would not expect of this model."""
     notes = []
@@ -154,8 +179,9 @@ def _notes(config: ModelConfig, setting: Setting, run: DryRun, *, has_closed_for
         notes.append(f"{config.family} has no closed form here: counted by the exact dry run")
     experts = routed_experts(config.values)
     if experts is not None:
-        notes.append(experts.not_covered.rstrip("."))
-        notes.append("their products are grouped, as transformers does: the routing does not change the peak")
+        notes.append(f"{experts.not_covered} Training it is refused until they are")
+        if setting.compute_dtype != "bf16":
+            notes.append("counted with all tokens going to the same experts, the worst routing")
     elif setting.quantization == "nf4" and not run.static["quantization_constants"]:
         notes.append("the library quantizes no layer of this architecture: all of it stays in 16 bits")
     return tuple(notes)

@@ -155,3 +155,20 @@ def test_a_disk_that_takes_no_picture_leaves_nothing(
     assert run(["estimate", llama, "--card", "4060", "--plot", str(tmp_path / "memory.svg")]) == 2
     assert "memory.svg cannot be written: No space left on device." in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_mixture_of_experts_has_a_range_of_routing_and_the_verdict_takes_its_end(tmp_path: Path) -> None:
+    values = find_config("mistralai/Mixtral-8x7B-v0.1").values | {
+        "num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 999,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    answer = (
+        ask(str(tmp_path), (), card="RTX 4090", vram=None).changed({"supervised_share": 0.1}).dry_run().answer
+    )
+    assert answer.routing_bytes is not None
+    assert answer.routing_bytes[0] < answer.routing_bytes[1] == answer.estimate.peak_allocated_bytes
+    assert any("stay in 16 bits" in note and "Training it is refused" in note for note in answer.notes)
+    on_cpu = ask(str(tmp_path), (), card=None, vram=None).changed({"supervised_share": 0.1}).dry_run().answer
+    assert on_cpu.routing_bytes is None
+    assert any("worst routing" in note for note in on_cpu.notes)

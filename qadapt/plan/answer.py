@@ -34,6 +34,7 @@ class Answer:
         module: The module that ran at the peak; empty where only the phase is known.
         notes: What a reader would not expect of this model.
         reserved_range_bytes: What the allocator may hold, from a replay; None: the estimate's own range.
+        routing_bytes: A mixture of experts' peak from balanced to worst routing; None for a dense model.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Answer:
     module: str = ""
     notes: tuple[str, ...] = ()
     reserved_range_bytes: tuple[int, int] | None = None
+    routing_bytes: tuple[int, int] | None = None
 
     @property
     def reserved_bytes(self) -> tuple[int, int]:

@@ -53,9 +53,14 @@ def estimate_record(answer: Answer) -> dict[str, Any]:
         "exact": estimate.exact,
         "relative_error": estimate.relative_error,
         "calibration": _calibration(answer.calibration),
+        "routing_bytes": _range(answer.routing_bytes),
         "notes": list(answer.notes),
         "changes": [_change(change) for change in answer.changes],
     }
+
+
+def _range(ends: tuple[int, int] | None) -> dict[str, int] | None:
+    return None if ends is None else {"low": ends[0], "high": ends[1]}
 
 
 def plan_record(answer: Answer, plan: Plan) -> dict[str, Any]:

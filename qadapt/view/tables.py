@@ -218,6 +218,9 @@ def _doubts(answer: Answer) -> Iterator[Line]:
     """What this very machine adds to the verdict."""
     if answer.target.may_spill and answer.verdict != "fits":
         yield "Windows", "may put what does not fit into host memory: many times slower, and no error"
+    if answer.routing_bytes is not None:
+        low, high = (format_bytes(amount) for amount in answer.routing_bytes)
+        yield "routing", f"peak {low} if balanced, {high} if all tokens choose the same experts"
     for note in answer.notes:
         yield "note", note
     if answer.calibration:
