@@ -14,7 +14,9 @@ from test_estimate_command import SCHEMA, problems
 import qadapt
 from qadapt.cli.main import run
 from qadapt.errors import NoClosedForm
+from qadapt.plan.answer import Answer
 from qadapt.planning import ask
+from qadapt.shape import find_config
 from qadapt.units import format_bytes
 
 LLAMA: dict[str, Any] = {
@@ -163,12 +165,14 @@ def test_a_mixture_of_experts_has_a_range_of_routing_and_the_verdict_takes_its_e
         "num_key_value_heads": 4, "vocab_size": 999,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    answer = (
-        ask(str(tmp_path), (), card="RTX 4090", vram=None).changed({"supervised_share": 0.1}).dry_run().answer
-    )
-    assert answer.routing_bytes is not None
-    assert answer.routing_bytes[0] < answer.routing_bytes[1] == answer.estimate.peak_allocated_bytes
-    assert any("stay in 16 bits" in note and "Training it is refused" in note for note in answer.notes)
-    on_cpu = ask(str(tmp_path), (), card=None, vram=None).changed({"supervised_share": 0.1}).dry_run().answer
+
+    def answer(card: str | None) -> Answer:
+        question = ask(str(tmp_path), (), card=card, vram=None)
+        return question.changed({"supervised_share": 0.1}).dry_run().answer
+
+    on_card, on_cpu = answer("RTX 4090"), answer(None)
+    assert on_card.routing_bytes is not None
+    assert on_card.routing_bytes[0] < on_card.routing_bytes[1] == on_card.estimate.peak_allocated_bytes
+    assert any("stay in 16 bits" in note and "Training it is refused" in note for note in on_card.notes)
     assert on_cpu.routing_bytes is None
     assert any("worst routing" in note for note in on_cpu.notes)
