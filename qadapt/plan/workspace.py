@@ -118,7 +118,10 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
     c = setting.compute_bytes
     scores = setting.rows * shape.heads * setting.length**2
     if attention.kernel == "eager":
-        per_score = (3 if setting.device == "cuda" else 2) * FP32 - (c if c < FP32 else 0)
+        after = (
+            c if setting.compute_dtype == "fp16" and setting.device == "cuda" else FP32
+        )  # one kernel casts
+        per_score = FP32 * (2 if setting.device == "cuda" else 1) + after - (c if c < FP32 else 0)
         let_go = query * c + shape.width * FP32  # output and values, less one gradient; the norm after them
         return (shape.width * c - let_go) * setting.tokens + scores * per_score
     if attention.kernel == "math":
