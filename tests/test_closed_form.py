@@ -43,6 +43,7 @@ def compared(model: str, card: str | None, **changes: Any) -> Compared:
         ("Qwen2.5-0.5B", "RTX 5090", {"length": 2048, "adapter_dtype": "fp32", "targets": ATTENTION}),
         ("Qwen3-0.6B", "T4", {"rows": 2, "length": 512, "dropout": 0.05, "quantization": "none", **HALF}),
         ("gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none", "supervised_share": 0.05}),
+        ("gemma-2-2b", "T4", {"length": 1000, "supervised_share": 0.05, **HALF}),
         ("gemma-2-2b", None, {"length": 200, "double_quant": False, "supervised_share": 0.05, **FULL}),
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "rank": 64, "supervised_share": 0.02}),
         ("Phi-3-mini-4k-instruct", "H100 80GB SXM", {"length": 3000, "targets": ("qkv_proj",), **FULL}),
