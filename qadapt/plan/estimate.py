@@ -47,7 +47,7 @@ from qadapt.units import MIB
 
 RELATIVE_ERROR = 0.02
 """Of what comes and goes, either way, against the dry run: of 300 sampled steps 99 % are within 1.5 %, the
-worst is off by 2.3 % (`tools/bench/closed_form.py`). What a card's kernels really take, nobody has measured."""
+worst is off by 2.3 % (`tools/bench/closed_form.py`). What a card's kernels take was not measured."""
 UNSEEN_BYTES = 32 * MIB
 """On CUDA, either way: small workspaces that published peaks show (16 to 40 MiB) and nothing here counts."""
 RESERVED_RATIOS = (1.04, 1.25)
