@@ -209,6 +209,7 @@ def test_the_ladder_prices_each_change_as_the_difference_of_two_estimates() -> N
         ({"length": 0}, "length = 0: a row needs at least one token."),
         ({"length": -4}, "length = -4: a row needs at least one token."),
         ({"rows": 0}, "rows = 0: a step needs at least one row."),
+        ({"rows": 4097}, "rows = 4,097: one forward pass takes at most 4,096 here."),
         (
             {"length": 9000},
             "length = 9,000 is above the context of HuggingFaceTB/SmolLM2-135M, 8,192 tokens.",

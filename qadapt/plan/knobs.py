@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qadapt.plan.setting import Setting
+from qadapt.plan.setting import MOST_ROWS, Setting
 from qadapt.shape import ModelShape
 
 Value = int | str | bool
@@ -59,9 +59,8 @@ def micro_batches(rows_per_step: int, rows: int) -> int:
 
 def _row_values(_: ModelShape, __: Setting, rows_per_step: int) -> tuple[int, ...]:
     """The smallest number of rows for every number of micro-batches: more rows than that buy nothing."""
-    smallest = {
-        micro_batches(rows_per_step, micro_batches(rows_per_step, n)) for n in range(1, rows_per_step + 1)
-    }
+    most = min(rows_per_step, MOST_ROWS)
+    smallest = {micro_batches(rows_per_step, micro_batches(rows_per_step, n)) for n in range(1, most + 1)}
     return tuple(sorted(smallest, reverse=True))
 
 

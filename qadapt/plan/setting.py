@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one value of each type."""
 
+MOST_ROWS = 4096
+"""In one forward pass: far above what any card holds, and few enough to try them all."""
+
 ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}
 """What a tensor's size is rounded up to: the CUDA caching allocator's kMinBlockSize; nothing on a CPU."""
 
@@ -132,6 +135,11 @@ def check_numbers(shape: Outline, setting: Setting) -> None:
     """
     if setting.rows < 1:
         raise BadRecipe(f"rows = {setting.rows}: a step needs at least one row.", cure="Give 1 or more.")
+    if setting.rows > MOST_ROWS:
+        raise BadRecipe(
+            f"rows = {setting.rows:,}: one forward pass takes at most {MOST_ROWS:,} here.",
+            cure="Give fewer rows at a time; a step may have more, in micro-batches.",
+        )
     if setting.length < 1:
         raise BadRecipe(
             f"length = {setting.length}: a row needs at least one token.", cure="Give a length such as 2048."
