@@ -9,9 +9,9 @@ import pytest
 
 from qadapt.hardware.cards import find_card
 from qadapt.plan.estimate import estimate_step
-from qadapt.plan.inverse import MOST_ROWS, fitting_models, largest, most
+from qadapt.plan.inverse import fitting_models, largest, most
 from qadapt.plan.room import Room
-from qadapt.plan.setting import Setting
+from qadapt.plan.setting import MOST_ROWS, Setting
 from qadapt.shape import ModelShape, find_shape, known_shapes
 from qadapt.units import GIB
 

@@ -16,14 +16,11 @@ from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import Card
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.room import Room
-from qadapt.plan.setting import Setting, check_setting
+from qadapt.plan.setting import MOST_ROWS, Setting, check_setting
 from qadapt.shape import ModelShape
 
 What = Literal["length", "rows", "rank"]
 """The field of a `Setting` that is asked for."""
-
-MOST_ROWS = 4096
-"""Where no recipe says how many rows a step has, no more are tried: the answer is only of use far below."""
 
 
 class Ceiling(NamedTuple):
