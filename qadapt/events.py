@@ -72,7 +72,7 @@ class Planned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReady(Event):
-    """The rows as tokens."""
+    """The rows as tokens; `formats` are what they were recognised as, such as `sharegpt`."""
 
     rows: int
     held_out_rows: int
@@ -80,6 +80,7 @@ class DataReady(Event):
     supervised_tokens: int
     truncated_rows: int
     longest_row_tokens: int
+    formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,10 @@ from qadapt.units import parse_bytes
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Column = Literal[
+    "messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output",
+    "question", "answer", "query", "response",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -57,7 +61,7 @@ class SourceSection(Section):
     """Where rows come from."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, relative to the folder the command runs in."""
+    """A JSON (lines), CSV, TSV, Parquet or Arrow file or a folder of them; relative to the working folder."""
     limit: Positive | None = None
     """Use only the first rows."""
 
@@ -67,8 +71,12 @@ class DataSection(Section):
 
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     """Files of training rows."""
-    format: Literal["auto", "messages", "prompt-completion"] = "auto"
-    """What a row looks like; auto recognises it from the row's keys."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer"] = "auto"
+    """What a row looks like; auto recognises it from the keys of each file's first row."""
+    columns: dict[Column, Annotated[str, Field(min_length=1)]] = {}
+    """Name of a column in the format → its name in the files, such as {prompt: question_text}."""
+    malformed: Literal["error", "skip"] = "error"
+    """A row that cannot be used: stop, or leave it out, counted, and listed in the run's folder."""
     held_out: str | None = None
     """A file of rows that are never trained on, for the evaluation loss."""
     held_out_fraction: Share = 0.0
@@ -194,6 +202,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
+        twice = [name for name in self.data.columns.values() if [*self.data.columns.values()].count(name) > 1]
+        if twice:
+            raise ValueError(f"data.columns gives {twice[0]!r} two meanings; keep one")
         if self.data.held_out is not None and self.data.held_out_fraction > 0:
             raise ValueError("data.held_out and data.held_out_fraction both ask for held-out rows; keep one")
         if self.train.patience is not None and self.train.evaluate_every is None:

@@ -47,6 +47,7 @@ from qadapt.run_parts import (
     prepare,
     remember_peak,
     resolved,
+    skipped_lines,
     started,
 )
 from qadapt.stage import with_progress
@@ -85,6 +86,8 @@ def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
         run.write(run.recipe, dump_yaml(recipe))
         run.write_json(run.plan, plan.values())
         run.write_json(run.environment, environment())
+        if material.skipped:
+            run.write(run.skipped, skipped_lines(material.skipped))
     yield started(recipe, plan, run)
     yield plan.event()
     yield from _steps(recipe, plan, run, material=material, is_resumed=False)

@@ -3,6 +3,7 @@
 ```
 runs/<name>/
   recipe.yaml  plan.json  environment.json     resolved, as used
+  skipped.jsonl                                rows left out, if the recipe asks for that
   events.jsonl                                 the journal
   checkpoints/step-000200/                     saved states
   adapter/                                     the result
@@ -46,6 +47,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Versions and machine."""
         return self.path / "environment.json"
+
+    @property
+    def skipped(self) -> Path:
+        """The malformed rows that were left out, one line each; there only if there are any."""
+        return self.path / "skipped.jsonl"
 
     @property
     def journal(self) -> Path:

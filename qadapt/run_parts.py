@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from qadapt.data.batches import widest_share
 from qadapt.data.formats import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
-from qadapt.data.sources import read_conversations
+from qadapt.data.sources import SUFFIXES, RowReader, Skipped
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
@@ -50,6 +51,7 @@ class Material:
     files: ModelFiles
     contract: PromptContract
     rows: Rows
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def ingredients(self) -> Ingredients:
@@ -77,7 +79,9 @@ def prepare(recipe: Recipe, *, revision: str | None) -> Generator[Event, None, M
     The rows come first: a mistake in them costs no download.
     """
     yield StageStarted(stage="reading the rows")
-    kept, apart = _conversations(recipe)
+    reader = row_reader(recipe, skips_malformed=recipe.data.malformed == "skip")
+    kept, apart = _conversations(recipe, reader)
+    yield from _left_out(reader)
     source = recipe.model.source
     files = yield from with_progress(
         "finding the base", lambda report: find_model(source, revision=revision, report=report)
@@ -93,15 +97,45 @@ def prepare(recipe: Recipe, *, revision: str | None) -> Generator[Event, None, M
         supervised_tokens=rows.supervised_tokens,
         truncated_rows=rows.truncated,
         longest_row_tokens=rows.longest,
+        formats=tuple(reader.formats),
     )
-    return Material(files, contract, rows)
+    return Material(files, contract, rows, tuple(reader.skipped))
 
 
-def _conversations(recipe: Recipe) -> tuple[list[Conversation], list[Conversation]]:
+def row_reader(recipe: Recipe, *, skips_malformed: bool) -> RowReader:
+    """How files are read that look like the recipe's."""
+    columns = {str(known): name for known, name in recipe.data.columns.items()}
+    return RowReader(form=recipe.data.format, columns=columns, skips_malformed=skips_malformed)
+
+
+def _left_out(reader: RowReader) -> Iterator[Warned]:
+    if reader.skipped:
+        places = ", ".join(each.place for each in reader.skipped[:3])
+        count = len(reader.skipped)
+        yield Warned(
+            message=f"{count:,} malformed {'row is' if count == 1 else 'rows are'} left out, as asked: "
+            f"{places}{', ...' if count > 3 else ''}; the first because of: {reader.skipped[0].problem}",
+            cure="The run's skipped.jsonl lists them all; data.malformed=error stops at the first.",
+        )
+    if reader.other_files:
+        names = ", ".join(path.name for path in reader.other_files[:3])
+        yield Warned(
+            message=f"{len(reader.other_files):,} files in the folders of rows are not read: {names}"
+            f"{', ...' if len(reader.other_files) > 3 else ''}.",
+            cure=f"Rows are in files that end in {', '.join(SUFFIXES)}.",
+        )
+
+
+def skipped_lines(skipped: Sequence[Skipped]) -> str:
+    """The rows that were left out as JSON lines, for the run's folder."""
+    return "".join(json.dumps({"place": row.place, "problem": row.problem}) + "\n" for row in skipped)
+
+
+def _conversations(recipe: Recipe, reader: RowReader) -> tuple[list[Conversation], list[Conversation]]:
     data = recipe.data
     return split_conversations(
         [(Path(source.path), source.limit) for source in data.sources],
-        form=data.format,
+        reader=reader,
         held_out=Path(data.held_out) if data.held_out is not None else data.held_out_fraction,
         seed=recipe.train.seed,
     )
@@ -129,8 +163,9 @@ def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Convers
         BadRun: No file is given and the run held out none.
     """
     if data is not None:
-        return read_conversations(data, form=recipe.data.format)
-    _, apart = _conversations(recipe)
+        return row_reader(recipe, skips_malformed=False).read(data)
+    # what the run left out of these rows stands in its folder already
+    _, apart = _conversations(recipe, row_reader(recipe, skips_malformed=recipe.data.malformed == "skip"))
     if not apart:
         raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
     return apart

@@ -48,6 +48,8 @@ FIELDS = [
     "data.sources.path",
     "data.sources.limit",
     "data.format",
+    "data.columns",
+    "data.malformed",
     "data.held_out",
     "data.held_out_fraction",
     "data.length",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qadapt.data.formats import Conversation
 from qadapt.data.prompt import PromptContract, Tokens
-from qadapt.data.sources import read_conversations
+from qadapt.data.sources import RowReader
 from qadapt.errors import BadData
 
 
@@ -88,23 +88,30 @@ def no_rows_left(purpose: str, *, length: int) -> BadData:
 
 
 def split_conversations(
-    sources: Sequence[tuple[Path, int | None]], *, form: str, held_out: Path | float, seed: int
+    sources: Sequence[tuple[Path, int | None]],
+    *,
+    held_out: Path | float,
+    seed: int,
+    form: str = "auto",
+    reader: RowReader | None = None,
 ) -> tuple[list[Conversation], list[Conversation]]:
     """The conversations to train on, and those to hold out.
 
     Args:
         sources: Files of training rows, each with how many of its first rows to take (None: all).
-        form: A format's name, or `auto`.
         held_out: A file of rows to hold out, or the share of the training rows to.
         seed: Of the draw.
+        form: A format's name, or `auto`.
+        reader: How files are read; None: by `form`, and a row that cannot be used is an error.
 
     Raises:
         BadData: A file or a row cannot be used.
     """
-    parts = [read_conversations(path, form=form, limit=limit) for path, limit in sources]
+    reader = reader or RowReader(form=form)
+    parts = [reader.read(path, limit=limit) for path, limit in sources]
     conversations = [row for part in parts for row in part]
     if isinstance(held_out, Path):
-        return conversations, read_conversations(held_out, form=form)
+        return conversations, reader.read(held_out)
     return _hold_out(conversations, held_out, seed=seed)
 
 

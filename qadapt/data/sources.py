@@ -1,107 +1,153 @@
-"""Reads rows from files: JSON (lines) with the place of every mistake, CSV and Parquet through `datasets`.
+"""Conversations out of files and folders of them, by the recipe's rules: which rows, in what shape.
 
-Knows files, not tokens. A file is read row by row; paths are relative to the folder the command runs in.
+Knows files and rows, not tokens. A file is read row by row; paths are relative to the folder the command runs
+in. What is not read is never lost: it stops the reading, or it is on one of the lists of the reader.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from qadapt.data.formats import Conversation, Format, read_conversation, recognise
+from qadapt.data.column_files import read_arrow, read_parquet
+from qadapt.data.formats import Conversation, Format, map_columns, read_conversation, recognise
+from qadapt.data.text_files import read_json, read_json_lines, read_table
 from qadapt.errors import BadData
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ReadRows = Callable[[Path], Iterator[tuple[str, object]]]
+
+_READERS: dict[str, ReadRows] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": lambda path: read_table(path, delimiter=","),
+    ".tsv": lambda path: read_table(path, delimiter="\t"),
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+_COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*_READERS, *(f"{suffix}.gz" for suffix in _COMPRESSIBLE))
+
+_FACTS_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
+"""What `datasets` writes beside the rows."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was left out because the recipe asks for it."""
+
+    place: str
+    problem: str
+
+
+@dataclass
+class RowReader:
+    """Reads files by one set of rules, and lists what it left out.
+
+    Args:
+        form: A format's name, or `auto`: that of each file's first row.
+        columns: Name that a format knows → name in the files.
+        skips_malformed: Leave out a row that cannot be used instead of raising its error.
+    """
+
+    form: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skips_malformed: bool = False
+    skipped: list[Skipped] = field(default_factory=list, init=False)
+    formats: dict[Format, int] = field(default_factory=dict, init=False)
+    """Rows used of each format."""
+    other_files: list[Path] = field(default_factory=list, init=False)
+    """Files of folders that hold no rows by their names, hidden ones not counted."""
+
+    def read(self, path: Path, *, limit: int | None = None) -> list[Conversation]:
+        """All conversations of a file or a folder, in their order; those of a folder sorted by name.
+
+        Args:
+            path: A file of one of `SUFFIXES`, or a folder with such files at any depth.
+            limit: Use only so many rows.
+
+        Raises:
+            BadData: It is missing, empty or unreadable, or a row is no conversation; names file and line.
+        """
+        before = len(self.skipped)
+        conversations: list[Conversation] = []
+        for file in self._files(path):
+            for conversation in self._conversations(file):
+                conversations.append(conversation)
+                if len(conversations) == limit:
+                    return conversations
+        if not conversations:
+            left_out = self.skipped[before:]
+            if left_out:
+                raise BadData(
+                    f"{path}: all {len(left_out)} rows are malformed; the first: {left_out[0].problem}",
+                    cure="Correct the rows.",
+                )
+            raise BadData(f"{path} has no rows.", cure="Give a file with at least one conversation.")
+        return conversations
+
+    def _files(self, path: Path) -> list[Path]:
+        if not path.exists():
+            raise BadData(
+                f"There is no data file {str(path)!r} (looked at {path.absolute()}).",
+                cure="Correct the path; it is relative to the folder you run the command in.",
+            )
+        if not path.is_dir():
+            return [path]
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
+        inside = [file for file in inside if file.name not in _FACTS_OF_DATASETS]
+        files = [file for file in inside if _kind_of(file) is not None]
+        if not files:
+            raise BadData(f"The folder {path} has no files of rows.", cure=f"Give {', '.join(SUFFIXES)}.")
+        self.other_files += [file for file in inside if _kind_of(file) is None]
+        return files
+
+    def _conversations(self, path: Path) -> Iterator[Conversation]:
+        known: Format | None = None if self.form == "auto" else cast("Format", self.form)
+        for place, row in _rows(path):
+            try:
+                if isinstance(row, BadData):
+                    raise row
+                mapped = map_columns(row, self.columns, place=place)
+                form = known or recognise(mapped, place=place)
+                conversation = read_conversation(mapped, form, place=place)
+            except BadData as error:
+                if not self.skips_malformed:
+                    raise
+                self.skipped.append(Skipped(place, error.problem))
+                continue
+            known = form
+            self.formats[form] = self.formats.get(form, 0) + 1
+            yield conversation
 
 
 def read_conversations(path: Path, *, form: str = "auto", limit: int | None = None) -> list[Conversation]:
-    """All conversations of a file, in its order.
-
-    Args:
-        path: A `.jsonl`, `.json`, `.csv` or `.parquet` file.
-        form: A format's name, or `auto`: that of the first row.
-        limit: Read only so many rows.
+    """All conversations of a file or a folder; see `RowReader.read`.
 
     Raises:
-        BadData: The file is missing, empty, unreadable, or a row is no conversation; names file and line.
+        BadData: It is missing, empty or unreadable, or a row is no conversation; names file and line.
     """
-    if not path.exists():
+    return RowReader(form=form).read(path, limit=limit)
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def _kind_of(path: Path) -> str | None:
+    """The suffix that says how to read a file, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    kind = _kind_of(path)
+    if kind is None:
+        what = "plain text, and raw text is not trained on" if path.suffix.lower() == ".txt" else "not read"
         raise BadData(
-            f"There is no data file {str(path)!r} (looked at {path.absolute()}).",
-            cure="Correct the path; it is relative to the folder you run the command in.",
+            f"{path} ends in {path.suffix.lower()!r}, which is {what}.",
+            cure=f"Give one of: {', '.join(SUFFIXES)}.",
         )
-    conversations: list[Conversation] = []
-    known: Format | None = None if form == "auto" else cast("Format", form)
-    for place, row in _rows(path):
-        known = known or recognise(row, place=place)
-        conversations.append(read_conversation(row, known, place=place))
-        if len(conversations) == limit:
-            break
-    if not conversations:
-        raise BadData(f"{path} has no rows.", cure="Give a file with at least one conversation.")
-    return conversations
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return _json_lines(path)
-    if suffix == ".json":
-        return _json_list(path)
-    if suffix in (".csv", ".parquet"):
-        return _table(path)
-    raise BadData(
-        f"{path} ends in {suffix!r}, which is not read.",
-        cure=f"Give one of: {', '.join(SUFFIXES)}.",
-    )
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    place = f"{path}, line {number}"
-                    yield place, _json(line, place=place)
-    except UnicodeDecodeError as error:
-        raise BadData(f"{path} is not UTF-8 text: {error}", cure="Save the file as UTF-8.") from None
-    except OSError as error:
-        raise BadData(f"{path} cannot be read: {error}", cure="Give a readable file.") from None
-
-
-def _json(text: str, *, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise BadData(f"{place}: not JSON: {error}", cure="Correct the line, or remove it.") from None
-    except RecursionError:
-        raise BadData(f"{place}: nested too deeply.", cure="Correct the line, or remove it.") from None
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"{path} cannot be read: {error}", cure="Give a readable UTF-8 file.") from None
-    rows = _json(text, place=str(path)) if text.strip() else []
-    if not isinstance(rows, list):
-        raise BadData(
-            f"{path} holds no list of rows.", cure="Wrap the rows in [ ], or use JSON lines (.jsonl)."
-        )
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
-def _table(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from datasets import Dataset  # a second of imports that JSON does not need
-
-    try:
-        read = Dataset.from_parquet if path.suffix.lower() == ".parquet" else Dataset.from_csv
-        table = read(str(path), keep_in_memory=True)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise BadData(f"{path} cannot be read: {error}", cure="Give a readable file.") from None
-    for number, row in enumerate(table, 1):
-        yield f"{path}, row {number}", row
+    return _READERS[kind.removesuffix(".gz")](path)

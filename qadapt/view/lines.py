@@ -51,7 +51,8 @@ def _preparation(event: Event) -> str | None:
             return f"planned: micro-batch {event.micro_batch}, recompute {recompute}, peak {peak}"
         case DataReady():
             cut = f", {event.truncated_rows:,} cut to length" if event.truncated_rows else ""
-            return f"data: {event.rows:,} rows, {format_count(event.tokens)} tokens{cut}"
+            form = f" ({', '.join(event.formats)})" if event.formats else ""
+            return f"data: {event.rows:,} rows{form}, {format_count(event.tokens)} tokens{cut}"
         case BaseLoaded():
             return f"base loaded: {format_bytes(event.resident_bytes)} in {format_seconds(event.seconds)}"
         case AdapterAttached():

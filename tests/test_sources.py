@@ -1,0 +1,520 @@
+"""Files and rows as people have them: every shape read alike, every fault named, no row lost in silence."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from qadapt.data import text_files
+from qadapt.data.formats import Conversation, Message
+from qadapt.data.sources import RowReader, read_conversations
+from qadapt.errors import BadData, BadRecipe
+from qadapt.events import DataReady, Warned
+from qadapt.recipe import Recipe
+from qadapt.recipe_file import check_recipe, dump_yaml, load_yaml
+from qadapt.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+ASKED = (Message("user", "two plus two?"), Message("assistant", "four"))
+PAIR = {"prompt": "two plus two?", "completion": "four"}
+TURNS = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_row(folder: Path, row: object, **rules: Any) -> tuple[Message, ...]:
+    """The messages of a file's only row."""
+    [conversation] = RowReader(**rules).read(write_rows(folder / "row.jsonl", row))
+    return conversation.messages
+
+
+def problem_of(path: Path, **rules: Any) -> str:
+    with pytest.raises(BadData) as caught:
+        RowReader(**rules).read(path)
+    return caught.value.problem
+
+
+def texts(conversations: list[Conversation]) -> list[tuple[Message, ...]]:
+    return [conversation.messages for conversation in conversations]
+
+
+SHAPES: list[tuple[str, dict[str, object]]] = [
+    ("messages", {"messages": TURNS}),
+    ("messages", {"messages": json.dumps(TURNS), "id": 7, "tools": None}),
+    ("messages", {"messages": TURNS, "prompt": "two plus two?", "prompt_id": "x"}),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "two plus two?"}, {"from": "gpt", "value": "four"}]},
+    ),
+    ("sharegpt", {"conversations": TURNS}),
+    ("alpaca", {"instruction": "two plus two?", "output": "four"}),
+    ("alpaca", {"instruction": "two plus two?", "input": "", "output": "four", "history": []}),
+    ("prompt-completion", PAIR),
+    ("question-answer", {"question": "two plus two?", "answer": "four"}),
+    ("question-answer", {"query": "two plus two?", "response": "four"}),
+]
+
+
+@pytest.mark.parametrize(("form", "row"), SHAPES)
+def test_each_format_is_recognised_and_the_same_when_stated(tmp_path: Path, form: str, row: object) -> None:
+    reader = RowReader()
+    [conversation] = reader.read(write_rows(tmp_path / "row.jsonl", row))
+    assert conversation.messages == ASKED
+    assert reader.formats == {form: 1}
+    assert read_row(tmp_path, row, form=form) == ASKED
+
+
+def test_an_alpaca_input_follows_its_instruction(tmp_path: Path) -> None:
+    row = {"instruction": "Translate.", "input": "Haus", "output": "house", "system": "Be short."}
+    expected = (
+        Message("system", "Be short."),
+        Message("user", "Translate.\n\nHaus"),
+        Message("assistant", "house"),
+    )
+    assert read_row(tmp_path, row) == expected
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [
+        ("system", "system"), ("human", "user"), ("user", "user"), ("Human", "user"), ("gpt", "assistant"),
+        ("assistant", "assistant"), ("chatgpt", "assistant"), ("bing", "assistant"), ("bard", "assistant"),
+    ],
+)  # fmt: skip
+def test_the_usual_role_names_of_sharegpt_are_known(tmp_path: Path, speaker: str, role: str) -> None:
+    row = {"conversations": [{"from": speaker, "value": "x"}, {"from": "gpt", "value": "y"}]}
+    assert read_row(tmp_path, row)[0] == Message(role, "x")
+
+
+def test_names_of_speakers_reach_the_template(tmp_path: Path) -> None:
+    row = {
+        "messages": [
+            {"role": "user", "name": "Ada", "content": "hi"},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
+    [conversation] = read_conversations(write_rows(tmp_path / "row.jsonl", row))
+    assert conversation.turns[0] == {"role": "user", "content": "hi", "name": "Ada"}
+    assert conversation.turns[1] == {"role": "assistant", "content": "yes"}
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+    row = {"question_text": "two plus two?", "best": "four", "prompt": "an id", "answer": "unused"}
+    columns = {"prompt": "question_text", "completion": "best"}
+    assert read_row(tmp_path, row, columns=columns) == ASKED
+    swapped = {"prompt": "four", "completion": "two plus two?"}
+    assert read_row(tmp_path, swapped, columns={"prompt": "completion", "completion": "prompt"}) == ASKED
+    path = write_rows(tmp_path / "rows.jsonl", row, {"question_text": "x"})
+    assert "line 2: the row has no column 'best', which data.columns names" in problem_of(
+        path, columns=columns
+    )
+
+
+REFUSED: list[tuple[dict[str, object], str]] = [
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "message 1: `tool_calls` is filled"),
+    ({"messages": [{"role": "tool", "content": "7"}, *TURNS]}, "'tool' belongs to tool calls"),
+    ({"messages": TURNS, "tools": [{"type": "function"}]}, "`tools` is filled"),
+    ({"messages": TURNS, "images": ["a.png"]}, "images are not supported"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text"}]}]},
+        "('image_url', 'text')",
+    ),
+    ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "weights of single messages"),
+    ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "hm"}]}, "reasoning apart from the content"),
+    ({"messages": [{"role": "system", "content": "a"}, *TURNS], "system": "b"}, "two system prompts"),
+    ({"conversations": [{"from": "function_call", "value": "f()"}]}, "'function_call' belongs to tool calls"),
+    ({"conversations": [{"from": "wizard", "value": "x"}]}, "the role 'wizard'"),
+    ({"conversations": [{"from": "human"}]}, "message 1: a message has `from` and `value`"),
+    ({"conversations": ["hi"]}, "message 1: a message has `from` and `value`"),
+    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "a preference pair (`chosen`, `rejected`)"),
+    ({**PAIR, "label": False}, "a judged answer"),
+    ({"text": "Once upon a time"}, "raw text (`text`)"),
+    ({**PAIR, "history": [["a", "b"]]}, "earlier turns in `history`"),
+    ({**PAIR, "question": "x", "answer": "y"}, "fit several formats: prompt-completion, question-answer"),
+    ({"prompt": "x", "completion": None}, "`completion` is empty, not a text"),
+    ({"prompt": "x", "completion": 4}, "`completion` is int, not a text"),
+    ({"prompt": TURNS, "completion": TURNS}, "`prompt` is a list of parts"),
+    ({"prompt": "x", "completion": ""}, "no assistant turn"),
+    ({"prompt": "\ud800", "completion": "x"}, "half of a surrogate pair"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "the role list"),
+    ({"title": "x"}, "this one has the keys 'title'"),
+    ({}, "this one has no keys"),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), REFUSED)
+def test_what_a_conversation_cannot_hold_is_refused_by_name(tmp_path: Path, row: object, said: str) -> None:
+    problem = problem_of(write_rows(tmp_path / "row.jsonl", row))
+    assert said in problem
+    assert "row.jsonl, line 1" in problem
+
+
+def test_a_stated_format_decides_between_several(tmp_path: Path) -> None:
+    row = {"messages": TURNS, "chosen": "a", "rejected": "b", "question": "x", "answer": "y"}
+    assert read_row(tmp_path, row, form="messages") == ASKED
+
+
+def as_csv(rows: list[dict[str, str]], delimiter: str = ",") -> bytes:
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], delimiter=delimiter)
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_arrow(rows: list[dict[str, str]], *, is_stream: bool = True) -> bytes:
+    table, buffer = pyarrow.Table.from_pylist(rows), io.BytesIO()
+    write = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+    with write(buffer, table.schema) as writer:
+        writer.write_table(table)
+    return buffer.getvalue()
+
+
+def as_parquet(rows: list[dict[str, str]]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def as_lines(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+WRITERS: list[tuple[str, Callable[[list[dict[str, str]]], bytes]]] = [
+    ("a.jsonl", as_lines),
+    ("a.ndjson", as_lines),
+    ("bom.jsonl", lambda rows: b"\xef\xbb\xbf" + as_lines(rows)),
+    ("crlf.jsonl", lambda rows: as_lines(rows).replace(b"\n", b"\r\n")),
+    ("gaps.jsonl", lambda rows: b"\n \n" + as_lines(rows).replace(b"\n", b"\n\n")),
+    ("a.json", lambda rows: json.dumps(rows).encode()),
+    ("pretty.json", lambda rows: b"\xef\xbb\xbf" + json.dumps(rows, indent=2).encode() + b"\r\n"),
+    ("lines.json", as_lines),
+    ("under.json", lambda rows: json.dumps({"version": 1, "data": rows}).encode()),
+    ("a.csv", as_csv),
+    ("bom.csv", lambda rows: b"\xef\xbb\xbf" + as_csv(rows)),
+    ("lf.csv", lambda rows: as_csv(rows).replace(b"\r\n", b"\n")),
+    ("a.tsv", lambda rows: as_csv(rows, "\t")),
+    ("a.parquet", as_parquet),
+    ("stream.arrow", as_arrow),
+    ("file.arrow", lambda rows: as_arrow(rows, is_stream=False)),
+    ("A.JSONL.GZ", lambda rows: gzip.compress(as_lines(rows))),
+    ("a.json.gz", lambda rows: gzip.compress(json.dumps(rows).encode())),
+    ("a.csv.gz", lambda rows: gzip.compress(b"\xef\xbb\xbf" + as_csv(rows))),
+]
+ROWS = [{"prompt": f"say {number},\t«é»", "completion": f'"{number}",\nno more'} for number in range(2003)]
+
+
+@pytest.mark.parametrize(("name", "write"), WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(
+    tmp_path: Path, name: str, write: Callable[[list[dict[str, str]]], bytes]
+) -> None:
+    rows = (
+        [{**row, "completion": row["completion"].replace("\n", " ")} for row in ROWS]
+        if "lf" in name
+        else ROWS
+    )
+    path = tmp_path / name
+    path.write_bytes(write(rows))
+    read = read_conversations(path)
+    expected = [(Message("user", row["prompt"]), Message("assistant", row["completion"])) for row in rows]
+    assert texts(read) == expected
+    assert texts(read_conversations(path, limit=3)) == expected[:3]
+    assert len({conversation.place for conversation in read}) == len(rows)
+
+
+def test_a_place_is_the_line_where_the_row_begins(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text('prompt,completion\n"a\nb",c\n\nd,e\n', encoding="utf-8")
+    assert [row.place for row in read_conversations(table)] == [f"{table}, line 2", f"{table}, line 5"]
+    listed = tmp_path / "rows.json"
+    listed.write_text(json.dumps([PAIR, PAIR], indent=1), encoding="utf-8")
+    assert [row.place for row in read_conversations(listed)] == [
+        f"{listed}, row 1 (line 2)",
+        f"{listed}, row 2 (line 6)",
+    ]
+
+
+def test_a_folder_is_read_by_name_at_any_depth_and_other_files_are_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    (folder / "deep").mkdir(parents=True)
+    write_rows(folder / "b.jsonl", {"prompt": "b", "completion": "b"})
+    (folder / "deep" / "a.csv").write_bytes(as_csv([{"question": "c", "answer": "c"}]))
+    write_rows(folder / "a.jsonl", {"prompt": "a", "completion": "a"})
+    (folder / "README.md").write_text("about", encoding="utf-8")
+    (folder / ".cache").mkdir()
+    write_rows(folder / ".cache" / "x.jsonl", PAIR)
+    write_rows(folder / "dataset_info.json", {"builder_name": "x"})
+    reader = RowReader()
+    assert [row.messages[0].content for row in reader.read(folder)] == ["a", "b", "c"]
+    assert reader.other_files == [folder / "README.md"]
+    assert reader.formats == {"prompt-completion": 2, "question-answer": 1}
+    assert len(RowReader().read(folder, limit=2)) == 2
+    (tmp_path / "empty").mkdir()
+    assert "has no files of rows" in problem_of(tmp_path / "empty")
+
+
+def test_what_datasets_saves_is_read_as_a_folder(tmp_path: Path) -> None:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    Dataset.from_list([{"messages": TURNS}] * 5).save_to_disk(tmp_path / "saved")
+    assert texts(read_conversations(tmp_path / "saved")) == [ASKED] * 5
+
+
+FAULTS: list[tuple[str, bytes, str]] = [
+    ("a.jsonl", as_lines([PAIR]) + b'{"prompt": "x", "comp', "line 2: the file is cut off in the middle"),
+    ("a.jsonl", as_lines([PAIR]) + b'{"prompt": "x",', "line 2: the file is cut off in the middle"),
+    ("a.jsonl", as_lines([PAIR]) + b'{"prompt": "\xc3', "line 2: the file is cut off in the middle"),
+    ("a.jsonl", as_lines([PAIR]) + b'{"prompt": "x",\n', "line 2: not JSON"),
+    ("a.jsonl", as_lines([PAIR]) + b'{"prompt": x}', "line 2: not JSON"),
+    ("a.jsonl", as_lines([PAIR]) + b"[" * 100_000 + b"\n", "line 2: nested too deeply"),
+    (
+        "a.jsonl",
+        as_lines([PAIR]) + b'{"prompt": ' + b"7" * 5000 + b"}\n",
+        "line 2: not JSON: Exceeds the limit",
+    ),
+    ("a.jsonl", "caf\xe9\n".encode("latin-1"), "line 1: not UTF-8 text"),
+    ("a.jsonl", as_lines([PAIR]).decode().encode("utf-16"), "is UTF-16 or UTF-32"),
+    ("a.jsonl", as_lines([PAIR]) + b"\0" * 50, "line 2: not JSON"),
+    ("a.json", json.dumps([PAIR, PAIR]).encode()[:-1], "row 2 (line 1): the file is cut off in the middle"),
+    ("a.json", json.dumps([PAIR, PAIR]).encode()[:-9], "row 2 (line 1): the file is cut off in the middle"),
+    ("a.json", b"[" + as_lines([PAIR])[:-1] + b",\n", "row 2 (line 2): the file is cut off in the middle"),
+    ("a.json", json.dumps([PAIR]).encode() + b"]", "something stands after the end of the list"),
+    ("a.json", b'{"data": [{"prompt": "x"', "a.json: the file is cut off in the middle"),
+    ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of rows: 'a', 'b'"),
+    ("a.json", b'"text"', "holds no list of rows"),
+    ("a.json", b"[" * 100_000, "nested too deeply"),
+    ("a.json", b'{"a":' * 100_000, "nested too deeply"),
+    ("a.json", b'[\n"caf\xe9"]', "line 2: not UTF-8 text"),
+    ("a.csv", b'prompt,completion\na,b\n"c,d\ne,f\n', "lines 3 to 4: a quote opens and never closes"),
+    ("a.csv", b'prompt,completion\na,b\n"c"x,d\ne,f\n', "lines 3 to 4: broken quotes or line ends"),
+    ("a.csv", b"prompt,completion\na,b\nc,d,e\n", "line 3: 3 cells where 2 columns are."),
+    ("a.csv", b"prompt,completion\na,b\nc", "line 3: 1 cells where 2 columns are; the file is cut off"),
+    ("a.csv", b"prompt,completion\na,caf\xe9\n", "line 2: not UTF-8 text"),
+    ("a.csv", b"prompt,completion\na,b\0\n", "line 2: not UTF-8 text, or with NUL bytes"),
+    ("a.csv", b"prompt,prompt\na,b\n", "names 'prompt' twice"),
+    ("a.csv", b'"prompt\na,b\n', "the line of column names has"),
+    ("a.csv", b"prompt,completion\n", "has no rows"),
+    ("a.parquet", as_parquet([PAIR])[:-20], "cut off in the middle"),
+    ("a.parquet", b"PAR1" + b"\xff" * 40 + b"PAR1", "cannot be read"),
+    ("a.arrow", as_arrow([PAIR])[:-8], "cut off in the middle"),
+    ("a.arrow", as_arrow([PAIR], is_stream=False)[:-3], "cut off in the middle"),
+    ("a.jsonl.gz", gzip.compress(as_lines(ROWS[:50]))[:-20], "the compressed file is cut off in the middle"),
+    ("a.jsonl.gz", as_lines([PAIR]), "cannot be read: Not a gzipped file"),
+    ("a.txt", b"Once upon a time", "plain text, and raw text is not trained on"),
+    ("a.parquet.gz", b"", "'.gz', which is not read"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), FAULTS)
+def test_a_fault_of_a_file_is_named_with_its_place(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    problem = problem_of(path)
+    assert said in problem
+    assert str(path) in problem
+
+
+def good_line(number: int) -> bytes:
+    return json.dumps({"prompt": f"ask {number}", "completion": "x"}).encode()
+
+
+def test_malformed_rows_are_left_out_only_if_asked_and_all_listed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [b"{broken", good_line(1), b'{"prompt": "x"}', b"\xff\xfe\xfd", good_line(2), b'{"prompt": "cut']
+    path.write_bytes(b"\n".join(lines))
+    assert "line 1: not JSON" in problem_of(path)
+    reader = RowReader(skips_malformed=True)
+    assert [row.messages[0].content for row in reader.read(path)] == ["ask 1", "ask 2"]
+    assert [skipped.place for skipped in reader.skipped] == [f"{path}, line {line}" for line in (1, 3, 4, 6)]
+    assert "line 6: the file is cut off" in reader.skipped[-1].problem
+    path.write_bytes(b"{broken\n" * 3)
+    assert "all 3 rows are malformed; the first: " in problem_of(path, skips_malformed=True)
+
+
+def test_a_file_that_cannot_be_read_at_all_is_an_error_even_then(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(as_parquet([PAIR])[:-9])
+    assert "cut off" in problem_of(path, skips_malformed=True)
+
+
+def test_a_parquet_row_that_is_no_text_is_named_and_the_others_kept(tmp_path: Path) -> None:
+    column = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": column, "completion": ["x", "y", "z"]}), path)
+    assert "row 2: not UTF-8 text" in problem_of(path)
+    reader = RowReader(skips_malformed=True)
+    assert [row.messages[0].content for row in reader.read(path)] == ["a", "c"]
+    assert len(reader.skipped) == 1
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "LONGEST_LINE_BYTES", 5000)
+    path = write_rows(tmp_path / "rows.jsonl", PAIR, {"prompt": "x" * 6000, "completion": "y"})
+    assert "line 2: longer than 5,000 bytes" in problem_of(path)
+
+
+def test_a_long_text_in_a_table_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(as_csv([{"prompt": "x" * 300_000, "completion": "y"}]))
+    assert len(read_conversations(path)[0].messages[0].content) == 300_000
+
+
+KEYS = ["messages", "conversations", "role", "from", "content", "value", "prompt", "completion", "tools"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+LINES = st.one_of(
+    st.binary(min_size=1, max_size=60),
+    st.sampled_from(
+        [b"\0", b"\xff\xfe", b'{"prompt": "x", "completion": "y"', b'"', b"[" * 3000, b"{}", b"null"]
+    ),
+    st.sampled_from(["café", "中文"]).map(lambda text: text.encode("utf-16-le")),
+    VALUES.map(lambda value: json.dumps(value).encode()),
+).map(lambda line: line.replace(b"\n", b""))
+
+
+@given(st.lists(LINES | st.just(good_line(7)), max_size=12), st.booleans())
+def test_every_line_is_used_or_reported(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], ends_in_line_end: bool
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "rows.jsonl"
+    written = [good_line(7), *lines]
+    path.write_bytes(b"\n".join(written) + (b"\n" if ends_in_line_end else b""))
+    reader = RowReader(skips_malformed=True)
+    used = reader.read(path)
+    assert len(used) + len(reader.skipped) == sum(bool(line.strip()) for line in written)
+    assert len(used) >= written.count(good_line(7))
+
+
+SAMPLES = {
+    "a.jsonl": as_lines(ROWS[:5]),
+    "a.json": json.dumps(ROWS[:5], indent=1).encode(),
+    "b.json": json.dumps({"data": ROWS[:5]}).encode(),
+    "a.csv": as_csv(ROWS[:5]),
+    "a.tsv": as_csv(ROWS[:5], "\t"),
+    "a.jsonl.gz": gzip.compress(as_lines(ROWS[:5])),
+    "a.csv.gz": gzip.compress(as_csv(ROWS[:5])),
+    "a.parquet": as_parquet(ROWS[:5]),
+    "a.arrow": as_arrow(ROWS[:5]),
+    "b.arrow": as_arrow(ROWS[:5], is_stream=False),
+}
+INSERTED = st.binary(max_size=6) | st.sampled_from([b'"', b"\0", b"\r", b"\\", b"\n", b",", b"\xff\xfe"])
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), INSERTED), min_size=1, max_size=4)
+
+
+def damaged(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
+    for share, removed, inserted in edits:
+        place = round(share * len(content))
+        content = content[:place] + inserted + content[place + removed :]
+    return content
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(SAMPLES)), EDITS | st.binary(max_size=200), st.booleans())
+def test_a_damaged_file_gives_rows_or_an_error_that_names_it(
+    tmp_path_factory: pytest.TempPathFactory, name: str, damage: Any, skips: bool
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(damage if isinstance(damage, bytes) else damaged(SAMPLES[name], damage))
+    try:
+        read = RowReader(skips_malformed=skips).read(path)
+    except BadData as error:
+        assert str(path) in error.problem
+        assert len(error.problem) < 2000
+    else:
+        assert all(message.content.encode() is not None for row in read for message in row.messages)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(SAMPLES)), st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_anywhere_loses_no_row_in_silence(
+    tmp_path_factory: pytest.TempPathFactory, name: str, share: float
+) -> None:
+    """All rows, or an error; lines that end with a whole one are whole for all that can be known."""
+    path = tmp_path_factory.mktemp("cut") / name
+    content = SAMPLES[name]
+    kept = content[: int(share * len(content))]
+    path.write_bytes(kept)
+    try:
+        read = RowReader().read(path)
+    except BadData as error:
+        is_small = len(kept) < 60  # before the first row, or the mark of the format
+        assert "cut off" in error.problem or is_small or name in ("a.csv", "a.tsv"), error.problem
+    else:
+        is_whole_lines = kept.rstrip().endswith(b"}") if "json" in name else name in ("a.csv", "a.tsv")
+        assert len(read) == 5 or is_whole_lines
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6), st.sampled_from([",", "\t"]))
+def test_any_table_that_was_written_whole_is_read_whole(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, str]], delimiter: str
+) -> None:
+    path = tmp_path_factory.mktemp("table") / ("a.csv" if delimiter == "," else "a.tsv")
+    path.write_bytes(as_csv([{"prompt": left, "completion": right} for left, right in cells], delimiter))
+    assert [tuple(message.content for message in row.messages) for row in read_conversations(path)] == cells
+
+
+def recipe_of(**data: object) -> Recipe:
+    values = {"model": "x", "data": {"sources": [{"path": "rows.jsonl"}], **data}, "run": {"name": "first"}}
+    return check_recipe(values, origin="test")
+
+
+def test_columns_of_a_recipe_are_checked_and_written_back() -> None:
+    recipe = recipe_of(columns={"prompt": "question_text", "completion": "best"}, malformed="skip")
+    assert check_recipe(load_yaml(dump_yaml(recipe)), origin="dumped") == recipe
+    for columns in ({"promt": "x"}, {"prompt": ""}, {"prompt": 7}):
+        with pytest.raises(BadRecipe, match=rf"data\.columns\.{next(iter(columns))}"):
+            recipe_of(columns=columns)
+    with pytest.raises(BadRecipe, match=r"data\.columns gives 'x' two meanings"):
+        recipe_of(columns={"prompt": "x", "completion": "x"})
+
+
+def test_a_run_says_what_it_left_out_and_lists_it_in_its_folder(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    from qadapt.run import train
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([*map(good_line, range(8)), b"{broken", b'{"question": "x"}']))
+    values = {
+        "model": {"source": str(tiny_model("llama"))},
+        "data": {"sources": [{"path": str(path)}], "malformed": "skip", "length": 256},
+        "train": {"steps": 1, "rows_per_step": 2, "warmup_steps": 0},
+        "memory": {"device": "cpu", "budget": "2GiB"},
+        "run": {"name": "first", "folder": str(tmp_path / "runs")},
+    }
+    events = list(train(check_recipe(values, origin="test")))
+    [ready] = [event for event in events if isinstance(event, DataReady)]
+    assert (ready.rows, ready.formats) == (8, ("prompt-completion",))
+    [warned] = [event for event in events if isinstance(event, Warned) and "malformed" in event.message]
+    assert "2 malformed rows are left out, as asked" in warned.message
+    assert f"{path}, line 9, {path}, line 10" in warned.message
+    listed = RunFolder(tmp_path / "runs" / "first").skipped.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["place"] for line in listed] == [f"{path}, line 9", f"{path}, line 10"]
