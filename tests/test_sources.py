@@ -24,6 +24,7 @@ from qadapt.events import DataReady, Warned
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, load_yaml
 from qadapt.run_folder import RunFolder
+from qadapt.view.lines import describe
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -65,6 +66,7 @@ SHAPES: list[tuple[str, dict[str, object]]] = [
     ("sharegpt", {"conversations": TURNS}),
     ("alpaca", {"instruction": "two plus two?", "output": "four"}),
     ("alpaca", {"instruction": "two plus two?", "input": "", "output": "four", "history": []}),
+    ("alpaca", {"instruction": "two plus two?", "input": None, "output": "four", "text": "both at once"}),
     ("prompt-completion", PAIR),
     ("question-answer", {"question": "two plus two?", "answer": "four"}),
     ("question-answer", {"query": "two plus two?", "response": "four"}),
@@ -102,6 +104,14 @@ def test_the_usual_role_names_of_sharegpt_are_known(tmp_path: Path, speaker: str
     assert read_row(tmp_path, row)[0] == Message(role, "x")
 
 
+def test_a_weight_that_changes_nothing_is_no_fault(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "two plus two?", "weight": 0},
+        {"from": "gpt", "value": "four", "weight": 1},
+    ]
+    assert read_row(tmp_path, {"conversations": turns}) == ASKED
+
+
 def test_names_of_speakers_reach_the_template(tmp_path: Path) -> None:
     row = {
         "messages": [
@@ -118,6 +128,8 @@ def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
     row = {"question_text": "two plus two?", "best": "four", "prompt": "an id", "answer": "unused"}
     columns = {"prompt": "question_text", "completion": "best"}
     assert read_row(tmp_path, row, columns=columns) == ASKED
+    dolly = {"instruction": "two plus two?", "context": "", "response": "four", "category": "open"}
+    assert read_row(tmp_path, dolly, columns={"input": "context", "output": "response"}) == ASKED
     swapped = {"prompt": "four", "completion": "two plus two?"}
     assert read_row(tmp_path, swapped, columns={"prompt": "completion", "completion": "prompt"}) == ASKED
     path = write_rows(tmp_path / "rows.jsonl", row, {"question_text": "x"})
@@ -309,6 +321,7 @@ FAULTS: list[tuple[str, bytes, str]] = [
     ("a.csv", b"prompt,completion\na,caf\xe9\n", "line 2: not UTF-8 text"),
     ("a.csv", b"prompt,completion\na,b\0\n", "line 2: not UTF-8 text, or with NUL bytes"),
     ("a.csv", b"prompt,prompt\na,b\n", "names 'prompt' twice"),
+    ("a.csv", b"prompt;completion\na;b\n", "is separated by ';'; ',' is read here"),
     ("a.csv", b'"prompt\na,b\n', "the line of column names has"),
     ("a.csv", b"prompt,completion\n", "has no rows"),
     ("a.parquet", as_parquet([PAIR])[:-20], "cut off in the middle"),
@@ -513,6 +526,7 @@ def test_a_run_says_what_it_left_out_and_lists_it_in_its_folder(
     events = list(train(check_recipe(values, origin="test")))
     [ready] = [event for event in events if isinstance(event, DataReady)]
     assert (ready.rows, ready.formats) == (8, ("prompt-completion",))
+    assert "8 rows (prompt-completion)" in str(describe(ready))
     [warned] = [event for event in events if isinstance(event, Warned) and "malformed" in event.message]
     assert "2 malformed rows are left out, as asked" in warned.message
     assert f"{path}, line 9, {path}, line 10" in warned.message

@@ -61,7 +61,6 @@ _UNSUPPORTED_IN_MESSAGE = {
     "audio": "sounds",
     "reasoning_content": "reasoning apart from the content",
     "thinking": "reasoning apart from the content",
-    "weight": "weights of single messages",
 }
 _UNSUPPORTED_ROWS: dict[tuple[str, ...], str] = {
     ("chosen", "rejected"): "a preference pair (`chosen`, `rejected`)",
@@ -223,6 +222,7 @@ def _read_message(turn: object, *, place: str) -> Message:
         raise BadData(f"{place}: a message has `role` and `content`.", cure=CORRECT)
     if role not in ROLES:
         raise BadData(f"{place}: the role {_shown(role)} is not one of {', '.join(ROLES)}.", cure=CORRECT)
+    _refuse_weight(turn, role, place=place)
     name = _text(turn["name"], "name", place=place) if turn.get("name") else None
     return Message(role, _text(turn["content"], "content", place=place), name)
 
@@ -244,6 +244,7 @@ def _read_sharegpt(turn: object, *, place: str) -> Message:
             f"{place}: the role {_shown(turn['from'])} is not one of {', '.join(_SHAREGPT_ROLES)}.",
             cure=CORRECT,
         )
+    _refuse_weight(turn, _SHAREGPT_ROLES[speaker], place=place)
     return Message(_SHAREGPT_ROLES[speaker], _text(turn["value"], "value", place=place))
 
 
@@ -251,7 +252,7 @@ def _refuse(values: Mapping[Any, Any], unsupported: Mapping[str, str], *, place:
     """Refuses what a conversation cannot hold; tables fill columns that a row lacks with null or nothing."""
     for key, what in unsupported.items():
         value = values.get(key)
-        if value not in (None, "", "[]", [], {}) and (key, value) != ("weight", 1):
+        if value not in (None, "", "[]", [], {}):
             raise BadData(
                 f"{place}: `{key}` is filled; {what} are not supported, and to leave them out would change "
                 "what is learned.",
@@ -264,6 +265,15 @@ def _refuse_tools(role: object, *, place: str) -> None:
         raise BadData(
             f"{place}: the role {role!r} belongs to tool calls, which are not supported.",
             cure="Remove the row.",
+        )
+
+
+def _refuse_weight(turn: Mapping[Any, Any], role: str, *, place: str) -> None:
+    """Refuses an answer that is to count less or not at all; what is not learned has no weight anyway."""
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise BadData(
+            f"{place}: `weight` is not 1; weights of single messages are not supported, every answer counts.",
+            cure="Remove the row, or the weight.",
         )
 
 

@@ -91,7 +91,7 @@ def read_table(path: Path, *, delimiter: str) -> Iterator[tuple[str, object]]:
             yield lines.broken(first, problem, is_header=not names)
             return
         if not names:
-            names = _column_names(cells, path=path) if cells else []
+            names = _column_names(cells, delimiter, path=path) if cells else []
         elif cells:
             place = f"{path}, line {first}"
             yield place, _table_row(names, cells, place=place, is_last=lines.is_cut)
@@ -132,7 +132,13 @@ class _TableLines:
         return f"{self.path}, {lines}", BadData(fault, cure="Double the quotes within quoted cells.")
 
 
-def _column_names(cells: list[str], *, path: Path) -> list[str]:
+def _column_names(cells: list[str], delimiter: str, *, path: Path) -> list[str]:
+    others = [mark for mark in ",;|\t" if mark != delimiter and mark in cells[0]]
+    if len(cells) == 1 and others:
+        raise BadData(
+            f"{path}: the line of column names is separated by {others[0]!r}; {delimiter!r} is read here.",
+            cure="Save it as CSV with commas, or as TSV with tabs.",
+        )
     twice = sorted({name for name in cells if cells.count(name) > 1})
     if twice or not all(map(_is_text, cells)):
         what = f"names {twice[0]!r} twice" if twice else "is not UTF-8 text, or has NUL bytes"
