@@ -482,6 +482,37 @@ def test_a_file_cut_anywhere_loses_no_row_in_silence(
         assert len(read) == 5 or is_whole_lines
 
 
+NUMBERS = st.floats(allow_nan=False) | st.integers(-(10**30), 10**30)
+
+
+@given(
+    st.lists(VALUES | NUMBERS, max_size=6), st.integers(0, 40), st.integers(1, 9), st.sampled_from([None, 1])
+)
+def test_a_list_of_json_is_read_the_same_in_any_pieces(
+    tmp_path_factory: pytest.TempPathFactory, values: list[object], cut: int, chunk: int, indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("pieces") / "rows.json"
+    whole = json.dumps([*values, "é𝄞"], indent=indent, ensure_ascii=chunk % 2 == 0).encode(errors="replace")
+    cut = min(cut, len(whole))
+    path.write_bytes(whole[: len(whole) - cut])
+
+    def read() -> tuple[list[object], str]:
+        try:
+            found = list(text_files.read_json(path))
+        except BadData as error:
+            return [], error.problem
+        is_fault = bool(found) and isinstance(found[-1][1], BadData)
+        return found[:-1] if is_fault else found, str(found[-1][1]) if is_fault else ""
+
+    rows, problem = read()
+    assert ("cut off" in problem) == (0 < cut < len(whole))
+    assert problem or cut or repr([row for _, row in rows]) == repr([*values, "é𝄞"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "CHUNK_BYTES", chunk)
+        again, problem_again = read()
+    assert (repr(again), problem_again) == (repr(rows), problem)
+
+
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 
 

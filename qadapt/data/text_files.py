@@ -10,6 +10,7 @@ cut off in an unquoted last cell cannot be told from a whole one.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -27,6 +28,8 @@ LONGEST_LINE_BYTES = 256 * 2**20
 CORRECT = "Correct the line, or remove it."
 CUT_OFF = "the file is cut off in the middle of this row"
 FETCH = "Get the whole file again."
+CHUNK_BYTES = 2**20
+_DECODER = json.JSONDecoder()
 _LISTS_OF_TURNS = ("messages", "conversations")
 _WHITE = re.compile(r"[ \t\n\r]*")
 _NO_TEXT = "\udc00"  # stands for a byte that is no text; UTF-8 never gives it
@@ -55,14 +58,16 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
     Raises:
         BadData: The file holds something else, or is no JSON; rows before the fault were given.
     """
-    text = _whole_text(path)
-    start = _skip_space(text, 0)
-    if start == len(text):
+    with _open(path) as file:
+        window = _Window(file, path)
+        if window.peek() == "[":
+            yield from _list_rows(window, path=path)
+            return
+    text = _whole_text(path).lstrip(" \t\r\n")
+    if not text:
         return
-    first_line, _, others = text[start:].partition("\n")
-    if text[start] == "[":
-        yield from _list_rows(text, start, path=path)
-    elif others.strip() and _is_object(first_line):
+    first_line, _, others = text.partition("\n")
+    if others.strip() and _is_object(first_line):
         yield from read_json_lines(path)
     else:
         yield from _object_rows(_parse(text, place=str(path), is_last=True), path=path)
@@ -159,30 +164,91 @@ def _is_text(cell: str) -> bool:
     return cell.isascii() or not any("\ud800" <= character <= "\udfff" for character in cell)
 
 
-def _list_rows(text: str, start: int, *, path: Path) -> Iterator[tuple[str, object]]:
+def _list_rows(window: _Window, *, path: Path) -> Iterator[tuple[str, object]]:
     """Rows of a list one by one, so that those before a fault are there and the fault has its line."""
-    decoder = json.JSONDecoder()
-    position = _skip_space(text, start + 1)
-    line, counted, number = 1, 0, 0
-    is_open = text[position : position + 1] != "]"
+    number = 0
+    window.position += 1
+    is_open = window.peek() != "]"
     while is_open:
         number += 1
-        line, counted = line + text.count("\n", counted, position), position
-        place = f"{path}, row {number} (line {line})"
+        window.peek()
+        place = f"{path}, row {number} (line {window.line()})"
         try:
-            row, position = decoder.raw_decode(text, position)
-            position = _skip_space(text, position)
-            if text[position : position + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+            row = window.take_value()
+            mark = window.peek()
+            if mark not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", window.text, window.position)
         except (ValueError, RecursionError) as error:
-            yield place, _no_json(text, error, place=place, is_last=True)
+            yield place, _no_json(error, place=place, is_last=True, line=window.first_line)
             return
         yield place, row
-        is_open = text[position] == ","
-        position = _skip_space(text, position + 1) if is_open else position
-    rest = _skip_space(text, position + 1)
-    if rest < len(text):
+        is_open = mark == ","
+        window.position += is_open
+    window.position += 1
+    if window.peek():
         raise BadData(f"{path}: something stands after the end of the list.", cure="Remove it.")
+
+
+class _Window:
+    """The part of a JSON file that is being read: it grows to the longest value, not to the file."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.text = ""
+        self.position = 0
+        self.first_line = 1
+        self._file = file
+        self._path = path
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def line(self) -> int:
+        """The line of the position."""
+        return self.first_line + self.text.count("\n", 0, self.position)
+
+    def peek(self) -> str:
+        """The next character that is not white, or nothing at the end."""
+        while True:
+            self.position = _skip_space(self.text, self.position)
+            if self.position < len(self.text) or not self._grow():
+                return self.text[self.position : self.position + 1]
+
+    def take_value(self) -> object:
+        """The value at the position, and goes behind it; more is read while more could change it."""
+        while True:
+            found = self._value_so_far()
+            # the number 1e+5 may stand in the window as 1e+ so far, of which 1 is a value
+            if found is not None and (found[1] + 2 < len(self.text) or not self._grow()):
+                value, self.position = found
+                return value
+
+    def _value_so_far(self) -> tuple[object, int] | None:
+        """The value at the position and where it ends, or None if more had to be read first."""
+        try:
+            return _DECODER.raw_decode(self.text, self.position)
+        except json.JSONDecodeError as error:
+            if not _is_cut(error) or not self._grow():
+                raise
+            return None
+
+    def _grow(self) -> bool:
+        """Reads on, at least as much as is kept, and forgets what is behind: whether there was any more."""
+        kept = self.text[self.position :]
+        if len(kept) > LONGEST_LINE_BYTES:
+            place = f"{self._path}, line {self.line()}"
+            raise BadData(
+                f"{place}: longer than {LONGEST_LINE_BYTES:,} bytes, so this is no row.", cure=FETCH
+            )
+        read = self._file.read(max(CHUNK_BYTES, len(kept)))
+        try:
+            more = self._decoder.decode(read, final=not read)
+        except UnicodeDecodeError as error:
+            before = self.text.count("\n") + error.object.count(b"\n", 0, error.start)
+            reason = f"not UTF-8 text: {error.reason}" if read else CUT_OFF
+            place = f"{self._path}, line {self.first_line + before}"
+            raise BadData(f"{place}: {reason}.", cure="Save it as UTF-8." if read else FETCH) from None
+        if read:
+            self.first_line = self.line()
+            self.text, self.position = kept + more, 0
+        return bool(read)
 
 
 def _object_rows(value: object, *, path: Path) -> Iterator[tuple[str, object]]:
@@ -218,26 +284,33 @@ def _parse(text: str, *, place: str, is_last: bool) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _no_json(text, error, place=place, is_last=is_last) from None
+        raise _no_json(error, place=place, is_last=is_last) from None
 
 
-def _no_json(text: str, error: ValueError | RecursionError, *, place: str, is_last: bool) -> BadData:
+def _no_json(
+    error: ValueError | RecursionError, *, place: str, is_last: bool, line: int | None = None
+) -> BadData:
+    """What is wrong with a text; `line` numbers its first line, where the place does not."""
     if isinstance(error, RecursionError):
         return BadData(f"{place}: nested too deeply.", cure=CORRECT)
-    if is_last and isinstance(error, json.JSONDecodeError) and _is_cut(text, error):
-        return BadData(f"{place}: {CUT_OFF}: {error}.", cure=FETCH)
-    return BadData(f"{place}: not JSON: {error}.", cure=CORRECT)
+    if not isinstance(error, json.JSONDecodeError):
+        return BadData(f"{place}: not JSON: {error}.", cure=CORRECT)
+    reason = f"{error}" if line is None else f"{error.msg} in line {line + error.lineno - 1}"
+    if is_last and _is_cut(error):
+        return BadData(f"{place}: {CUT_OFF}: {reason}.", cure=FETCH)
+    return BadData(f"{place}: not JSON: {reason}.", cure=CORRECT)
 
 
-def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+def _is_cut(error: json.JSONDecodeError) -> bool:
     """Whether more text could have cured the error: it stands at the very end, or in what never ends."""
-    rest = text[error.pos : error.pos + 20].rstrip()
+    rest = error.doc[error.pos : error.pos + 20].rstrip()
     if not rest or error.msg.startswith("Unterminated string"):
         return True
     if error.msg.startswith("Invalid \\"):
         return len(rest) < 6
     return any(
-        word.startswith(rest) for word in ("true", "false", "null", "NaN", "-Infinity", ".", "e-", "E-")
+        word.startswith(rest)
+        for word in ("true", "false", "null", "NaN", "-Infinity", ".", "e-", "E-", "e+", "E+")
     )
 
 
