@@ -446,7 +446,7 @@ def damaged(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
     return content
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(SAMPLES)), EDITS | st.binary(max_size=200), st.booleans())
 def test_a_damaged_file_gives_rows_or_an_error_that_names_it(
     tmp_path_factory: pytest.TempPathFactory, name: str, damage: Any, skips: bool
@@ -462,7 +462,7 @@ def test_a_damaged_file_gives_rows_or_an_error_that_names_it(
         assert all(message.content.encode() is not None for row in read for message in row.messages)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(SAMPLES)), st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_anywhere_loses_no_row_in_silence(
     tmp_path_factory: pytest.TempPathFactory, name: str, share: float
