@@ -250,7 +250,7 @@ def test_what_runs_measured_here_is_said_and_widens_the_verdict() -> None:
     for share in (1.5, 1.58, 1.6):
         peak_bytes = predicted.peak_allocated_bytes
         assert remember(
-            kind_of(device="cpu", method="lora", quantization="nf4"),
+            kind_of(model="Qwen/Qwen2.5-0.5B", device="cpu", method="lora", quantization="nf4"),
             predicted_bytes=peak_bytes,
             measured_bytes=round(share * peak_bytes),
         )
