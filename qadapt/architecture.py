@@ -112,6 +112,10 @@ def _foreign(config: Mapping[str, Any], family: str, classes: list[str]) -> str 
     return None
 
 
+_MOST = {"num_hidden_layers": 1_000, "hidden_size": 100_000, "vocab_size": 10_000_000}
+"""Far above every published model, and few enough to be built and counted."""
+
+
 def check_fields(config: Mapping[str, Any], *, name: str) -> None:
     """Checks the fields that decide sizes, as far as they are there: each alone, then against each other.
 
@@ -124,6 +128,10 @@ def check_fields(config: Mapping[str, Any], *, name: str) -> None:
         every = value if isinstance(value, list) and value else [value]  # gemma3n lists a width per layer
         if value is not None and not is_unused and not all(map(_is_whole, every)):
             raise _bad(name, f"{field} = {value!r}; a positive whole number is needed")
+    for name_of, most in _MOST.items():
+        value = size(config, name_of)
+        if value is not None and value > most:
+            raise _bad(name, f"{name_of} = {value:,}; more than {most:,} is no model that exists")
     for field in ALIASES["num_experts"]:
         value = config.get(field)
         if value is not None and value != 0 and not _is_whole(value):  # a dense sibling of a MoE says 0

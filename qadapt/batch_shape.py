@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -24,11 +23,6 @@ class BatchShape:
     positions: int
     supervised_tokens: int
     expert_tokens: tuple[int, ...] = ()
-
-
-def balanced_routing(*, tokens: int, experts: int, per_token: int) -> tuple[int, ...]:
-    """Every expert gets as many tokens as any other."""
-    return (math.ceil(tokens * per_token / experts),) * experts
 
 
 def worst_routing(*, tokens: int, per_token: int) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BY
 from qadapt.hardware.target import Target
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
-from qadapt.plan.allocator import reserved_range
+from qadapt.plan.allocator import RUN_NOISE, replay, reserved_range
 from qadapt.plan.answer import Answer
-from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
+from qadapt.plan.estimate import KERNEL_ERROR, Estimate, disk_parts, estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.plan.trace import TraceEvent
 from qadapt.shape import ModelConfig, ModelShape
@@ -30,8 +30,6 @@ from qadapt.train.dryrun import DryRun, batch_of, dry_run
 
 Ends = tuple[int, int]
 """The least and the most, in bytes."""
-KERNEL_ERROR = 0.02
-"""On CUDA, of what comes and goes: the bar that published peaks are held to (`tools/bench/estimator.py`)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ def exact_answer(
     capability = target.card.compute_capability if target.card else None
     run, routing = _routed(config, setting, capability=capability)
     outside = _outside(shape, setting, target.card) if shape else _outside_of_skeleton(config, setting, run)
-    reserved = reserved_range(run.trace)
+    reserved = reserved_range(run.trace).widened(RUN_NOISE)
+    gaps = replay(run.trace).fragmentation
     answer = Answer(
         name=config.name,
         parameters=outside.parameters,
@@ -91,6 +90,7 @@ def exact_answer(
         module=run.peak.module,
         notes=_notes(config, setting, run, has_closed_form=shape is not None),
         routing_bytes=routing,
+        gap_share=None if setting.device == "cpu" else gaps,
         reserved_range_bytes=None if setting.device == "cpu" else (reserved.low_bytes, reserved.high_bytes),
     )
     return ExactAnswer(answer, run.trace, run.static)

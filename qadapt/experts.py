@@ -39,11 +39,6 @@ class Experts:
     weights: int | None
 
     @property
-    def bytes_in_16_bits(self) -> int | None:
-        """What the experts take, whatever the quantization."""
-        return None if self.weights is None else 2 * self.weights
-
-    @property
     def not_covered(self) -> str:
         """One sentence on what the experts do to an estimate."""
         chosen = "" if self.per_token is None else f", {self.per_token} per token"

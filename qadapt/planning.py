@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qadapt.architecture import size
-from qadapt.errors import BadModel, NoClosedForm
+from qadapt.errors import BadModel, BadRecipe, NoClosedForm
 from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall
 from qadapt.hardware.target import Target, find_target
 from qadapt.plan.answer import Answer
@@ -102,6 +102,11 @@ class Question:
     def changed(self, step: dict[str, object]) -> Question:
         """The question with fields of its setting changed; without a recipe, one forward pass is a step."""
         setting = dataclasses.replace(self.setting, **step)  # type: ignore[arg-type]
+        if setting.supervised_share == 0:
+            raise BadRecipe(
+                "supervised share = 0: a step learns from at least one token.",
+                cure="Give a share such as 0.4.",
+            )
         if self.shape is not None:
             check_setting(self.shape, setting)
         else:
@@ -109,6 +114,14 @@ class Question:
         rows_per_step = max(self.rows_per_step, setting.rows) if self.rows_per_step else 0
         setting = dataclasses.replace(setting, accumulates=rows_per_step > setting.rows)
         return dataclasses.replace(self, setting=setting, rows_per_step=rows_per_step)
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        if self.shape is not None:
+            return self.shape.name
+        assert self.config is not None
+        return self.config.name
 
     @property
     def closed(self) -> ModelShape:
@@ -192,7 +205,7 @@ class Question:
         """What earlier runs on this machine measured; None for another one."""
         if not self.target.is_here:
             return None
-        return recall(kind_of_run(self.target, self.setting))
+        return recall(kind_of_run(self.name, self.target, self.setting))
 
     def room(self) -> Room:
         """What there is for the step."""
@@ -252,10 +265,10 @@ class _Outline(NamedTuple):
         return _Outline(config.name, layers or sys.maxsize, context or sys.maxsize)
 
 
-def kind_of_run(target: Target, setting: Setting) -> Kind:
+def kind_of_run(model: str, target: Target, setting: Setting) -> Kind:
     """Which runs a step is compared with."""
     device = target.name if target.device == "cuda" else "cpu"
-    return kind_of(device=device, method=setting.method, quantization=setting.quantization)
+    return kind_of(model=model, device=device, method=setting.method, quantization=setting.quantization)
 
 
 def ask(model: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:

@@ -312,7 +312,12 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
 def remember_peak(recipe: Recipe, plan: StoredPlan, *, measured_bytes: int) -> None:
     """Keeps how far the plan's peak was from the measured one, for later estimates on this machine."""
     device = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
-    kind = kind_of(device=device, method=recipe.adapter.method, quantization=recipe.model.quantization)
+    kind = kind_of(
+        model=recipe.model.source,
+        device=device,
+        method=recipe.adapter.method,
+        quantization=recipe.model.quantization,
+    )
     remember(kind, predicted_bytes=plan.predicted_peak_bytes, measured_bytes=measured_bytes)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qadapt.hardware import calibration
 from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall, remember
 
-KIND = Kind("0badcafe", "NVIDIA GeForce RTX 4060", "lora", "nf4", "2.13.0")
+KIND = Kind("0badcafe", "llama-3.1-8b", "NVIDIA GeForce RTX 4060", "lora", "nf4", "2.13.0")
 
 
 @pytest.fixture()
@@ -125,7 +125,7 @@ def test_the_file_does_not_grow_without_end(path: Path) -> None:
 
 
 def test_a_kind_says_what_torch_is_installed_without_importing_it() -> None:
-    kind = kind_of(device="cpu", method="lora", quantization="nf4")
+    kind = kind_of(model="meta-llama/Llama-3.1-8B", device="cpu", method="lora", quantization="nf4")
     assert kind.torch[0].isdigit()
     assert "+" not in kind.torch
     assert json.loads(json.dumps(dataclasses.asdict(kind)))["machine"] == kind.machine

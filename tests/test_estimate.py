@@ -27,7 +27,7 @@ from qadapt.engine.recompute import set_recompute
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.categories import STATIC
-from qadapt.plan.estimate import RELATIVE_ERROR, estimate_step
+from qadapt.plan.estimate import CLOSED_ERROR, estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.shape import FAMILIES, ModelShape, shape_from_config
 from qadapt.train.optimizer import make_optimizer
@@ -193,7 +193,7 @@ def expect_close(family: str, folders: dict[str, Path], setting: Setting) -> Non
     static = sum(estimate.categories[name] for name in STATIC if name != "gradients")
     predicted = max(estimate.phase_bytes["loss"], estimate.phase_bytes["layer"]) - static
     measured = working_peak(folders[family], setting)
-    assert predicted == pytest.approx(measured, rel=RELATIVE_ERROR), f"{predicted / measured - 1:+.2%}"
+    assert predicted == pytest.approx(measured, rel=CLOSED_ERROR), f"{predicted / measured - 1:+.2%}"
 
 
 @pytest.mark.parametrize(

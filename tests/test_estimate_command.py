@@ -250,7 +250,7 @@ def test_what_runs_measured_here_is_said_and_widens_the_verdict() -> None:
     for share in (1.5, 1.58, 1.6):
         peak_bytes = predicted.peak_allocated_bytes
         assert remember(
-            kind_of(device="cpu", method="lora", quantization="nf4"),
+            kind_of(model="Qwen/Qwen2.5-0.5B", device="cpu", method="lora", quantization="nf4"),
             predicted_bytes=peak_bytes,
             measured_bytes=round(share * peak_bytes),
         )
@@ -373,6 +373,9 @@ def test_models_and_cards_are_listed() -> None:
         (("estimate", "Llama-3.1-8B", "--rank", "-4"), "rank = -4"),
         (("estimate", "Llama-3.1-8B", "--length", "-1"), "length = -1"),
         (("estimate", "Llama-3.1-8B", "--rows", "0"), "rows = 0"),
+        (("estimate", "Llama-3.1-8B", "--rows", "99999999999"), "at most 4,096"),
+        (("estimate", "Llama-3.1-8B", "--supervised", "0"), "supervised share = 0"),
+        (("estimate", "--models", "--json"), "print a list, nothing else"),
         (("estimate", "Llama-3.1-8B", "--supervised", "1.5"), "a share lies between 0 and 1"),
         (("estimate", "Llama-3.1-8B", "--card", ""), "There is no card"),
         (("estimate", "--max", "model", "--length", "-5", "--card", "4060"), "length = -5"),

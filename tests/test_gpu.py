@@ -9,10 +9,19 @@ import pytest
 import torch
 from test_train import adapted, changed, make_recipe, only
 
-from qadapt.adapters.lora import trainable
+from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.data.batches import MicroBatch
+from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
+from qadapt.model.load import load_base
+from qadapt.model.precision import DTYPES, capability_of
+from qadapt.plan.allocator import reserved_range
+from qadapt.plan.setting import Setting, auto_dtypes
 from qadapt.run import resume, train
+from qadapt.shape import find_config
+from qadapt.train.dryrun import dry_run
 from qadapt.train.optimizer import make_optimizer
+from qadapt.train.step import evaluate_loss, train_step
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -56,3 +65,34 @@ def test_paged_states_are_saved_and_read_back(tiny_model: TinyModel) -> None:
     again = make_optimizer(parameters, kind="adamw-8bit", betas=(0.9, 0.999), weight_decay=0.0)
     again.load(saved)
     assert all(torch.equal(value.cpu(), saved[name]) for name, value in again.tensors().items())
+
+
+def test_a_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -> None:
+    device = torch.device("cuda")
+    folder = tiny_model("llama", layers=6, width=512, vocabulary=8192, context=2048)
+    compute, adapter = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    setting = Setting(
+        rows=2,
+        length=2048,
+        compute_dtype=compute,
+        adapter_dtype=adapter,
+        optimizer="adamw",
+        accumulates=False,
+    )
+    dry = dry_run(find_config(str(folder)).values, setting, capability=capability_of(device), steps=2)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before_bytes = torch.cuda.memory_allocated()
+    base = load_base(folder, quantization="nf4", double_quant=True, dtype=DTYPES[compute], device=device)
+    set_recompute(base, "all")
+    model = attach_lora(base, Lora(rank=16, alpha=16), dtype=DTYPES[adapter], seed=0).train()
+    optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
+    ids = torch.randint(3, 8000, (2, 2048))
+    batch = MicroBatch(ids, torch.arange(2048), ids, 2 * 2048, 2 * 2048)
+    for _ in range(2):
+        train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
+    evaluate_loss(model, [batch])
+    peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)
+    reserved = reserved_range(dry.trace)
+    assert reserved.low_bytes * 0.95 <= torch.cuda.max_memory_reserved() <= reserved.high_bytes * 1.05

@@ -202,7 +202,7 @@ def test_routed_experts_are_counted_layer_by_layer(family: str, fields: dict[str
 def test_experts_of_an_unknown_layout_have_no_weights_instead_of_guessed_ones() -> None:
     found = routed_experts({"model_type": "deepseek_v3", "n_routed_experts": 256, "hidden_size": 7168})
     assert found == Experts(256, None, None)
-    assert found.bytes_in_16_bits is None
+    assert found.weights is None
     assert "(256 per layer) stay in 16 bits: they are 3-D tensors" in found.not_covered
     assert routed_experts({"model_type": "granitemoehybrid", "num_local_experts": 0}) is None
     assert routed_experts(known_models()["Qwen/Qwen3-8B"]) is None

@@ -351,3 +351,12 @@ def test_a_plan_keeps_the_distance_that_runs_on_this_machine_showed() -> None:
     bold, careful = planned(0.0), planned(0.25)
     assert careful.estimate.peak_allocated_bytes * 1.25 <= 12 * GIB
     assert bold.estimate.peak_allocated_bytes * 1.25 > 12 * GIB
+
+
+def test_where_no_single_change_is_enough_several_together_are_offered() -> None:
+    setting = Setting(rows=3, length=1000, rank=8)
+    budget_bytes = round(7.3 * GIB)
+    changes = ladder(LLAMA, setting, budget_bytes=budget_bytes, rows_per_step=3, card=CARD)
+    assert changes[0].is_enough
+    assert changes[0].text.startswith("1 row at a time and data.length=")
+    assert not any(change.is_enough for change in changes[1:-1])

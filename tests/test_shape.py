@@ -51,6 +51,7 @@ MOE = known_models()["mistralai/Mixtral-8x7B-v0.1"]
         ({"hidden_size": 4096.0}, "hidden_size = 4096.0; a positive whole number is needed"),
         ({"hidden_size": 4100}, "4100 cannot be divided among 32 attention heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
+        ({"num_hidden_layers": 99_999_999}, "num_hidden_layers = 99,999,999; more than 1,000"),
         ({"num_attention_heads": True}, "num_attention_heads = True"),
         ({"num_key_value_heads": 7}, "32 attention heads cannot share 7 key-value heads"),
         ({"num_key_value_heads": 64}, "32 attention heads cannot share 64 key-value heads"),

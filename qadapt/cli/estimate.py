@@ -92,6 +92,8 @@ def estimate(
     reserved_bytes (low, high), context_bytes, host_bytes, disk_bytes, fits, exact. With --max or --all-cards
     it is as schemas/max.schema.json or schemas/cards.schema.json says.
     """
+    if (models or cards) and (json or max_ or is_on_all):
+        raise BadRecipe("--models and --cards print a list, nothing else.", cure="Give them alone.")
     if models or cards:
         console().print(_catalogue(is_cards=cards))
         return

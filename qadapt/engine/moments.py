@@ -23,6 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qadapt.engine.ledger import Ledger
 
+HEAD_PHASES = {"forward": "loss", "evaluation": "evaluation loss"}
+"""Phase before the head → phase from it on."""
+
 
 @contextmanager
 def watched(ledger: Ledger, model: PreTrainedModel, *, optimizer: Optimizer) -> Iterator[None]:
@@ -67,7 +70,8 @@ class _Hooks:
         self._ledger.phase = "forward" if module.training else "evaluation"
 
     def _begin_loss(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._ledger.phase = "loss" if self._ledger.phase == "forward" else "evaluation loss"
+        if self._ledger.phase in HEAD_PHASES:
+            self._ledger.phase = HEAD_PHASES[self._ledger.phase]
         hidden = arguments[0]
         if hidden.requires_grad:
             hidden.register_hook(self._begin_backward)

@@ -1,8 +1,9 @@
 """What earlier runs on this machine measured against their estimate: a small file of the user. No torch.
 
-One JSON line per run that came to its end. Comparable are runs on the same device of the same machine, with
-the same method, quantization and version of torch; the last five of them are looked at. Nothing is corrected
-by them: the estimate stays what the arithmetic says, its `±` is widened to what was seen.
+One JSON line per run that came to its end. Comparable are runs of the same model on the same device of the
+same machine, with the same method, quantization and version of torch; the last five of them are looked at.
+Nothing is corrected by them: the estimate stays what the arithmetic says, its `±` is widened to what was
+seen.
 
 A file that cannot be read, or lines of it, count for nothing and stay where they are until they age out; a
 folder that cannot be written means that nothing is remembered, without a word: the run is not concerned.
@@ -35,6 +36,7 @@ class Kind:
     """Which runs are comparable; `machine` is a number made of the machine's name."""
 
     machine: str
+    model: str
     device: str
     method: str
     quantization: str
@@ -78,10 +80,11 @@ def calibration_file() -> Path:
     return Path(platformdirs.user_data_dir("qadapt", appauthor=False)) / "calibration.jsonl"
 
 
-def kind_of(*, device: str, method: str, quantization: str) -> Kind:
+def kind_of(*, model: str, device: str, method: str, quantization: str) -> Kind:
     """The kind of a run on this machine, with the torch that is installed.
 
     Args:
+        model: Its name or folder, of which the last part counts.
         device: The card's name as its driver gives it, or `cpu`.
         method: The adapter method, such as `lora`.
         quantization: Of the base, such as `nf4`.
@@ -92,7 +95,8 @@ def kind_of(*, device: str, method: str, quantization: str) -> Kind:
         torch = version("torch").partition("+")[0]
     except PackageNotFoundError:
         torch = "none"
-    return Kind(f"{zlib.crc32(platform.node().encode()):08x}", device, method, quantization, torch)
+    machine = f"{zlib.crc32(platform.node().encode()):08x}"
+    return Kind(machine, Path(model).name.lower(), device, method, quantization, torch)
 
 
 def remember(kind: Kind, *, predicted_bytes: int, measured_bytes: int, path: Path | None = None) -> bool:

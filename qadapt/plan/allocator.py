@@ -53,6 +53,11 @@ class Replay:
         return 1 - self.peak_allocated_bytes / self.reserved_then_bytes
 
 
+RUN_NOISE = 0.024
+"""Two published runs of one step, with different versions of torch, reserve bytes this far apart, while what
+they allocate repeats to a few MiB."""
+
+
 @dataclass(frozen=True)
 class ReservedRange:
     """Bounds for the peak of reserved bytes that a run reports; see `reserved_range`."""
@@ -63,6 +68,10 @@ class ReservedRange:
     def holds(self, reserved_bytes: int) -> bool:
         """Whether a measured peak lies inside."""
         return self.low_bytes <= reserved_bytes <= self.high_bytes
+
+    def widened(self, share: float) -> ReservedRange:
+        """With a share of each end added on its side."""
+        return ReservedRange(round(self.low_bytes * (1 - share)), round(self.high_bytes * (1 + share)))
 
 
 def replay(

@@ -34,6 +34,7 @@ class Answer:
         module: The module that ran at the peak; empty where only the phase is known.
         notes: What a reader would not expect of this model.
         reserved_range_bytes: What the allocator may hold, from a replay; None: the estimate's own range.
+        gap_share: The share of reserved bytes that no block uses at the peak, from a replay; None: not known.
         routing_bytes: A mixture of experts' peak from balanced to worst routing; None for a dense model.
     """
 
@@ -48,6 +49,7 @@ class Answer:
     module: str = ""
     notes: tuple[str, ...] = ()
     reserved_range_bytes: tuple[int, int] | None = None
+    gap_share: float | None = None
     routing_bytes: tuple[int, int] | None = None
 
     @property

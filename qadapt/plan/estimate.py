@@ -10,9 +10,9 @@ Three moments are compared, and the highest one is the estimate (`peak_phase`):
 An evaluation with the same micro-batch stays below the loss moment: nothing is kept, nothing goes backward.
 
 The static categories are exact to the byte. What comes and goes agrees with the dry run within
-`RELATIVE_ERROR`, which agrees with a real step on a CPU to the byte (`tests/test_dryrun.py`); published peaks
+`CLOSED_ERROR`, which agrees with a real step on a CPU to the byte (`tests/test_dryrun.py`); published peaks
 of cards are in `tools/bench/estimator.py`. Reserved bytes are a range: published ratios of reserved to
-allocated bytes, rows with fused attention, are 1.04 to 1.25.
+allocated bytes, rows with fused attention, go up to 1.25.
 """
 
 from __future__ import annotations
@@ -45,12 +45,19 @@ from qadapt.plan.workspace import (
 from qadapt.shape import ModelShape
 from qadapt.units import MIB
 
-RELATIVE_ERROR = 0.02
-"""Of what comes and goes, either way, against the dry run: of 300 sampled steps 99 % are within 1.5 %, the
-worst is off by 2.3 % (`tools/bench/closed_form.py`). What a card's kernels take was not measured."""
+CLOSED_ERROR = 0.03
+"""Of what comes and goes, either way: the closed form against the dry run. Of 300 sampled steps 99 % are
+within 1.5 %, the worst is off by 2.3 % (`tools/bench/closed_form.py`)."""
+KERNEL_ERROR = 0.02
+"""On CUDA, of what comes and goes, either way: what kernels take inside, from a table that no GPU of ours
+has confirmed. The worst of 32 published T4 peaks is off by 1.1 % of it all (`tools/bench/estimator.py`)."""
+KEPT_ON_CPU = 0.7
+"""On a CPU, of what comes and goes: what the system's allocator keeps of freed blocks besides. Seen once: a
+process of 2.56 GiB at 1.62 GiB of live tensors, at the end of the demo's run."""
 UNSEEN_BYTES = 32 * MIB
 """On CUDA, either way: small workspaces that published peaks show (16 to 40 MiB) and nothing here counts."""
-RESERVED_RATIOS = (1.04, 1.25)
+RESERVED_RATIOS = (1.0, 1.25)
+"""Reserved over allocated bytes: never below; published ratios with fused attention go up to 1.25."""
 SLACK_BYTES = 20 * MIB
 """What the allocator cannot avoid: one segment of its large pool begun."""
 
@@ -72,7 +79,7 @@ class Estimate:
     pinned_bytes: int
     disk_bytes: int
     seconds_per_step: float | None
-    relative_error: float = RELATIVE_ERROR
+    relative_error: float = CLOSED_ERROR
     exact: bool = False
 
     @property
@@ -106,7 +113,8 @@ class Estimate:
         working = self.peak_allocated_bytes - sum(self.categories[name] for name in STATIC)
         context = self.context_range_bytes[1] - self.context_bytes
         unseen = UNSEEN_BYTES if self.setting.device == "cuda" else 0
-        return round(working * self.relative_error) + unseen + context
+        kept = KEPT_ON_CPU if self.setting.device == "cpu" else 0.0
+        return round(working * max(self.relative_error, kept)) + unseen + context
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether it fits even if the estimate is off by its stated error."""
@@ -147,6 +155,7 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
         pinned_bytes=0,
         disk_bytes=sum(disk_parts(shape, setting).values()),
         seconds_per_step=micro_batch_seconds(shape, setting, card),
+        relative_error=CLOSED_ERROR + (KERNEL_ERROR if is_cuda else 0.0),
     )
 
 

@@ -172,10 +172,10 @@ def _does_not_fit(
         f"{shape.name} at {least.setting.length:,} tokens needs {format_bytes(least.needed_bytes)} "
         f"± {format_bytes(room.error_bytes(least))}; {format_bytes(room.free_bytes)} are free{where}."
     )
-    enough = [change for change in changes if change.is_enough] or list(changes)
+    enough = [change for change in changes if change.is_enough]
     if not enough:
-        return DoesNotFit(problem, cure="No single change is enough; choose a smaller model.")
+        start = f" The most is won by: {changes[0].sentence}." if changes else ""
+        return DoesNotFit(problem, cure=f"No change is enough; choose a smaller model.{start}")
     others = "; ".join(change.sentence for change in enough[1:4])
     rest = f" Or: {others}." if others else ""
-    word = "Cheapest change" if enough[0].is_enough else "No single change is enough; start with"
-    return DoesNotFit(problem, cure=f"{word}: {enough[0].sentence}.{rest}")
+    return DoesNotFit(problem, cure=f"Cheapest change: {enough[0].sentence}.{rest}")

@@ -49,19 +49,41 @@ def ladder(
     rows_per_step: int,
     card: Card | None = None,
 ) -> tuple[Change, ...]:
-    """Every single change that wins memory, best first; then the smallest card that would do."""
+    """Every single change that wins memory, best first; last the smallest card that would do.
+
+    Where no single change is enough, several together that are come before them.
+    """
     now = estimate_step(shape, setting, card=card)
-    found = []
-    for knob in KNOBS:
-        if knob.name == "quantization" and setting.device == "cpu" and setting.quantization == "nf4":
-            continue
-        change = _turned(knob, shape, now, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card)
-        if change is not None:
-            found.append(change)
+    limits = {"budget_bytes": budget_bytes, "rows_per_step": rows_per_step}
+    turned = [_turned(knob, shape, now, card=card, **limits) for knob in KNOBS]
+    found = [each[0] for each in turned if each is not None]
     found.sort(key=lambda change: (not change.is_enough, change.rung, change.seconds_lost or 0.0))
+    if len(found) > 1 and not found[0].is_enough:
+        together = _together(shape, now, card=card, **limits)
+        found = [together, *found] if together else found
     owned = card.memory_bytes if card else budget_bytes
-    larger = _larger_card(now, owned_bytes=owned) if setting.device == "cuda" else None
+    larger = _larger_card(shape, now, owned_bytes=owned) if setting.device == "cuda" else None
     return (*found, larger) if larger else tuple(found)
+
+
+def _together(
+    shape: ModelShape, now: Estimate, *, budget_bytes: int, rows_per_step: int, card: Card | None
+) -> Change | None:
+    """Several changes that are enough: each as far as it goes, the last one only as far as it must."""
+    reached, texts = now, []
+    for knob in KNOBS:
+        turned = _turned(
+            knob, shape, reached, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card
+        )
+        if turned is None:
+            continue
+        change, reached = turned
+        texts.append(change.text)
+        if change.is_enough:
+            lost = _lost(shape, now.setting, reached.setting, rows_per_step=rows_per_step, card=card)
+            won = now.needed_bytes - reached.needed_bytes
+            return Change(" and ".join(texts), change.rung, won, lost, is_enough=True)
+    return None
 
 
 def _turned(
@@ -72,23 +94,26 @@ def _turned(
     budget_bytes: int,
     rows_per_step: int,
     card: Card | None,
-) -> Change | None:
-    """The least turn of a knob that fits, or the furthest one; None if it wins nothing."""
-    best = None
+) -> tuple[Change, Estimate] | None:
+    """The least turn of a knob that fits, or the furthest one, and its step; None if it wins nothing."""
+    best: tuple[Change, Estimate] | None = None
+    if knob.name == "quantization" and now.setting.quantization == "nf4":
+        return None  # less quantization is no cure, even where a tiny model would be smaller for it
     for value in knob.values(shape, now.setting, rows_per_step):
         changed = knob.change(now.setting, value, rows_per_step=rows_per_step)
         estimate = estimate_step(shape, changed, card=card)
         won = now.needed_bytes - estimate.needed_bytes
-        if won <= 0 or (best is not None and won <= best.bytes_won):
+        if won <= 0 or (best is not None and won <= best[0].bytes_won):
             continue
-        best = Change(
+        change = Change(
             text=knob.describe(value, shape),
             rung=knob.rung,
             bytes_won=won,
             seconds_lost=_lost(shape, now.setting, changed, rows_per_step=rows_per_step, card=card),
             is_enough=estimate.fits(budget_bytes),
         )
-        if best.is_enough:
+        best = change, estimate
+        if change.is_enough:
             break
     return best
 
@@ -103,7 +128,7 @@ def _lost(
     return after - before
 
 
-def _larger_card(now: Estimate, *, owned_bytes: int) -> Change | None:
+def _larger_card(shape: ModelShape, now: Estimate, *, owned_bytes: int) -> Change | None:
     """The smallest gaming card above the one at hand on which it fits as it is."""
     platform = this_platform()
     larger = [
@@ -113,7 +138,7 @@ def _larger_card(now: Estimate, *, owned_bytes: int) -> Change | None:
         and not card.name.startswith("RTX A")
         and "Laptop" not in card.name
         and round(card.memory_bytes / GIB) > round(owned_bytes / GIB)
-        and now.fits(card.free_bytes(platform))
+        and estimate_step(shape, now.setting, card=card).fits(card.free_bytes(platform))
     ]
     if not larger:
         return None

@@ -3,7 +3,7 @@
 Source: the usual count of 2 operations per weight and token and pass (arXiv:2001.08361), PaLM's attention
 term (arXiv:2204.02311) halved for causal attention. Assumption: products reach `EFFICIENCY` of the card's
 matrix product speed, and every pass over a 4-bit layer reads 0.5 bytes per weight, writes the 16-bit weight
-and reads it again. Error: stated as a factor of 2 either way; published steps are compared in
+and reads it again. Error: `TIME_SPAN`; published steps are compared in
 `tools/bench/estimator.py`. An unknown card gives None rather than a guess.
 """
 
@@ -18,6 +18,8 @@ from qadapt.shape import ModelShape
 
 EFFICIENCY = 0.55
 """Share of the matrix product's speed that a whole step reaches: assumed, 0.3 to 0.75 are seen."""
+TIME_SPAN = "0.5 to 3.5 times as long as this says"
+"""Of the published steps that can be described (`tools/bench/estimator.py --only published-closed`)."""
 LAUNCH_SECONDS = 2e-3
 """Least time of one layer in one pass: the processor launching some hundred kernels. Assumed; it binds small
 models (a published T4 host took about 3 ms)."""

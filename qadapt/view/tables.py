@@ -17,6 +17,7 @@ from qadapt.plan.categories import CATEGORIES, STATIC, TITLES
 from qadapt.plan.inverse import What
 from qadapt.plan.ladder import Change
 from qadapt.plan.setting import Recompute, Setting
+from qadapt.plan.speed import TIME_SPAN
 from qadapt.units import GIB, MIB, format_bytes, format_count, format_seconds
 
 PHASES = {
@@ -176,7 +177,7 @@ def sureness(answer: Answer) -> tuple[Line, ...]:
     if is_cuda:
         unknown.append("no GPU has confirmed this step")
     else:
-        unknown.append("what the allocator keeps beside live tensors is not counted")
+        unknown.append("± is what the system's allocator may keep beside live tensors, by one run")
     lines = (("exact", exact), ("range", "; ".join(ranges)), ("unknown", "; ".join(unknown)))
     return tuple(line for line in lines if line[1])
 
@@ -211,7 +212,11 @@ def _memory(answer: Answer) -> Iterator[Line]:
     context = f"{estimate.context_bytes / MIB:.0f} MiB of CUDA's own, {least} to {most} possible"
     yield "context", f"{context}; counted in the verdict"
     low, high = answer.reserved_bytes
-    yield "reserved", f"{low / GIB:.2f} to {format_bytes(high)} with memory to spare; less under pressure"
+    gaps = "" if answer.gap_share is None else f", {answer.gap_share:.0%} of it gaps at the peak"
+    yield (
+        "reserved",
+        f"{low / GIB:.2f} to {format_bytes(high)} with memory to spare{gaps}; less under pressure",
+    )
 
 
 def _doubts(answer: Answer) -> Iterator[Line]:
@@ -247,7 +252,7 @@ def _time(answer: Answer) -> Line:
     count = answer.micro_batches_per_step
     each = format_seconds(answer.estimate.seconds_per_step)
     step = f"{count} micro-batch{'es' if count > 1 else ''} of {each} a step"
-    return "time", f"about {format_seconds(total)} per 1,000 steps ({step}), within a factor of 2"
+    return "time", f"about {format_seconds(total)} per 1,000 steps ({step}); published steps took {TIME_SPAN}"
 
 
 def bullets(lines: Sequence[Text], *, is_ascii: bool = False) -> Table:

@@ -29,7 +29,7 @@ from plain_stack import Attention, Measured, Stack, Upcast, build, run
 
 from qadapt.errors import QadaptError
 from qadapt.hardware.cards import Card, find_card
-from qadapt.plan.allocator import ReservedRange, replay, reserved_range
+from qadapt.plan.allocator import RUN_NOISE, ReservedRange, replay, reserved_range
 from qadapt.shape import ModelConfig, find_config
 from qadapt.units import GIB
 
@@ -38,9 +38,6 @@ TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 BARS = {"T4 sdpa": (0.007, 0.02), "T4 eager": (0.015, 0.04), "A100 fms": (0.03, 0.08)}
 """Group → highest median, and highest worst (T4) or 95th percentile (A100), of the relative error."""
 RESERVED_INSIDE, RESERVED_WIDTH, WRONG_VERDICTS = 0.8, 0.2, 0.1
-RUN_NOISE = 0.024
-"""Two runs of one row, with different versions of torch, reserve bytes this far apart (published archive's
-repeats; `allocated` repeats to a few MiB)."""
 STAND_INS = {"qlora-gptq4": "nf4"}
 """GPTQ in groups of 128 takes 0.520 bytes a weight, NF4 with double quantization 0.516: it stands for it."""
 
@@ -212,8 +209,7 @@ def _reserved(row: Row, measured: Measured, capacity: int) -> ReservedRange:
         return ReservedRange(0, 0)
     start = measured.places["forward"]
     found = reserved_range(measured.trace, others=measured.others, capacity_bytes=capacity, count_from=start)
-    low, high = found.low_bytes * (1 - RUN_NOISE), found.high_bytes * (1 + RUN_NOISE)
-    return ReservedRange(round(low), round(high))
+    return found.widened(RUN_NOISE)
 
 
 def report(path: Path, *, pattern: str = "") -> Iterable[str]:
