@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class ModelShape:
     final_softcap: float | None = None
     attention_softcap: float | None = None
 
-    @property
+    @cached_property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers of one decoder layer, in the order they run."""
         query, key_value = self.heads * self.head_width, self.kv_heads * self.head_width
