@@ -143,3 +143,14 @@ def test_numbers_are_the_same_under_the_ledger() -> None:
     with Ledger():
         counted = torch.autograd.grad(layer(inputs).exp().sum(), layer.weight)[0]
     assert torch.equal(plain, counted)
+
+
+def test_what_a_kernel_took_is_given_back_where_memory_runs_out() -> None:
+    def inside(func: object, args: object, kwargs: object) -> int:
+        return 1000 if func is torch.ops.aten.exp.default else 0
+
+    tensor = torch.zeros(100)
+    ledger = Ledger(inside=inside, budget_bytes=1300)
+    with ledger, pytest.raises(torch.OutOfMemoryError):
+        tensor.exp()
+    assert ledger.live_bytes == 0

@@ -136,17 +136,23 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         inside_bytes = 0 if self._inside is None else self._inside(func, args, kwargs or {})
         key = self._begin_inside(inside_bytes) if inside_bytes else 0  # before the results, as kernels do
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+            if self._count_new(result) or inside_bytes:
+                self._look()
+        finally:  # also where memory ran out: a smaller step may follow
+            if inside_bytes:
+                self._release(key, self._round(inside_bytes), "temporary")
+        return result
+
+    def _count_new(self, result: Any) -> bool:
+        """Counts the storages an operation made; True if there are any."""
         category = BORN.get(self._phase_now(), "temporary")
         is_new = False
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 is_new = self._add(leaf.untyped_storage(), category) or is_new
-        if is_new or inside_bytes:
-            self._look()
-        if inside_bytes:
-            self._release(key, self._round(inside_bytes), "temporary")
-        return result
+        return is_new
 
     def _phase_now(self) -> str:
         """The phase; within a backward pass only what is computed again builds a graph."""
