@@ -84,7 +84,7 @@ def test_the_dry_run_is_the_real_step_to_the_byte(
     ledger, dry = counted(folders[family], setting), dry_run(config(family), setting)
     assert dry.peak == ledger.peak
     left = 1024 if setting.accumulates else 0  # small numbers of the micro-batch before
-    for phase in ("forward", "loss", "recompute", "backward", "evaluation", "evaluation loss"):
+    for phase in ("forward", "loss", "recompute", "backward", "update", "evaluation", "evaluation loss"):
         assert dry.phase_bytes.get(phase, 0) == pytest.approx(ledger.phase_bytes.get(phase, 0), abs=left), (
             phase
         )
@@ -216,3 +216,12 @@ def test_a_card_normalizes_fp16_scores_without_an_fp32_copy() -> None:
 
     half_bytes = 2 * 6 * 900 * 900  # without the copy the highest moment is the next one, with half of it
     assert scores("bf16") - scores("fp16") == pytest.approx(half_bytes, rel=0.05)
+
+
+def test_an_unknown_card_is_dry_run_with_the_kernels_that_the_closed_form_assumes() -> None:
+    setting = dataclasses.replace(
+        SETTING, device="cuda", compute_dtype="bf16", adapter_dtype="bf16", dropout=0.1
+    )
+    unknown, new = (dry_run(config("llama"), setting, capability=each) for each in (None, 8.9))
+    assert unknown.peak == new.peak
+    assert unknown.static["temporary"] == new.static["temporary"] > 0

@@ -85,6 +85,7 @@ class Ledger(TorchDispatchMode):
         self._peak_bytes = 0
         self._peak: tuple[dict[str, int], str, str] = (dict(self.live), "outside", "")
         self._next_key = 0
+        self.is_paused = False  # while it is, nothing that is made counts
         self._places: dict[int, int] = {}  # key of a block → index of its allocation in the trace
 
     @property
@@ -134,6 +135,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
         inside_bytes = 0 if self._inside is None else self._inside(func, args, kwargs or {})
         key = self._begin_inside(inside_bytes) if inside_bytes else 0  # before the results, as kernels do
         try:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim import Optimizer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.batch_shape import BatchShape
@@ -30,6 +31,7 @@ from qadapt.engine.recompute import set_recompute
 from qadapt.engine.target import Target, kernels_of, on_target, target_functions
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
+from qadapt.plan.attention import NEW_CARD
 from qadapt.plan.setting import ALLOCATION_BYTES, Setting
 from qadapt.plan.trace import TraceEvent
 from qadapt.plan.workspace import blas_workspace_bytes
@@ -65,23 +67,24 @@ def dry_run(
     Args:
         values: Of the model's `config.json`.
         setting: The step. Its device decides whether a CPU or CUDA is meant.
-        capability: Compute capability of the card, where CUDA is meant.
+        capability: Compute capability of the card, where CUDA is meant; None: as the closed form assumes.
         batch: The micro-batch; default: the setting's rows, learned tokens at their ends.
         steps: Optimizer steps in a row; more than one shows an allocator what comes back.
 
     Raises:
         QadaptError: The model cannot be built, or an adapter does not suit it.
     """
-    target = Target(capability if setting.device == "cuda" else None)
+    target = Target((capability or NEW_CARD) if setting.device == "cuda" else None)
     batch = batch or batch_of(setting)
     experts = "eager" if batch.expert_tokens else None
     model = skeleton_model(values, setting, target=target, experts=experts)
     optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
     ledger = Ledger(step=ALLOCATION_BYTES[setting.device], inside=kernels_of(target), is_recording=True)
-    _hold(ledger, model, optimizer, setting, target)
+    _hold(ledger, model, optimizer, target)
     static = dict(ledger.live)
     micro_batches = [_micro_batch(batch)]
     watching = watched(ledger, model.get_base_model(), optimizer=optimizer.inner)
+    _count_as_fused(ledger, optimizer.inner)
     with watching, on_target(target, expert_tokens=batch.expert_tokens), ledger:
         for _ in range(steps):
             if setting.accumulates:
@@ -127,6 +130,20 @@ def _micro_batch(shape: BatchShape) -> MicroBatch:
     )
 
 
+def _count_as_fused(ledger: Ledger, optimizer: Optimizer) -> None:
+    """Leaves out what AdamW, one operation after another on `meta`, makes for each tensor in passing."""
+
+    def pause(*_: Any) -> None:
+        ledger.is_paused = True
+
+    def go_on(*_: Any) -> None:
+        ledger.is_paused = False
+
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.register_step_pre_hook(pause)
+        optimizer.register_step_post_hook(go_on)
+
+
 def _leave_gradients(ledger: Ledger, optimizer: AdapterOptimizer) -> None:
     """What an earlier micro-batch of the step has left behind."""
     for parameter in optimizer.parameters.values():
@@ -134,13 +151,11 @@ def _leave_gradients(ledger: Ledger, optimizer: AdapterOptimizer) -> None:
         ledger.tell_apart("gradients", parameter.grad)
 
 
-def _hold(
-    ledger: Ledger, model: PeftModel, optimizer: AdapterOptimizer, setting: Setting, target: Target
-) -> None:
+def _hold(ledger: Ledger, model: PeftModel, optimizer: AdapterOptimizer, target: Target) -> None:
     """What is there before the step: the model, the optimizer, and on CUDA the workspaces of cuBLAS."""
     with ledger.during("load"):
         for category, tensors in static_tensors(model, optimizer).items():
             ledger.hold(category, tensors)
-        if target.capability is not None or setting.device == "cuda":
+        if target.capability is not None:
             for _ in ("forward", "backward"):
                 ledger.keep("temporary", blas_workspace_bytes(target.capability))
