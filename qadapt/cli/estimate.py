@@ -92,19 +92,15 @@ def estimate(
     reserved_bytes (low, high), context_bytes, host_bytes, disk_bytes, fits, exact. With --max or --all-cards
     it is as schemas/max.schema.json or schemas/cards.schema.json says.
     """
-    if (models or cards) and (json or max_ or is_on_all):
-        raise BadRecipe("--models and --cards print a list, nothing else.", cure="Give them alone.")
     if models or cards:
-        console().print(_catalogue(is_cards=cards))
+        _list(is_cards=cards, is_alone=not (json or max_ or is_on_all))
         return
     wanted = _wanted(max_)
     _check_together(wanted, is_on_all=is_on_all, is_exact=exact or plot is not None)
     if plot is not None:
         check_plot(plot)
     numbers = {"length": length, "rows": rows, "rank": rank, "supervised_share": supervised}
-    changes: dict[str, object] = {name: value for name, value in numbers.items() if value is not None}
-    if recompute is not None:
-        changes["recompute"] = _recompute(recompute)
+    changes = _changes(numbers, recompute)
     if model is None and wanted == "model":
         answer = _models_answer(ask_models(card=card, vram=vram).changed(changes))
     elif model is None:
@@ -120,6 +116,14 @@ def estimate(
         question = ask(model, overrides or (), card=card, vram=vram).changed(changes)
         answer = _answer(question, wanted, is_exact=exact, plot=plot)
     _show(*answer, is_json=json)
+
+
+def _changes(numbers: dict[str, float | None], recompute: str | None) -> dict[str, object]:
+    """The fields of the setting that were given."""
+    changes: dict[str, object] = {name: value for name, value in numbers.items() if value is not None}
+    if recompute is not None:
+        changes["recompute"] = _recompute(recompute)
+    return changes
 
 
 def plan(
@@ -276,6 +280,13 @@ def _cards_answer(questions: Sequence[Question], wanted: Asked | None) -> tuple[
         return CardsMatrix(rows, asked)
 
     return cards_record(rows, asked=asked), draw
+
+
+def _list(*, is_cards: bool, is_alone: bool) -> None:
+    """Prints the catalogue of cards, or the known models."""
+    if not is_alone:
+        raise BadRecipe("--models and --cards print a list, nothing else.", cure="Give them alone.")
+    console().print(_catalogue(is_cards=is_cards))
 
 
 def _catalogue(*, is_cards: bool) -> RenderableType:
