@@ -17,8 +17,12 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Column = Literal[
     "messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output",
-    "question", "answer", "query", "response",
+    "question", "answer", "query", "response", "text", "chosen", "rejected", "tools",
 ]  # fmt: skip
+RowFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text", "preference",
+]  # fmt: skip
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Section(BaseModel):
@@ -61,9 +65,15 @@ class SourceSection(Section):
     """Where rows come from."""
 
     path: Annotated[str, Field(min_length=1)]
-    """A JSON (lines), CSV, TSV, Parquet or Arrow file or a folder of them; relative to the working folder."""
+    """A file or folder of rows (JSON, JSON lines, CSV, TSV, Parquet, Arrow, text), or `hub:owner/name`."""
     limit: Positive | None = None
     """Use only the first rows."""
+    split: str = "train"
+    """The split of a hub dataset."""
+    subset: str | None = None
+    """The subset (configuration) of a hub dataset that has several."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often a pass takes each row of this source: 2 twice, 0.5 a drawn half of them."""
 
 
 class DataSection(Section):
@@ -71,7 +81,7 @@ class DataSection(Section):
 
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1)]
     """Files of training rows."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer"] = "auto"
+    format: RowFormat = "auto"
     """What a row looks like; auto recognises it from the keys of each file's first row."""
     columns: dict[Column, Annotated[str, Field(min_length=1)]] = {}
     """Name of a column in the format → its name in the files, such as {prompt: question_text}."""
@@ -82,7 +92,19 @@ class DataSection(Section):
     held_out_fraction: Share = 0.0
     """Without a `held_out` file: this share of the rows, drawn by `train.seed`."""
     length: Annotated[int, Field(ge=8)] = 2048
-    """The longest row in tokens; longer ones are cut at the end and counted."""
+    """The longest row in tokens; of longer ones whole turns at the end are left out, counted."""
+    learn: Literal["answers", "last", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = "answers"
+    """What is learned: every answer, the last one, every token, or the turns of some roles."""
+    template: str = "auto"
+    """The chat template: the model's own (auto), `chatml`, or a Jinja file."""
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The day that templates which print one are given; none: the day the run starts, kept in the run."""
+    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Special tokens to add to the vocabulary, their embeddings trained beside the adapter."""
+    packing: Literal["auto"] | bool = "auto"
+    """Lay rows of a step one after another, isolated, instead of filling them up; auto: if that is faster."""
+    order: Literal["shuffled", "by-length", "given"] = "shuffled"
+    """The order of a pass: drawn by `train.seed`; so, but rows of like length together; as in the files."""
 
 
 class TrainSection(Section):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import widest_share
-from qadapt.data.formats import Conversation
+from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import SUFFIXES, RowReader, Skipped

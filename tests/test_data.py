@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step, widest_share
-from qadapt.data.formats import Conversation, Message
-from qadapt.data.prompt import PromptContract, Tokens, load_contract
+from qadapt.data.conversation import Conversation, Message
+from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations
+from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadData, BadModel
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def test_the_answer_and_its_end_are_learned_and_nothing_else(tiny_model: TinyMod
     assert "plus" not in learned
     assert contract.ends_turns(row), f"{learned!r} does not end with an end token"
     until_answer = contract.prompt_ids([{"role": "user", "content": "two plus two?"}])
-    first = row.supervised.index(True)
+    first = int(row.supervised.argmax())
     assert list(row.ids[:first]) == until_answer, "what is asked in chat is what stood before the answer"
 
 
@@ -219,13 +220,13 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_model: TinyMode
     contract = load_contract(tiny_model("qwen2"))
     rows = read_rows(path, contract, held_out=0.25, length=128, seed=1)
     assert len(rows.held_out) == 5
-    assert not {row.ids for row in rows.held_out} & {row.ids for row in rows.train}
+    assert not {tuple(row.ids) for row in rows.held_out} & {tuple(row.ids) for row in rows.train}
 
 
 def random_row(draw: torch.Generator, length: int) -> Tokens:
     ids = torch.randint(1, 99, (length,), generator=draw).tolist()
     supervised = (torch.rand(length, generator=draw) < 0.5).tolist()
-    return Tokens(tuple(ids), tuple(supervised), "row")
+    return tokens_of(ids, supervised, place="row")
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(1, 5))
@@ -255,8 +256,8 @@ def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
 
 
 def test_a_target_is_the_token_after_its_position() -> None:
-    row = Tokens((5, 6, 7, 8), (False, False, True, True), "row")
-    short = Tokens((1, 2), (True, True), "row")
+    row = tokens_of((5, 6, 7, 8), (False, False, True, True), place="row")
+    short = tokens_of((1, 2), (True, True), place="row")
     batch = collate([row, short], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
     assert batch.positions.tolist() == [0, 1, 2]

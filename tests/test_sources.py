@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from qadapt.data import text_files
-from qadapt.data.formats import Conversation, Message
+from qadapt.data.conversation import Conversation, Message
 from qadapt.data.sources import RowReader, read_conversations
 from qadapt.errors import BadData, BadRecipe
 from qadapt.events import DataReady, Warned

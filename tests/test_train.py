@@ -18,7 +18,7 @@ from torch.nn import functional
 from qadapt import control
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import micro_batches
-from qadapt.data.prompt import Tokens
+from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadOutput, BadRecipe, BadRun, Diverged, QadaptError, Unsupported
 from qadapt.events import (
@@ -284,7 +284,7 @@ def rows(count: int = 5) -> list[Tokens]:
         length = 7 + 5 * index
         ids = torch.randint(5, 200, (length,), generator=draw).tolist()
         supervised = (torch.rand(length, generator=draw) < 0.5).tolist()
-        made.append(Tokens(tuple(ids), (*supervised[:-1], True), "row"))
+        made.append(tokens_of(ids, (*supervised[:-1], True), place="row"))
     return made
 
 

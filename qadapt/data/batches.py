@@ -14,7 +14,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from qadapt.data.prompt import Tokens
+from qadapt.data.tokens import Tokens
 
 IGNORED = -100  # the label that F.cross_entropy leaves out
 
@@ -93,9 +93,9 @@ def collate(rows: Sequence[Tokens], *, pad_id: int) -> MicroBatch:
     input_ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORED)
     for index, row in enumerate(rows):
-        ids = torch.tensor(row.ids)
+        ids = torch.as_tensor(row.ids, dtype=torch.int64)
         input_ids[index, : len(ids)] = ids
-        labels[index, : len(ids)] = torch.where(torch.tensor(row.supervised), ids, IGNORED)
+        labels[index, : len(ids)] = torch.where(torch.as_tensor(row.supervised), ids, IGNORED)
     following = labels[:, 1:]
     positions = (following != IGNORED).any(dim=0).nonzero().squeeze(1)
     return MicroBatch(

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from qadapt.data.conversation import Conversation, Message
 from qadapt.errors import BadData
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "question-answer"]
@@ -67,32 +67,6 @@ _UNSUPPORTED_ROWS: dict[tuple[str, ...], str] = {
     ("prompt", "completion", "label"): "a judged answer (`completion`, `label`)",
     ("text",): "raw text (`text`)",
 }
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: who speaks, and what; `name` tells several speakers of one role apart."""
-
-    role: str
-    content: str
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The turns of one row; `place` names the row for people, such as `train.jsonl, line 12`."""
-
-    messages: tuple[Message, ...]
-    place: str
-
-    @property
-    def turns(self) -> list[dict[str, str]]:
-        """The form that chat templates take."""
-        return [
-            {"role": message.role, "content": message.content}
-            | ({} if message.name is None else {"name": message.name})
-            for message in self.messages
-        ]
 
 
 def map_columns(row: object, columns: Mapping[str, str], *, place: str) -> object:

@@ -11,33 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qadapt.data.formats import Conversation
+from qadapt.data.conversation import Conversation
+from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadData, BadModel
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One row as tokens; `supervised[t]` says whether token t is learned. Both have length T."""
-
-    ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
-    place: str
-
-    @property
-    def supervised_count(self) -> int:
-        """How many tokens are learned; the first token has no predecessor and never is."""
-        return sum(self.supervised[1:])
-
-    def cut(self, length: int) -> Tokens:
-        """The first `length` tokens."""
-        return Tokens(self.ids[:length], self.supervised[:length], self.place)
 
 
 class PromptContract:
@@ -86,11 +68,11 @@ class PromptContract:
             if turn["role"] == "assistant"
         ]
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        supervised = tuple(
+        supervised = [
             any(start <= first < last <= end for start, end in spans)
             for first, last in encoded["offset_mapping"]
-        )
-        return Tokens(tuple(encoded["input_ids"]), supervised, place)
+        ]
+        return tokens_of(encoded["input_ids"], supervised, place=place)
 
     def prompt_ids(self, turns: Sequence[dict[str, str]], *, place: str = "the prompt") -> list[int]:
         """The tokens that ask the model for the next assistant turn."""
@@ -106,8 +88,8 @@ class PromptContract:
 
     def ends_turns(self, row: Tokens) -> bool:
         """Whether the last learned token of a row is an end token, so that the model learns to stop."""
-        learned = [token for token, is_learned in zip(row.ids, row.supervised, strict=True) if is_learned]
-        return bool(learned) and learned[-1] in self.end_ids
+        learned = row.ids[row.supervised]
+        return bool(len(learned)) and int(learned[-1]) in self.end_ids
 
     def _span(self, text: str, turns: list[dict[str, str]], *, place: str) -> tuple[int, int]:
         """Characters of the last of `turns`, an assistant's, in the text of the whole conversation."""

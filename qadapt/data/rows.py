@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qadapt.data.formats import Conversation
-from qadapt.data.prompt import PromptContract, Tokens
+from qadapt.data.conversation import Conversation
+from qadapt.data.prompt import PromptContract
 from qadapt.data.sources import RowReader
+from qadapt.data.tokens import Tokens
 from qadapt.errors import BadData
 
 
@@ -44,7 +45,7 @@ class Rows:
         """SHA-256 over every token and whether it is learned."""
         digest = hashlib.sha256()
         for row in [*self.train, *self.held_out]:
-            digest.update(repr((row.ids, row.supervised)).encode())
+            digest.update(len(row).to_bytes(8, "little") + row.ids.tobytes() + row.supervised.tobytes())
         return digest.hexdigest()
 
 
@@ -145,7 +146,7 @@ def cut_rows(conversations: Sequence[Conversation], contract: PromptContract, *,
         BadData: The template refuses a conversation.
     """
     whole = [contract.encode(conversation) for conversation in conversations]
-    cut = [row.cut(length) for row in whole]
+    cut = [Tokens(row.ids[:length], row.supervised[:length], row.place) for row in whole]
     return CutRows(
         rows=[row for row in cut if row.supervised_count],
         truncated=sum(len(row.ids) > length for row in whole),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import cast
 
 from qadapt.data.column_files import read_arrow, read_parquet
-from qadapt.data.formats import Conversation, Format, map_columns, read_conversation, recognise
+from qadapt.data.conversation import Conversation
+from qadapt.data.formats import Format, map_columns, read_conversation, recognise
 from qadapt.data.text_files import read_json, read_json_lines, read_table
 from qadapt.errors import BadData
 

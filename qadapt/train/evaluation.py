@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from qadapt.data.batches import micro_batches
-from qadapt.data.formats import Conversation
-from qadapt.data.prompt import PromptContract, Tokens
+from qadapt.data.conversation import Conversation
+from qadapt.data.prompt import PromptContract
+from qadapt.data.tokens import Tokens
 from qadapt.model.generate import generate
 from qadapt.train.step import evaluate_loss
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 
 from qadapt import control
 from qadapt.data.batches import MicroBatch, micro_batches, rows_of_step
-from qadapt.data.prompt import Tokens
 from qadapt.data.rows import Rows
+from qadapt.data.tokens import Tokens
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped
 from qadapt.train.checkpoint import (
     Checkpoint,
