@@ -1,4 +1,4 @@
-"""What a row of data says, before any template: a conversation, or a raw text. Knows no files and no tokens."""
+"""What a row of data says, before any template: a conversation, or a raw text. Knows no files, no tokens."""
 
 from __future__ import annotations
 
