@@ -93,11 +93,12 @@ class BaseLoaded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterAttached(Event):
-    """The adapter is on the base."""
+    """The adapter is on the base; `trainable` counts the rows of new tokens, too."""
 
     trainable: int
     adapted_layers: int
     base_parameters: int
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ surface, too (`qadapt.train`, ...).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.adapters.facts import AdapterFacts, read_facts
+from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import cut_rows, no_rows_left
@@ -127,7 +127,7 @@ def _steps(
 ) -> Iterator[Event]:
     start = time.monotonic()
     base = yield from place_base(recipe, plan, material.files)
-    model = yield from adapt(recipe, plan, base)
+    model = yield from adapt(recipe, plan, base, new_ids=material.contract.new_ids)
     torch.manual_seed(recipe.train.seed)
     loop = Loop(
         model,
@@ -146,7 +146,15 @@ def _steps(
             return
     remember_peak(recipe, plan, measured_bytes=loop.peak_bytes)
     facts = adapter_facts(recipe, plan, material)
-    yield from _finish(loop, model, run, facts=facts, seconds=time.monotonic() - start)
+    best = yield from _best(loop, run)
+    save_adapter(model, run.adapter, facts=facts, tokenizer=material.contract.tokenizer)
+    yield RunFinished(
+        step=loop.progress.step,
+        adapter=str(run.adapter),
+        best_step=best,
+        best_loss=loop.progress.best_loss,
+        seconds=time.monotonic() - start,
+    )
 
 
 def _restore(loop: Loop, run: RunFolder) -> Iterator[Event]:
@@ -158,28 +166,18 @@ def _restore(loop: Loop, run: RunFolder) -> Iterator[Event]:
     yield Resumed(step=loop.progress.step)
 
 
-def _finish(
-    loop: Loop, model: PeftModel, run: RunFolder, *, facts: AdapterFacts, seconds: float
-) -> Iterator[Event]:
-    """Writes the adapter of the best evaluation, else of the last step."""
+def _best(loop: Loop, run: RunFolder) -> Generator[Event, None, int]:
+    """Goes back to the adapter of the best evaluation, if there were any, and says of which step it is."""
     progress = loop.progress
-    best_step = progress.best_step if progress.best_step is not None else progress.step
-    if best_step != progress.step:
-        folder = checkpoint_folder(run.path, best_step)
-        damage = find_damage(folder)
-        if damage is None:
-            loop.restore_adapter(load_checkpoint(folder))
-        else:
-            best_step = progress.step
-            yield Warned(message=damage, cure="It was the best; the last step is kept instead.")
-    save_adapter(model, run.adapter, facts=facts)
-    yield RunFinished(
-        step=progress.step,
-        adapter=str(run.adapter),
-        best_step=best_step,
-        best_loss=progress.best_loss,
-        seconds=seconds,
-    )
+    if progress.best_step is None or progress.best_step == progress.step:
+        return progress.step
+    folder = checkpoint_folder(run.path, progress.best_step)
+    damage = find_damage(folder)
+    if damage is not None:
+        yield Warned(message=damage, cure="It was the best; the last step is kept instead.")
+        return progress.step
+    loop.restore_adapter(load_checkpoint(folder))
+    return progress.best_step
 
 
 def export(
@@ -245,7 +243,8 @@ def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
         dtype=DTYPES[facts.load_dtype],
         device=choose_device(device),
     )
-    return Tuned(load_lora(base, run.adapter), load_contract(files.folder))
+    contract = load_contract(files.folder, new_tokens=facts.new_tokens)
+    return Tuned(load_lora(base, run.adapter), contract)
 
 
 def evaluate(

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.adapters.new_rows import new_rows_of
 from qadapt.data.batches import widest_share
 from qadapt.data.conversation import Conversation
+from qadapt.data.new_tokens import absent_ids
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import SUFFIXES, RowReader, Skipped
@@ -35,7 +37,7 @@ from qadapt.model.source import ModelFiles, find_model
 from qadapt.planning import AdapterType, ComputeType, ask_of
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
-from qadapt.shape import find_shape
+from qadapt.shape import ModelShape, find_shape, table_rows
 from qadapt.stage import Report, with_progress
 from qadapt.train.loop import LoopSettings
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
@@ -86,10 +88,11 @@ def prepare(recipe: Recipe, *, revision: str | None) -> Generator[Event, None, M
     files = yield from with_progress(
         "finding the base", lambda report: find_model(source, revision=revision, report=report)
     )
-    contract = load_contract(files.folder)
+    contract = load_contract(files.folder, new_tokens=recipe.data.new_tokens)
     rows = make_rows(kept, apart, contract, length=recipe.data.length)
     for message, cure in rows.warnings:
         yield Warned(message=message, cure=cure)
+    yield from _never_seen(contract, rows)
     yield DataReady(
         rows=len(rows.train),
         held_out_rows=len(rows.held_out),
@@ -100,6 +103,16 @@ def prepare(recipe: Recipe, *, revision: str | None) -> Generator[Event, None, M
         formats=tuple(reader.formats),
     )
     return Material(files, contract, rows, tuple(reader.skipped))
+
+
+def _never_seen(contract: PromptContract, rows: Rows) -> Iterator[Warned]:
+    absent = absent_ids(rows.train, contract.new_ids)
+    if absent:
+        names = ", ".join(contract.tokenizer.convert_ids_to_tokens(list(absent)))
+        yield Warned(
+            message=f"No training row has these of data.new_tokens: {names}. They stay untrained.",
+            cure="Write them into the rows or the template, or leave them out of data.new_tokens.",
+        )
 
 
 def row_reader(recipe: Recipe, *, skips_malformed: bool) -> RowReader:
@@ -184,7 +197,7 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
     question = ask_of(
         recipe,
         device=cast(Literal["cpu", "cuda"], device.type),
-        shape=replace(find_shape(str(material.files.folder)), name=material.files.name),
+        shape=_shape_with_room(material),
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
     steps = step_count(recipe, rows)
@@ -210,6 +223,14 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         revision=material.files.revision,
         ingredients=material.ingredients,
     )
+
+
+def _shape_with_room(material: Material) -> ModelShape:
+    """The model's shape, its table with room for the new tokens."""
+    shape = find_shape(str(material.files.folder))
+    needed = max(material.contract.new_ids, default=-1) + 1
+    rows = table_rows(shape.vocabulary, needed)
+    return replace(shape, name=material.files.name, vocabulary=rows)
 
 
 def started(recipe: Recipe, plan: StoredPlan, run: RunFolder) -> RunStarted:
@@ -263,17 +284,22 @@ def place_base(
     return base
 
 
-def adapt(recipe: Recipe, plan: StoredPlan, base: PreTrainedModel) -> Generator[Event, None, PeftModel]:
-    """Attaches the recipe's adapter to the base."""
+def adapt(
+    recipe: Recipe, plan: StoredPlan, base: PreTrainedModel, *, new_ids: Sequence[int]
+) -> Generator[Event, None, PeftModel]:
+    """Attaches the recipe's adapter to the base, and the rows of its new tokens."""
     adapter = recipe.adapter
     base_parameters = base.num_parameters()
     lora = Lora(rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets)
-    model = attach_lora(base, lora, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed)
+    model = attach_lora(
+        base, lora, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed, new_ids=new_ids
+    )
     trained = trainable(model)
     yield AdapterAttached(
         trainable=sum(parameter.numel() for parameter in trained.values()),
-        adapted_layers=len(trained) // 2,
+        adapted_layers=(len(trained) - len(new_rows_of(model))) // 2,
         base_parameters=base_parameters,
+        new_tokens=len(new_ids),
     )
     return model
 
@@ -331,4 +357,6 @@ def adapter_facts(recipe: Recipe, plan: StoredPlan, material: Material) -> Adapt
         double_quant=recipe.model.double_quant,
         load_dtype=plan.compute_dtype,
         prompt_fingerprint=material.contract.fingerprint,
+        new_tokens=recipe.data.new_tokens,
+        end_ids=tuple(sorted(material.contract.end_ids & frozenset(material.contract.new_ids))),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -119,6 +120,14 @@ class ModelShape:
         linear = sum(layer.weights + layer.bias * layer.outputs for layer in self.linears)
         embeddings = self.embedding_weights * (1 if self.tied else 2)
         return self.layers * linear + self.norm_weights + embeddings
+
+
+def table_rows(rows: int, needed: int) -> int:
+    """Rows of an embedding table of `rows` rows that must have `needed`: spare ones are used.
+
+    Where it grows, to a multiple of 8: products of odd widths are slow on cards.
+    """
+    return rows if needed <= rows else math.ceil(needed / 8) * 8
 
 
 def shape_from_config(config: Mapping[str, Any], *, name: str) -> ModelShape:

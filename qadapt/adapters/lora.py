@@ -1,22 +1,31 @@
 """LoRA (arXiv:2106.09685) on a frozen base, through PEFT; on disk a plain PEFT folder.
 
-Beside PEFT's two files stand the facts of `facts.py`: which base, how it was held, which prompt contract.
+Beside PEFT's two files stand the facts of `facts.py`: which base, how it was held, which prompt contract; and
+the tokenizer, if it has new tokens. Their rows (`new_rows.py`) are saved as PEFT's own.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
 from qadapt.errors import BadOutput, BadRecipe
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_ROWS = ".token_adapter.trainable_tokens_delta"
+"""What PEFT calls the rows of a table in a file: whole rows, no differences."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,23 @@ class Lora:
     targets: str | Sequence[str] = "all-linear"
 
 
-def attach_lora(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed: int) -> PeftModel:
-    """The base with new adapters, which alone are trainable.
+def attach_lora(
+    model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed: int, new_ids: Sequence[int] = ()
+) -> PeftModel:
+    """The base with new adapters, which alone are trainable, and the rows of new tokens.
 
     The second factor starts at zero, so the first forward pass equals the base's.
 
+    Args:
+        model: The frozen base.
+        lora: The adapters.
+        dtype: Type of what is trained.
+        seed: Of the first factors.
+        new_ids: Ids of new tokens, in order; the tables of the base grow if they have no spare rows.
+
     Raises:
         BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
+        Unsupported: See `attach_new_rows`.
     """
     linears = linear_layers(model)
     chosen = set(linears) if lora.targets == "all-linear" else set(lora.targets)
@@ -61,6 +80,8 @@ def attach_lora(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if new_ids:
+        attach_new_rows(model, new_ids, dtype=dtype)
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(dtype)
     return adapted
@@ -82,8 +103,19 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None:
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """While open, the model is its base, new tokens with the rows they started from."""
+    with model.disable_adapter(), without_new_rows(model):
+        yield
+
+
+def save_adapter(
+    model: PeftModel, folder: Path, *, facts: AdapterFacts, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Writes the adapter as a plain PEFT folder with its facts, whole or not at all.
+
+    The tokenizer is written beside it if it has tokens that the base's has not.
 
     Raises:
         BadOutput: The place is read-only or full.
@@ -94,6 +126,9 @@ def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None
     try:
         shutil.rmtree(building, ignore_errors=True)
         model.save_pretrained(str(building), save_embedding_layers=False)
+        if rows := new_rows_of(model):
+            _add_new_rows(building, rows)
+            tokenizer.save_pretrained(str(building))
         write_facts(facts, building)
         shutil.rmtree(folder, ignore_errors=True)
         building.replace(folder)
@@ -106,7 +141,38 @@ def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None
 
 
 def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """The base with the adapter of a folder, in the type it was saved in."""
-    return PeftModel.from_pretrained(
-        model, str(folder), is_trainable=is_trainable, autocast_adapter_dtype=False, local_files_only=True
+    """The base with the adapter of a folder, in the type it was saved in, and its new tokens' rows."""
+    config = PeftConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
+    config.inference_mode = not is_trainable
+    adapted = PeftModel.from_pretrained(
+        model,
+        str(folder),
+        config=config,
+        is_trainable=is_trainable,
+        autocast_adapter_dtype=False,
+        local_files_only=True,
     )
+    if tables:
+        saved = load_file(folder / _WEIGHTS)
+        assert isinstance(tables, dict)
+        ids = next(iter(tables.values()))
+        attach_new_rows(model, ids, dtype=next(iter(saved.values())).dtype)
+        for path, rows in new_rows_of(adapted).items():
+            rows.weight.data.copy_(saved[path + _ROWS])
+            rows.requires_grad_(is_trainable)
+    return adapted
+
+
+def _add_new_rows(folder: Path, found: Mapping[str, NewRows]) -> None:
+    """Adds the rows of new tokens to a saved adapter as PEFT's `trainable_token_indices` has them."""
+    path = folder / _WEIGHTS
+    tensors = load_file(path)
+    tensors |= {table + _ROWS: rows.weight.detach().cpu().contiguous() for table, rows in found.items()}
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config["trainable_token_indices"] = {
+        table.rpartition(".")[2]: list(rows.ids) for table, rows in found.items()
+    }
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

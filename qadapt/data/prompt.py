@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qadapt.data.conversation import Conversation
+from qadapt.data.new_tokens import add_new_tokens
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadData, BadModel
 
@@ -28,12 +29,15 @@ class PromptContract:
     Args:
         tokenizer: The model's fast tokenizer, with a chat template.
         end_ids: Tokens that end an answer (the tokenizer's end token and the model's own list).
+        new_ids: Tokens that the recipe added to the tokenizer.
 
     Raises:
         BadModel: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, end_ids: frozenset[int], new_ids: tuple[int, ...] = ()
+    ) -> None:
         if not tokenizer.chat_template:
             raise BadModel(
                 "The model's tokenizer has no chat template, so a conversation has no form it knows.",
@@ -41,11 +45,17 @@ class PromptContract:
             )
         self.tokenizer = tokenizer
         self.end_ids = end_ids
+        self.new_ids = new_ids
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the tokens: template and end tokens."""
-        facts = {"template": self.tokenizer.chat_template, "end_ids": sorted(self.end_ids)}
+        """SHA-256 over what decides the tokens: template, end tokens and new ones."""
+        facts: dict[str, object] = {
+            "template": self.tokenizer.chat_template,
+            "end_ids": sorted(self.end_ids),
+        }
+        if self.new_ids:
+            facts["new_tokens"] = self.tokenizer.convert_ids_to_tokens(list(self.new_ids))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -127,11 +137,16 @@ def _common_start(left: str, right: str) -> str:
     return "".join(character for character, _ in same)
 
 
-def load_contract(folder: Path) -> PromptContract:
+def load_contract(folder: Path, *, new_tokens: Sequence[str] = ()) -> PromptContract:
     """The contract of a model folder.
+
+    Args:
+        folder: A whole model folder.
+        new_tokens: Special tokens to add to the tokenizer.
 
     Raises:
         BadModel: The tokenizer cannot be read, or has no chat template.
+        BadRecipe: A new token is no new one.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -140,8 +155,10 @@ def load_contract(folder: Path) -> PromptContract:
         raise BadModel(
             f"The tokenizer in {folder} cannot be read: {reason}", cure="Get the model again."
         ) from None
+    new_ids = add_new_tokens(tokenizer, new_tokens)
     end_ids = {tokenizer.eos_token_id} | _generation_ends(folder)
-    return PromptContract(tokenizer, end_ids=frozenset(token for token in end_ids if token is not None))
+    known = frozenset(token for token in end_ids if token is not None)
+    return PromptContract(tokenizer, end_ids=known, new_ids=new_ids)
 
 
 def _generation_ends(folder: Path) -> set[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
+from qadapt.adapters.lora import without_adapter
 from qadapt.data.batches import micro_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
@@ -57,7 +58,7 @@ def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id
     """The mean loss per learned token with the adapter, and without it."""
     batches = micro_batches(rows, size=size, pad_id=pad_id)
     tuned = evaluate_loss(model, batches)
-    with model.disable_adapter():
+    with without_adapter(model):
         base = evaluate_loss(model, batches)
     return tuned, base
 

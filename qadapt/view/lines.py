@@ -56,7 +56,8 @@ def _preparation(event: Event) -> str | None:
         case BaseLoaded():
             return f"base loaded: {format_bytes(event.resident_bytes)} in {format_seconds(event.seconds)}"
         case AdapterAttached():
-            return f"adapter on {event.adapted_layers} layers: {format_count(event.trainable)} parameters"
+            rows = f" and {event.new_tokens} new tokens" if event.new_tokens else ""
+            return f"adapter on {event.adapted_layers} layers{rows}: {format_count(event.trainable)} parameters"
     return None
 
 
