@@ -363,7 +363,7 @@ def ask_of(
         card: A card's name; default: this machine.
         vram: What is free on the card.
         device: Where it will run, if that has been chosen; default: the recipe's.
-        shape: The model's shape, if it is at hand; default: a known model's.
+        shape: The model's shape, if it is at hand, with room for new tokens; default: a known model's.
         types: Of products and of adapters, if they have been chosen; default: by the card.
 
     Raises:
@@ -374,7 +374,8 @@ def ask_of(
         free_bytes = parse_bytes(recipe.memory.budget)
         target = dataclasses.replace(target, free_bytes=free_bytes, assumption="memory.budget")
     compute_dtype, adapter_dtype = types or auto_dtypes(target.device, has_bf16=target.has_bf16)
-    config = find_config(recipe.model.source) if shape is None else None
+    tokens = len(recipe.data.new_tokens)
+    config = find_config(recipe.model.source).with_room(tokens) if shape is None else None
     chosen = shape if config is None else _shape_of(config)
     setting = setting_of(
         recipe, chosen, device=target.device, compute_dtype=compute_dtype, adapter_dtype=adapter_dtype

@@ -291,9 +291,7 @@ def adapt(
     adapter = recipe.adapter
     base_parameters = base.num_parameters()
     lora = Lora(rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets)
-    model = attach_lora(
-        base, lora, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed, new_ids=new_ids
-    )
+    model = attach_lora(base, lora, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed, new_ids=new_ids)
     trained = trainable(model)
     yield AdapterAttached(
         trainable=sum(parameter.numel() for parameter in trained.values()),

@@ -10,12 +10,12 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from qadapt.architecture import check_decoder, check_fields
+from qadapt.architecture import check_decoder, check_fields, size
 from qadapt.errors import BadModel, NoClosedForm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
@@ -43,6 +43,13 @@ class ModelConfig:
     def family(self) -> str:
         """The architecture, by `model_type`."""
         return str(self.values["model_type"])
+
+    def with_room(self, tokens: int) -> ModelConfig:
+        """With rows for so many new tokens; spare ones are not used, as only the tokenizer knows of them."""
+        rows = size(self.values, "vocab_size")
+        if not tokens or rows is None:
+            return self
+        return replace(self, values={**self.values, "vocab_size": table_rows(rows, rows + tokens)})
 
 
 @dataclass(frozen=True)

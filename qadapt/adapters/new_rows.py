@@ -1,10 +1,11 @@
 """New tokens: only their rows of embedding and head are trained; the tables themselves stay frozen.
 
 PEFT can train rows, too (`trainable_token_indices`), and its format is what stands on disk; but its layer
-copies the whole table in every forward pass and makes a gradient as large: a step of Llama-3.1-8B with three
-new tokens takes %MEASURED%. Here two forward hooks touch the new rows alone: the embedding's output is
-replaced where a new token stands, and the head's logits of the new tokens get what training changed. Both are
-the same function of the same rows as PEFT's (`tests/test_new_tokens.py` compares). A tied head shares the rows.
+copies the whole table in every forward pass and makes a gradient as large: by the dry run, three new tokens
+add 1.5 GiB to a step of Llama-3.1-8B (1,024 tokens, 40 % of them learned), and what is here 3 MiB. Two forward
+hooks touch the new rows alone: the embedding's output is replaced where a new token stands, and the head's
+logits of the new tokens get what training changed. It is the same function of the same rows as PEFT's
+(`tests/test_new_tokens.py` compares). A tied head shares the rows.
 
 A new row starts as the mean of the rows that the model knows, which leaves the probabilities of the known
 tokens nearly as they were (J. Hewitt, "Initializing New Word Embeddings for Pretrained Language Models",
@@ -45,7 +46,9 @@ class NewRows(nn.Module):
         self.ids = range(first, first + len(start))
         self.is_on = True
 
-    def replace_embeddings(self, embedding: nn.Module, arguments: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+    def replace_embeddings(
+        self, embedding: nn.Module, arguments: tuple[Tensor, ...], embedded: Tensor
+    ) -> Tensor:
         """Hook of the embedding: rows of new tokens in place of the table's."""
         if not self.is_on:
             return embedded
@@ -122,13 +125,13 @@ def _tables(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     """The modules of embedding and head, whose `weight` is the table, (V, D)."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_known = type(embedding) is nn.Embedding or _scale_of(embedding) is not None
-    if not is_known or type(head) is not nn.Linear or head.bias is not None:
+    has_bias = "bias" in dict(head.named_parameters(recurse=False))
+    if not is_known or type(head) is not nn.Linear or has_bias:
         kinds = f"{type(embedding).__name__} and {type(head).__name__}"
         raise Unsupported(
             f"New tokens need a plain embedding and a plain head; this model has {kinds}.", cure=_WITHOUT
         )
     assert isinstance(embedding, nn.Embedding)
-    assert isinstance(head, nn.Linear)
     return embedding, head
 
 

@@ -1,10 +1,10 @@
 """A LoRA adapter on disk (a plain PEFT folder), read pair by pair for merging.
 
 The update of a weight is scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
-arXiv:2312.03732). What is in an adapter and cannot be merged here is refused by name: nothing is left out
+arXiv:2312.03732). Rows of new tokens (PEFT's `trainable_token_indices`) replace a table's own. What is in an adapter and cannot be merged here is refused by name: nothing is left out
 silently. Imports no PEFT: the folder is two files of published form.
 
-Legend: O output rows, I input columns of the adapted weight, R rank.
+Legend: O output rows, I input columns of the adapted weight, R rank, N new tokens, D width of a table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +26,9 @@ from qadapt.model.tensor_values import tensor_of
 
 _PREFIX = "base_model.model."
 _PAIR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_ROWS = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _MUST_BE_EMPTY = (
-    "use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices",
-    "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+    "use_dora", "modules_to_save", "lora_bias", "target_parameters", "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
     "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 _BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "true")
@@ -44,11 +44,20 @@ class Update:
     scale: float
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows that stand in place of a table's own: those of new tokens."""
+
+    ids: tuple[int, ...]
+    values: torch.Tensor  # (N, D), fp32
+
+
 class Adapter:
     """An open adapter folder. A context manager.
 
     Attributes:
         weights: Names of the weights it updates, as they are named in the base.
+        rows: Names of the tables of which it has rows, as they are named in the base, and these rows.
 
     Args:
         folder: A PEFT folder.
@@ -72,6 +81,8 @@ class Adapter:
         try:
             self._modules = self._paired_modules()
             self._check_numbers()
+            self.rows = dict(self._token_rows())
+            self._check_rows()
         except BaseException:
             self._reader.close()
             raise
@@ -108,6 +119,8 @@ class Adapter:
         modules: dict[str, set[str]] = {}
         for name in self._reader.entries:
             match = _PAIR.fullmatch(name)
+            if _ROWS.fullmatch(name):
+                continue
             if match is None:
                 raise Unsupported(
                     f"The adapter in {self.folder} holds {name}, which cannot be merged yet.",
@@ -127,6 +140,29 @@ class Adapter:
         for module in modules:
             self._check_rank(module)
         return tuple(modules)
+
+    def _token_rows(self) -> Iterator[tuple[str, TokenRows]]:
+        asked = self._config.get("trainable_token_indices") or {}
+        tables = asked if isinstance(asked, dict) else {"embed_tokens": asked}
+        for name, entry in self._reader.entries.items():
+            if (match := _ROWS.fullmatch(name)) is None:
+                continue
+            module = match["module"]
+            ids: list[int] = next((tables[each] for each in tables if f".{module}".endswith(f".{each}")), [])
+            if len(entry.shape) != 2 or entry.shape[0] != len(ids):
+                raise BadExport(
+                    f"The adapter has {entry.shape} values for the rows {ids} of {module}.",
+                    cure="Adapter file and configuration are of different runs; take both from one.",
+                )
+            yield f"{module}.weight", TokenRows(tuple(ids), self._tensor(name).float())
+
+    def _check_rows(self) -> None:
+        asked = self._config.get("trainable_token_indices")
+        if asked and not self.rows:
+            raise BadExport(
+                f"The adapter in {self.folder} lacks the rows of its trainable_token_indices.",
+                cure="The adapter file is damaged; take it from a checkpoint of the run.",
+            )
 
     def _check_rank(self, module: str) -> None:
         a, b = (self._reader.entries[name].shape for name in _names(module))

@@ -1,29 +1,56 @@
 """Everything of a merged model's folder but the weights: configuration, tokenizer, template, licence, card.
 
 The files come from the base's folder; what must change, changes here: the type of the weights is set, and no
-trace of quantization or of code from the base's repository stays in config.json. Knows no weights.
+trace of quantization or of code from the base's repository stays in config.json; with new tokens, vocabulary
+and tokenizer are those that were trained. Knows no weights.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qadapt.export.card import CardFacts, card_text
 from qadapt.model.folder import read_config
 
-COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json",
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json",
     "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""Files that are taken over unchanged where the base has them."""
+"""Files of the tokenizer: the base's, or those beside the adapter if it has new tokens."""
+GENERATION = "generation_config.json"
+COPIED = (GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files that are taken over from the base where it has them."""
 _TORCH_NAMES = {"merged-fp16": "float16", "merged-bf16": "bfloat16", "merged-fp32": "float32"}
 _DROPPED = ("torch_dtype", "quantization_config", "auto_map", "_name_or_path")
 
 
-def write_other_files(model_folder: Path, folder: Path, *, form: str, base: str, card: CardFacts) -> None:
+@dataclass(frozen=True)
+class Vocabulary:
+    """What new tokens change beside the weights.
+
+    `rows` are those of the embedding table, `tokenizer` is the folder of the tokenizer that has them, and
+    `end_ids` are those of them that end an answer.
+    """
+
+    rows: int
+    tokenizer: Path
+    end_ids: tuple[int, ...] = ()
+
+
+def write_other_files(
+    model_folder: Path,
+    folder: Path,
+    *,
+    form: str,
+    base: str,
+    card: CardFacts,
+    vocabulary: Vocabulary | None = None,
+) -> None:
     """Writes what belongs beside the weights.
 
     Args:
@@ -32,17 +59,44 @@ def write_other_files(model_folder: Path, folder: Path, *, form: str, base: str,
         form: Form of the merged weights, such as `merged-fp16`.
         base: Weights they were merged on.
         card: What the card can tell about the run.
+        vocabulary: What new tokens change; None: there are none.
     """
     config = read_config(model_folder, name=model_folder.name)
     kept = {field: value for field, value in config.items() if field not in _DROPPED}
-    text = json.dumps(kept | {"dtype": _TORCH_NAMES[form]}, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    for pattern in COPIED:
-        for path in sorted(model_folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    templates = model_folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    changed: dict[str, object] = {"dtype": _TORCH_NAMES[form]}
+    if vocabulary is not None:
+        changed["vocab_size"] = vocabulary.rows
+    _write_json(folder / "config.json", kept | changed)
+    _copy(model_folder, folder, COPIED)
+    _copy_tokenizer(model_folder if vocabulary is None else vocabulary.tokenizer, folder)
+    if vocabulary is not None and vocabulary.end_ids:
+        _add_ends(folder / GENERATION, vocabulary.end_ids)
     text = card_text(card.with_licence_of(model_folder), form=form, base=base)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    _copy(source, folder, TOKENIZER)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)
+
+
+def _add_ends(path: Path, end_ids: Sequence[int]) -> None:
+    """Lets new tokens end an answer, too."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ends = values.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    added = [token for token in end_ids if token not in known]
+    _write_json(path, values | {"eos_token_id": [*known, *added]})
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

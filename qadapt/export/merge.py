@@ -7,27 +7,29 @@ tied head stays tied. Nothing appears at the target before everything is there. 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qadapt.adapters.facts import read_facts
-from qadapt.errors import BadExport, BadRecipe
+from qadapt.adapters.facts import FACTS_FILE, read_facts
+from qadapt.errors import BadExport, BadRecipe, BadRun
 from qadapt.events import Event, Exported, StageAdvanced, StageStarted
-from qadapt.export.adapter import Adapter
+from qadapt.export.adapter import Adapter, TokenRows
 from qadapt.export.card import CardFacts
-from qadapt.export.folder import write_other_files
+from qadapt.export.folder import TOKENIZER, Vocabulary, write_other_files
 from qadapt.export.merged_rows import FLOATS, BaseForm, MergedRows
 from qadapt.export.staging import new_folder
 from qadapt.model.folder import check_config, read_config
 from qadapt.model.shards import TensorEntry, write_shards
 from qadapt.model.tensor_files import TensorReader, open_model
-from qadapt.shape import ModelShape, shape_from_config
+from qadapt.shape import ModelShape, shape_from_config, table_rows
 from qadapt.units import GIB, MIB
 
 FORMS = {"merged-fp16": "F16", "merged-bf16": "BF16", "merged-fp32": "F32"}
 """Forms by name, with the type of their weights in safetensors' words."""
 BASES = ("dequantized", "original")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The two tables, as all families of `shape.FAMILIES` name them."""
 STAGE = "merging"
 _OTHER_FILES_BYTES = 32 * MIB
 
@@ -81,16 +83,22 @@ def merge(
     shape = _checked_shape(model_folder)
     with open_model(model_folder) as reader, Adapter(adapter_folder) as adapter:
         _check_belongs(adapter, reader, model_folder)
-        entries = [_written_entry(entry, FORMS[form]) for entry in reader.entries.values()]
+        tokens = _token_rows(adapter, reader, is_tied=shape.tied)
+        entries = [
+            _written_entry(entry, FORMS[form], tokens.get(entry.name)) for entry in reader.entries.values()
+        ]
+        vocabulary = _vocabulary(adapter_folder, entries) if tokens else None
         total = sum(entry.size_bytes for entry in entries)
         base_form = _held_base(adapter_folder, shape) if base == "dequantized" else None
-        merged = MergedRows(reader, adapter, base=base_form, chunk_bytes=writing.chunk_bytes)
+        merged = MergedRows(reader, adapter, base=base_form, tokens=tokens, chunk_bytes=writing.chunk_bytes)
         with new_folder(target, needed_bytes=total + _OTHER_FILES_BYTES) as folder:
             done = 0
             for entry in write_shards(folder, entries, values=merged.values, shard_bytes=writing.shard_bytes):
                 done += entry.size_bytes
                 yield StageAdvanced(stage=STAGE, done=done, total=total)
-            write_other_files(model_folder, folder, form=form, base=base, card=writing.card)
+            write_other_files(
+                model_folder, folder, form=form, base=base, card=writing.card, vocabulary=vocabulary
+            )
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     yield Exported(form=form, base=base, folder=str(target), bytes=size, seconds=time.monotonic() - started)
 
@@ -120,14 +128,48 @@ def _held_base(adapter_folder: Path, shape: ModelShape) -> BaseForm:
 
 def _check_belongs(adapter: Adapter, reader: TensorReader, folder: Path) -> None:
     cure = "Give the base that this adapter was trained on; its name stands in adapter_config.json."
-    for weight in adapter.weights:
+    for weight in (*adapter.weights, *adapter.rows):
         entry = reader.entries.get(weight)
         if entry is None:
             raise BadExport(f"The adapter updates {weight}, which the base in {folder} lacks.", cure=cure)
-        if entry.shape != adapter.shape_of(weight):
-            shapes = f"{adapter.shape_of(weight)} in the adapter and {entry.shape} in {folder}"
-            raise BadExport(f"{weight} is {shapes}.", cure=cure)
+        tokens = adapter.rows.get(weight)
+        shape = adapter.shape_of(weight) if tokens is None else (entry.shape[0], tokens.values.shape[1])
+        if entry.shape != shape:
+            raise BadExport(f"{weight} is {shape} in the adapter and {entry.shape} in {folder}.", cure=cure)
 
 
-def _written_entry(entry: TensorEntry, dtype: str) -> TensorEntry:
-    return TensorEntry(entry.name, dtype if entry.dtype in FLOATS else entry.dtype, entry.shape)
+def _token_rows(adapter: Adapter, reader: TensorReader, *, is_tied: bool) -> dict[str, TokenRows]:
+    """Tables by name, with the rows of tokens they get; files may hold a tied head, too."""
+    if is_tied and HEAD in reader.entries and EMBEDDING in adapter.rows:
+        return {**adapter.rows, HEAD: adapter.rows[EMBEDDING]}
+    return adapter.rows
+
+
+def _vocabulary(adapter_folder: Path, entries: Sequence[TensorEntry]) -> Vocabulary:
+    """What the new tokens change beside the weights.
+
+    Raises:
+        BadExport: Embedding and head would not have the same number of rows.
+        BadRun: The tokenizer is missing.
+    """
+    rows = {entry.shape[0] for entry in entries if entry.name in (EMBEDDING, HEAD)}
+    if len(rows) > 1:
+        raise BadExport(
+            f"The adapter has rows of new tokens for one of {EMBEDDING} and {HEAD} only.",
+            cure="Serve it beside its base with PEFT.",
+        )
+    if not any((adapter_folder / name).is_file() for name in TOKENIZER):
+        raise BadRun(
+            f"The adapter has new tokens, and {adapter_folder} no tokenizer that knows them.",
+            cure="Save the tokenizer that it was trained with beside it.",
+        )
+    has_facts = (adapter_folder / FACTS_FILE).is_file()
+    end_ids = read_facts(adapter_folder).end_ids if has_facts else ()
+    return Vocabulary(rows.pop(), tokenizer=adapter_folder, end_ids=end_ids)
+
+
+def _written_entry(entry: TensorEntry, dtype: str, tokens: TokenRows | None) -> TensorEntry:
+    shape = entry.shape
+    if tokens is not None:
+        shape = (table_rows(shape[0], max(tokens.ids) + 1), *shape[1:])
+    return TensorEntry(entry.name, dtype if entry.dtype in FLOATS else entry.dtype, shape)

@@ -1,4 +1,4 @@
-"""The numbers of a merged model: W + scale · B · A in fp32, rounded once, in chunks of rows.
+"""The numbers of a merged model: W + scale · B · A in fp32, rounded once, in chunks of rows; new tokens' rows.
 
 W is the published weight, or what the run held of it: rounded to the type it was loaded in, and through 4-bit
 storage where it was quantized. A chunk that fits the processor's cache goes through all of it before the next
@@ -10,14 +10,14 @@ Legend: O output rows, I input columns of a weight, R rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from qadapt.errors import BadExport
-from qadapt.export.adapter import Adapter, Update
+from qadapt.export.adapter import Adapter, TokenRows, Update
 from qadapt.export.nf4 import Rows, dequantized_rows, row_grid
 from qadapt.export.threads import one_thread
 from qadapt.model.shards import TensorEntry
@@ -45,16 +45,24 @@ class MergedRows:
         reader: The base's files.
         adapter: The adapter; each of its weights is in the base with the same shape.
         base: How the run held the base; none: the published weights count.
+        tokens: Tables by name, with rows that replace theirs or come after them.
         chunk_bytes: Bytes of one chunk in fp32; at least 64 rows are taken together.
     """
 
     def __init__(
-        self, reader: TensorReader, adapter: Adapter, *, base: BaseForm | None, chunk_bytes: int
+        self,
+        reader: TensorReader,
+        adapter: Adapter,
+        *,
+        base: BaseForm | None,
+        tokens: Mapping[str, TokenRows],
+        chunk_bytes: int,
     ) -> None:
         self._reader = reader
         self._adapter = adapter
         self._adapted = frozenset(adapter.weights)
         self._base = base
+        self._tokens = tokens
         self._chunk_elements = chunk_bytes // 4
         names = "|".join(map(re.escape, base.quantized)) if base else ""
         self._quantized = re.compile(rf".*\.layers\.\d+\..*\.({names})\.weight") if names else None
@@ -64,7 +72,7 @@ class MergedRows:
         """The bytes of a merged tensor, chunk by chunk; each is valid until the next is asked for.
 
         Args:
-            entry: Name and type of the tensor to write.
+            entry: Name, type and shape of the tensor to write; longer than its source by rows of tokens.
 
         Raises:
             BadExport: A number is not finite, or too large for the type.
@@ -73,8 +81,11 @@ class MergedRows:
         chunk = self._chunk_rows(source)
         rows = self._base_rows(source, chunk)
         update = self._adapter.update(entry.name) if entry.name in self._adapted else None
-        for first in range(0, rows_of(source), chunk):
-            last = min(first + chunk, rows_of(source))
+        new = self._tokens.get(entry.name)
+        if new is not None:
+            rows = _with_token_rows(rows, rows_of(source), new)
+        for first in range(0, rows_of(entry), chunk):
+            last = min(first + chunk, rows_of(entry))
             with one_thread():
                 merged = rows(first, last)
                 if entry.dtype in FLOATS:
@@ -113,6 +124,21 @@ class MergedRows:
             self._buffer = memoryview(bytearray(needed))
         data = self._reader.read_rows(source.name, self._buffer, first=first, last=last)
         return tensor_of(data, source.dtype, (last - first, columns))
+
+
+def _with_token_rows(rows: Rows, count: int, new: TokenRows) -> Rows:
+    """The `count` rows of a table, in fp32, with rows of tokens; what is beyond both is zero."""
+
+    def replaced(first: int, last: int) -> torch.Tensor:
+        merged = torch.zeros(last - first, new.values.shape[1])
+        if first < count:
+            merged[: count - first] = rows(first, min(last, count))
+        for token, value in zip(new.ids, new.values, strict=True):
+            if first <= token < last:
+                merged[token - first] = value
+        return merged
+
+    return replaced
 
 
 def _updated(base: torch.Tensor, update: Update, first: int, last: int) -> torch.Tensor:

@@ -62,10 +62,21 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
-    """What is there once for all layers: rotary tables, token numbers, masks."""
+    """What is there once for all layers: rotary tables, token numbers, which of them are new, masks."""
     tables = 2 * setting.length * shape.head_width * setting.compute_bytes
-    numbers = 3 * setting.tokens * 8
+    numbers = 3 * setting.tokens * 8 + (setting.tokens * 9 if setting.new_tokens else 0)
     return tables + numbers + mask_bytes(shape, setting, attention)
+
+
+def head_input_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What the head keeps where its rows of new tokens are trained: its input, how far they moved, the product.
+
+    `index_add_` keeps what it adds.
+    """
+    if not setting.new_tokens:
+        return 0
+    learned, new = setting.supervised_tokens, setting.new_tokens
+    return (learned * (shape.width + new) + new * shape.width) * setting.compute_bytes
 
 
 def norm_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -74,7 +85,12 @@ def norm_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def first_input_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the first layer need not keep: its norm and dropout masks, as nothing goes back to its input."""
+    """What the first layer need not keep: its norm and dropout masks, as nothing goes back to its input.
+
+    With new tokens, whose embeddings are trained, something does.
+    """
+    if setting.new_tokens:
+        return 0
     first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES and setting.adapts(linear)]
     masks = len(first) * shape.width * _mask_bytes(setting) if setting.dropout > 0 else 0
     return norm_bytes(shape, setting) + masks * setting.tokens

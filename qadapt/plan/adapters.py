@@ -1,7 +1,8 @@
 """Bytes of what is trained: the adapter, its gradient, its optimizer state. Exact, tensor by tensor.
 
 Knows nothing of activations. A LoRA pair on a layer (outputs O, inputs I) is A (R, I) and B (O, R),
-arXiv:2106.09685. Checked to the byte against PEFT's in `tests/test_estimate.py`.
+arXiv:2106.09685; N new tokens have rows (N, D) in embedding and head, D the width. Checked to the byte
+against PEFT's in `tests/test_estimate.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,27 @@ def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     return tuple(setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs))
 
 
+def token_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
+    """The number of values of each table's rows of new tokens; a tied head shares the embedding's."""
+    rows = setting.new_tokens * shape.width
+    return (rows,) * (1 if shape.tied else 2) if rows else ()
+
+
 def trainable(shape: ModelShape, setting: Setting) -> int:
     """The number of trained values."""
-    return shape.layers * sum(adapter_tensors(shape, setting))
+    return shape.layers * sum(adapter_tensors(shape, setting)) + sum(token_tensors(shape, setting))
+
+
+def largest_tensor(shape: ModelShape, setting: Setting) -> int:
+    """The number of values of the largest trained tensor."""
+    return max((*adapter_tensors(shape, setting), *token_tensors(shape, setting)), default=0)
 
 
 def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
     """The adapter's values; its gradient takes the same again, in the same type."""
     each = setting.adapter_value_bytes
-    return shape.layers * sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
+    layer = sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
+    return shape.layers * layer + sum(setting.tensor_bytes(n, each) for n in token_tensors(shape, setting))
 
 
 def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -42,8 +55,9 @@ def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     paged count as if they lay on the GPU: paging moves them only under pressure.
     """
     per_layer = sum(_state_bytes(count, setting) for count in adapter_tensors(shape, setting))
+    tokens = sum(_state_bytes(count, setting) for count in token_tensors(shape, setting))
     shared = 2 * setting.tensor_bytes(256, 4) if _has_8bit_state(shape, setting) else 0
-    return shape.layers * per_layer + shared
+    return shape.layers * per_layer + tokens + shared
 
 
 def _state_bytes(count: int, setting: Setting) -> int:
@@ -57,5 +71,4 @@ def _state_bytes(count: int, setting: Setting) -> int:
 
 
 def _has_8bit_state(shape: ModelShape, setting: Setting) -> bool:
-    largest = max(adapter_tensors(shape, setting), default=0)
-    return setting.optimizer == "adamw-8bit" and largest >= EIGHT_BIT_MINIMUM
+    return setting.optimizer == "adamw-8bit" and largest_tensor(shape, setting) >= EIGHT_BIT_MINIMUM

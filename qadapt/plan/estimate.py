@@ -24,6 +24,7 @@ from qadapt.plan.activations import (
     attention_bytes,
     boundary_bytes,
     first_input_bytes,
+    head_input_bytes,
     mlp_bytes,
     norm_bytes,
     shared_bytes,
@@ -185,7 +186,10 @@ def _moments(
     logits, held_logits = logit_bytes(shape, setting)
     at_loss = {
         "recompute_boundaries": boundary_bytes(shape, setting),
-        "activations": shared + _kept_layers_bytes(shape, setting, kept) + norm_bytes(shape, setting),
+        "activations": shared
+        + _kept_layers_bytes(shape, setting, kept)
+        + norm_bytes(shape, setting)
+        + head_input_bytes(shape, setting),
         "loss": logits,
     }
     gradients = (static["gradients"], adapter)

@@ -42,7 +42,8 @@ class Setting:
 
     `supervised_share` is the share of the tokens that reach the head, `accumulates` says that earlier
     micro-batches have left gradients behind, `holds_logits` that the caller still holds the logits while the
-    loss goes backward (qadapt's step does not; published stacks do).
+    loss goes backward (qadapt's step does not; published stacks do). `new_tokens` is the number of tokens
+    whose rows of embedding and head are trained; the shape's vocabulary includes them.
     """
 
     rows: int = 1
@@ -60,6 +61,7 @@ class Setting:
     recompute: Recompute = "all"
     accumulates: bool = True
     holds_logits: bool = False
+    new_tokens: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
@@ -246,6 +248,7 @@ def setting_of(
         supervised_share=supervised_share,
         recompute="all" if memory.recompute == "auto" else memory.recompute,
         accumulates=recipe.train.rows_per_step > rows,
+        new_tokens=len(recipe.data.new_tokens),
         device=device,
     )
     if shape is not None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from qadapt.plan.activations import adapter_input_bytes
-from qadapt.plan.adapters import adapter_tensors, trainable
+from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import Attention
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
@@ -177,7 +177,7 @@ def update_bytes(shape: ModelShape, setting: Setting) -> int:
     """
     if setting.adapter_dtype != "bf16":
         return 0
-    return 2 * trainable(shape, setting) + 4 * FP32 * max(adapter_tensors(shape, setting), default=0)
+    return 2 * trainable(shape, setting) + 4 * FP32 * largest_tensor(shape, setting)
 
 
 def _linear(shape: ModelShape, name: str) -> Linear:

@@ -108,7 +108,9 @@ def skeleton_model(
     set_recompute(base, setting.recompute, within=lambda: target_functions(target))
     choose_attention(base, dtype=DTYPES[setting.compute_dtype], capability=target.capability)
     lora = Lora(rank=setting.rank, alpha=setting.rank, dropout=setting.dropout, targets=setting.targets)
-    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
+    rows = base.get_output_embeddings().out_features
+    new_ids = range(rows - setting.new_tokens, rows)
+    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
 
 
 def batch_of(setting: Setting) -> BatchShape:

@@ -57,7 +57,9 @@ def _preparation(event: Event) -> str | None:
             return f"base loaded: {format_bytes(event.resident_bytes)} in {format_seconds(event.seconds)}"
         case AdapterAttached():
             rows = f" and {event.new_tokens} new tokens" if event.new_tokens else ""
-            return f"adapter on {event.adapted_layers} layers{rows}: {format_count(event.trainable)} parameters"
+            return (
+                f"adapter on {event.adapted_layers} layers{rows}: {format_count(event.trainable)} parameters"
+            )
     return None
 
 
