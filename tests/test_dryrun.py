@@ -75,6 +75,8 @@ def counted(folder: Path, setting: Setting) -> Ledger:
         ("qwen3", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
         ("gemma2", {}),
         ("phi3", {"recompute": 1}),
+        ("llama", {"new_tokens": 7, "compute_dtype": "bf16", "adapter_dtype": "bf16"}),
+        ("gemma2", {"new_tokens": 64, "recompute": "none"}),
     ],
 )
 def test_the_dry_run_is_the_real_step_to_the_byte(

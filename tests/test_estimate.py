@@ -76,7 +76,9 @@ def build(folder: Path, setting: Setting) -> torch.nn.Module:
     )
     set_recompute(base, setting.recompute)
     lora = Lora(rank=setting.rank, alpha=16, dropout=setting.dropout, targets=setting.targets)
-    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
+    rows = base.get_input_embeddings().num_embeddings
+    new_ids = range(rows - setting.new_tokens, rows)
+    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
 
 
 def quantization_tensors(model: torch.nn.Module) -> list[Tensor]:
@@ -129,6 +131,8 @@ def test_what_stays_is_exact_to_the_byte_for_every_family(family: str, folders: 
         {"optimizer": "adamw", "adapter_dtype": "bf16"},
         {"optimizer": "adamw-8bit", "adapter_dtype": "fp32", "rank": 22},
         {"targets": ("q_proj", "down_proj"), "rank": 1},
+        {"new_tokens": 3},
+        {"new_tokens": 30, "optimizer": "adamw-8bit", "adapter_dtype": "bf16", "rank": 1},
     ],
 )
 def test_what_stays_is_exact_to_the_byte_for_every_setting(

@@ -2,9 +2,9 @@
 
 PEFT can train rows, too (`trainable_token_indices`), and its format is what stands on disk; but its layer
 copies the whole table in every forward pass and makes a gradient as large: by the dry run, three new tokens
-add 1.5 GiB to a step of Llama-3.1-8B (1,024 tokens, 40 % of them learned), and what is here 3 MiB. Two forward
-hooks touch the new rows alone: the embedding's output is replaced where a new token stands, and the head's
-logits of the new tokens get what training changed. It is the same function of the same rows as PEFT's
+add 1.5 GiB to a step of Llama-3.1-8B (1,024 tokens, 40 % of them learned), and what is here 3 MiB. Two
+forward hooks touch the new rows alone: the embedding's output is replaced where a new token stands, and the
+head's logits of the new tokens get what training changed. It is the same function of the same rows as PEFT's
 (`tests/test_new_tokens.py` compares). A tied head shares the rows.
 
 A new row starts as the mean of the rows that the model knows, which leaves the probabilities of the known
@@ -68,7 +68,7 @@ class NewRows(nn.Module):
             return logits
         hidden = arguments[0]  # (B, K, D)
         start = head.weight[self.ids.start : self.ids.stop]
-        change = (self.weight - start.to(self.weight.dtype)).to(hidden.dtype)
+        change = (self.weight.float() - start.float()).to(hidden.dtype)
         ids = torch.arange(self.ids.start, self.ids.stop, device=logits.device)
         return logits.index_add_(-1, ids, functional.linear(hidden, change))  # (B, K, V)
 

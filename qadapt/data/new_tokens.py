@@ -1,4 +1,4 @@
-"""Tokens that a recipe adds to a tokenizer (`data.new_tokens`): added, or refused by name; and who never occur.
+"""Tokens that a recipe adds to a tokenizer (`data.new_tokens`): added, or refused by name; those never seen.
 
 Knows no model: the rows of their embeddings are `adapters/new_rows.py`.
 """

@@ -1,8 +1,9 @@
 """A LoRA adapter on disk (a plain PEFT folder), read pair by pair for merging.
 
 The update of a weight is scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
-arXiv:2312.03732). Rows of new tokens (PEFT's `trainable_token_indices`) replace a table's own. What is in an adapter and cannot be merged here is refused by name: nothing is left out
-silently. Imports no PEFT: the folder is two files of published form.
+arXiv:2312.03732). Rows of new tokens (PEFT's `trainable_token_indices`) replace a table's own. What is in an
+adapter and cannot be merged here is refused by name: nothing is left out silently. Imports no PEFT: the
+folder is two files of published form.
 
 Legend: O output rows, I input columns of the adapted weight, R rank, N new tokens, D width of a table.
 """
@@ -28,8 +29,9 @@ _PREFIX = "base_model.model."
 _PAIR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _ROWS = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _MUST_BE_EMPTY = (
-    "use_dora", "modules_to_save", "lora_bias", "target_parameters", "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens",
-    "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+    "use_dora", "modules_to_save", "lora_bias", "target_parameters", "layer_replication", "fan_in_fan_out",
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "velora_config",
 )  # fmt: skip
 _BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "true")
 """Initializations that leave the base as it was; the others (PiSSA, OLoRA, LoftQ, ...) rewrite it."""

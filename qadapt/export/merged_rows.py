@@ -1,4 +1,6 @@
-"""The numbers of a merged model: W + scale · B · A in fp32, rounded once, in chunks of rows; new tokens' rows.
+"""The numbers of a merged model: W + scale · B · A in fp32, rounded once, in chunks of rows.
+
+Rows of new tokens stand in place of a table's own, or after them.
 
 W is the published weight, or what the run held of it: rounded to the type it was loaded in, and through 4-bit
 storage where it was quantized. A chunk that fits the processor's cache goes through all of it before the next

@@ -69,7 +69,7 @@ def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> i
 
 
 def head_input_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the head keeps where its rows of new tokens are trained: its input, how far they moved, the product.
+    """What the head keeps where rows of new tokens are trained: its input, their change, and its product.
 
     `index_add_` keeps what it adds.
     """
