@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step, widest_share
+from qadapt.data.batches import IGNORED, collate, micro_batches, widest_share
 from qadapt.data.conversation import Conversation, Message
+from qadapt.data.order import rows_of_step
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations

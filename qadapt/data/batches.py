@@ -1,19 +1,18 @@
-"""Rows to micro-batches. Which rows a step takes is a pure function of it: no position to save.
+"""Rows to micro-batches. Which rows a step takes says `order.py`.
 
 Legend: B rows, T tokens, K positions that predict a learned token in any row.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
+from qadapt.data.order import rows_of_step
 from qadapt.data.tokens import Tokens
 
 IGNORED = -100  # the label that F.cross_entropy leaves out
@@ -41,24 +40,6 @@ class MicroBatch:
             self.tokens,
             self.supervised_tokens,
         )
-
-
-def rows_of_step(step: int, *, row_count: int, rows_per_step: int, seed: int) -> list[int]:
-    """Indices of the rows that step `step` (from 0) takes; each pass has its own seeded order."""
-    first = step * rows_per_step
-    return [_row_at(position, row_count, seed) for position in range(first, first + rows_per_step)]
-
-
-def _row_at(position: int, row_count: int, seed: int) -> int:
-    epoch, index = divmod(position, row_count)
-    return _order(epoch, row_count, seed)[index]
-
-
-@lru_cache(maxsize=2)  # a step may span two passes
-def _order(epoch: int, row_count: int, seed: int) -> tuple[int, ...]:
-    order = list(range(row_count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)
 
 
 def widest_share(rows: Sequence[Tokens], *, steps: int, rows_per_step: int, seed: int) -> float:

@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.data.batches import MicroBatch, micro_batches, rows_of_step
+from qadapt.data.batches import MicroBatch, micro_batches
+from qadapt.data.order import rows_of_step
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped
