@@ -20,13 +20,13 @@ from peft import PeftModel
 from qadapt import control
 from qadapt.adapters.facts import AdapterFacts, read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
+from qadapt.cache import output_errors
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import cut_rows, no_rows_left
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
-from qadapt.model.cache import output_errors
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_device
 from qadapt.quiet import quiet_libraries

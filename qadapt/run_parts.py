@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.cache import ignore
 from qadapt.data.batches import widest_share
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
@@ -28,7 +29,6 @@ from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
-from qadapt.model.cache import ignore
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model

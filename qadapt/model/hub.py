@@ -36,8 +36,8 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from qadapt.cache import ignore, output_errors, require_free
 from qadapt.errors import BadModel, HubRefused
-from qadapt.model.cache import ignore, output_errors, require_free
 from qadapt.model.download import RemoteFile, download, file_bytes, part_of, remote_file
 from qadapt.model.folder import check_config, checked_folder, read_config
 from qadapt.model.shards import INDEX_NAME, SINGLE_NAME

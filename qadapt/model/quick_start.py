@@ -18,8 +18,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qadapt.cache import ignore, output_errors, require_free, working_folder
 from qadapt.errors import BadModel
-from qadapt.model.cache import ignore, output_errors, require_free, working_folder
 from qadapt.stage import Report
 
 _READ_BYTES = 1024**2

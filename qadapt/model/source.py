@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qadapt.cache import cache_folder, ignore
 from qadapt.errors import BadModel
-from qadapt.model.cache import cache_folder, ignore
 from qadapt.model.folder import checked_folder
 from qadapt.model.gguf_source import converted_once, folder_from_gguf
 from qadapt.model.quick_start import SMOLLM2, PackagedModel, packaged_file
