@@ -24,7 +24,7 @@ from qadapt.data.batches import widest_share
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
-from qadapt.data.sources import SUFFIXES, RowReader, Skipped
+from qadapt.data.sources import MOST_LISTED, SUFFIXES, RowReader, Skipped
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
@@ -111,11 +111,12 @@ def row_reader(recipe: Recipe, *, skips_malformed: bool) -> RowReader:
 def _left_out(reader: RowReader) -> Iterator[Warned]:
     if reader.skipped:
         places = ", ".join(each.place for each in reader.skipped[:3])
-        count = len(reader.skipped)
+        count = reader.skipped_rows
+        listed = "them all" if count <= MOST_LISTED else f"the first {MOST_LISTED:,}"
         yield Warned(
             message=f"{count:,} malformed {'row is' if count == 1 else 'rows are'} left out, as asked: "
             f"{places}{', ...' if count > 3 else ''}; the first because of: {reader.skipped[0].problem}",
-            cure="The run's skipped.jsonl lists them all; data.malformed=error stops at the first.",
+            cure=f"The run's skipped.jsonl lists {listed}; data.malformed=error stops at the first.",
         )
     if reader.other_files:
         names = ", ".join(path.name for path in reader.other_files[:3])
@@ -163,7 +164,8 @@ def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Convers
         BadRun: No file is given and the run held out none.
     """
     if data is not None:
-        return row_reader(recipe, skips_malformed=False).read(data)
+        rows = row_reader(recipe, skips_malformed=False).rows(data)
+        return [row for row in rows if isinstance(row, Conversation)]
     # what the run left out of these rows stands in its folder already
     _, apart = _conversations(recipe, row_reader(recipe, skips_malformed=recipe.data.malformed == "skip"))
     if not apart:
