@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerFast
 FOLDER = Path(__file__).parent / "templates"
 LINES = (
     "The answer is in the second line.\n\nUser: what is it? Assistant: it is the answer, and the rest of it.",
-    "def two(a):\n    return {'a': a}\n\n### User:\nwhat? ASSISTANT: that. USER: when? <think>\nwell\n</think>",
-    '{"name": "weather", "arguments": {"city": "Oslo"}}\n[INST] what is the weather? [/INST] It rains in Oslo.',
+    "def two(a):\n    return {'a': a}\n\n### User:\nwhat? ASSISTANT: that. USER: when? <think>\nah\n</think>",
+    '{"name": "weather", "arguments": {"city": "Oslo"}}\n[INST] what is the weather? [/INST] It rains there.',
     "You are a helpful assistant.\n\nToday Date: Cutting Knowledge Date: December\n<|user|>\n<|assistant|>\n",
 )
 
