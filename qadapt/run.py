@@ -43,6 +43,7 @@ from qadapt.run_parts import (
     loop_settings,
     make_plan,
     optimizer_of,
+    order_of,
     place_base,
     prepare,
     remember_peak,
@@ -133,6 +134,7 @@ def _steps(
         model,
         optimizer_of(recipe, plan, model),
         rows=material.rows,
+        order=order_of(recipe, material.rows),
         settings=loop_settings(recipe, plan),
         run_folder=run.path,
     )

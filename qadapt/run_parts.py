@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import sys
 import time
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.cache import ignore
 from qadapt.data.batches import widest_share
 from qadapt.data.conversation import Conversation
+from qadapt.data.order import Order
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import MOST_LISTED, SUFFIXES, RowReader, Skipped
@@ -190,12 +191,7 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
     steps = step_count(recipe, rows)
-    share = widest_share(
-        rows.train,
-        steps=min(steps, SHARE_STEPS),
-        rows_per_step=recipe.train.rows_per_step,
-        seed=recipe.train.seed,
-    )
+    share = widest_share(rows.train, steps=min(steps, SHARE_STEPS), order=order_of(recipe, rows))
     plan = question.changed({"length": rows.longest, "supervised_share": share}).plan()
     return StoredPlan(
         steps=steps,
@@ -230,7 +226,15 @@ def step_count(recipe: Recipe, rows: Rows) -> int:
     """Optimizer steps of the run: the recipe's, or what its passes over the rows come to."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return math.ceil(recipe.train.epochs * len(rows.train) / recipe.train.rows_per_step)
+    return order_of(recipe, rows).step_count(recipe.train.epochs)
+
+
+def order_of(recipe: Recipe, rows: Rows) -> Order:
+    """Which rows each step takes."""
+    lengths = np.fromiter((len(row) for row in rows.train), np.int32, len(rows.train))
+    return Order(
+        lengths, rows_per_step=recipe.train.rows_per_step, seed=recipe.train.seed, kind=recipe.data.order
+    )
 
 
 def environment() -> dict[str, object]:
@@ -296,7 +300,6 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
     section = recipe.train
     return LoopSettings(
         steps=plan.steps,
-        rows_per_step=section.rows_per_step,
         micro_batch=plan.micro_batch,
         learning_rate=section.learning_rate,
         schedule=section.schedule,
@@ -307,7 +310,6 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         patience=section.patience,
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
-        seed=section.seed,
     )
 
 

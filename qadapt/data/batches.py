@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from qadapt.data.order import rows_of_step
+from qadapt.data.order import Order
 from qadapt.data.tokens import Tokens
 
 IGNORED = -100  # the label that F.cross_entropy leaves out
@@ -42,7 +42,7 @@ class MicroBatch:
         )
 
 
-def widest_share(rows: Sequence[Tokens], *, steps: int, rows_per_step: int, seed: int) -> float:
+def widest_share(rows: Sequence[Tokens], *, steps: int, order: Order) -> float:
     """The largest share of the longest row's positions that reaches the head in the first `steps` steps.
 
     A position reaches the head if any row of the micro-batch learns its next token, so splitting a step into
@@ -51,8 +51,7 @@ def widest_share(rows: Sequence[Tokens], *, steps: int, rows_per_step: int, seed
     longest = max(len(row.ids) for row in rows)
     widest = 0
     for step in range(steps):
-        chosen = rows_of_step(step, row_count=len(rows), rows_per_step=rows_per_step, seed=seed)
-        learned = [row.supervised[1:] for row in (rows[index] for index in chosen)]
+        learned = [rows[index].supervised[1:] for index in order.rows_of_step(step)]
         widest = max(widest, sum(map(any, zip_longest(*learned))))
     return widest / longest
 
