@@ -67,7 +67,7 @@ class StoreWriter:
         self._rows: list[Tokens] = []
         self._numbers: list[int] = []
         self._waiting_tokens = 0
-        self.rows = self.tokens = self.supervised_tokens = 0
+        self.rows = self.tokens = self.supervised_tokens = 0  # added so far
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -85,6 +85,7 @@ class StoreWriter:
         self._rows.append(row)
         self._numbers.append(number)
         self._waiting_tokens += len(row)
+        self.rows += 1
         if len(self._rows) == BATCH_ROWS or self._waiting_tokens >= BATCH_TOKENS:
             self._write_batch()
 
@@ -121,7 +122,6 @@ class StoreWriter:
         self._writer.write_batch(pyarrow.record_batch(columns, schema=_SCHEMA))
         for part in (ids.offsets, ids.values, learned.offsets, learned.values):
             self._digest.update(part.to_numpy().tobytes())
-        self.rows += len(self._rows)
         self.tokens += self._waiting_tokens
         self.supervised_tokens += sum(supervised)
         self._rows, self._numbers, self._waiting_tokens = [], [], 0

@@ -132,6 +132,22 @@ def snapshot(
         return Snapshot(_fetched(repository, sizes, report=report), info.sha)
 
 
+def is_kept(name: str, *, revision: str | None = None, cache: Path | None = None) -> bool:
+    """Whether a model's description and the first of its weights are in the cache; asks nobody.
+
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; by default the default branch.
+        cache: As in `snapshot`.
+    """
+    kept = Path(cache / "hub" if cache else constants.HF_HUB_CACHE)
+
+    def has(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(name, file, cache_dir=kept, revision=revision), str)
+
+    return has("config.json") and (has("model.safetensors") or has("model.safetensors.index.json"))
+
+
 def _whole_local(repository: _Repository) -> Path:
     config = repository.cached("config.json")
     if config is None:
