@@ -20,13 +20,13 @@ from peft import PeftModel
 from qadapt import control
 from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
+from qadapt.cache import output_errors
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import cut_rows, no_rows_left
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
-from qadapt.model.cache import output_errors
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_device
 from qadapt.quiet import quiet_libraries
@@ -43,6 +43,7 @@ from qadapt.run_parts import (
     loop_settings,
     make_plan,
     optimizer_of,
+    order_of,
     place_base,
     prepare,
     remember_peak,
@@ -133,6 +134,7 @@ def _steps(
         model,
         optimizer_of(recipe, plan, model),
         rows=material.rows,
+        order=order_of(recipe, material.rows),
         settings=loop_settings(recipe, plan),
         run_folder=run.path,
     )

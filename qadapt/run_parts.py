@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import sys
 import time
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -20,17 +20,18 @@ from transformers import PreTrainedModel
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.adapters.new_rows import new_rows_of
+from qadapt.cache import ignore
 from qadapt.data.batches import widest_share
 from qadapt.data.conversation import Conversation
 from qadapt.data.new_tokens import absent_ids
+from qadapt.data.order import Order
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
-from qadapt.data.sources import SUFFIXES, RowReader, Skipped
+from qadapt.data.sources import MOST_LISTED, SUFFIXES, RowReader, Skipped
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
 from qadapt.events import AdapterAttached, BaseLoaded, DataReady, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
-from qadapt.model.cache import ignore
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model
@@ -124,11 +125,12 @@ def row_reader(recipe: Recipe, *, skips_malformed: bool) -> RowReader:
 def _left_out(reader: RowReader) -> Iterator[Warned]:
     if reader.skipped:
         places = ", ".join(each.place for each in reader.skipped[:3])
-        count = len(reader.skipped)
+        count = reader.skipped_rows
+        listed = "them all" if count <= MOST_LISTED else f"the first {MOST_LISTED:,}"
         yield Warned(
             message=f"{count:,} malformed {'row is' if count == 1 else 'rows are'} left out, as asked: "
             f"{places}{', ...' if count > 3 else ''}; the first because of: {reader.skipped[0].problem}",
-            cure="The run's skipped.jsonl lists them all; data.malformed=error stops at the first.",
+            cure=f"The run's skipped.jsonl lists {listed}; data.malformed=error stops at the first.",
         )
     if reader.other_files:
         names = ", ".join(path.name for path in reader.other_files[:3])
@@ -176,7 +178,8 @@ def conversations_to_evaluate(recipe: Recipe, data: Path | None) -> list[Convers
         BadRun: No file is given and the run held out none.
     """
     if data is not None:
-        return row_reader(recipe, skips_malformed=False).read(data)
+        rows = row_reader(recipe, skips_malformed=False).rows(data)
+        return [row for row in rows if isinstance(row, Conversation)]
     # what the run left out of these rows stands in its folder already
     _, apart = _conversations(recipe, row_reader(recipe, skips_malformed=recipe.data.malformed == "skip"))
     if not apart:
@@ -201,12 +204,7 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
     steps = step_count(recipe, rows)
-    share = widest_share(
-        rows.train,
-        steps=min(steps, SHARE_STEPS),
-        rows_per_step=recipe.train.rows_per_step,
-        seed=recipe.train.seed,
-    )
+    share = widest_share(rows.train, steps=min(steps, SHARE_STEPS), order=order_of(recipe, rows))
     plan = question.changed({"length": rows.longest, "supervised_share": share}).plan()
     return StoredPlan(
         steps=steps,
@@ -249,7 +247,15 @@ def step_count(recipe: Recipe, rows: Rows) -> int:
     """Optimizer steps of the run: the recipe's, or what its passes over the rows come to."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return math.ceil(recipe.train.epochs * len(rows.train) / recipe.train.rows_per_step)
+    return order_of(recipe, rows).step_count(recipe.train.epochs)
+
+
+def order_of(recipe: Recipe, rows: Rows) -> Order:
+    """Which rows each step takes."""
+    lengths = np.fromiter((len(row) for row in rows.train), np.int32, len(rows.train))
+    return Order(
+        lengths, rows_per_step=recipe.train.rows_per_step, seed=recipe.train.seed, kind=recipe.data.order
+    )
 
 
 def environment() -> dict[str, object]:
@@ -318,7 +324,6 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
     section = recipe.train
     return LoopSettings(
         steps=plan.steps,
-        rows_per_step=section.rows_per_step,
         micro_batch=plan.micro_batch,
         learning_rate=section.learning_rate,
         schedule=section.schedule,
@@ -329,7 +334,6 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         patience=section.patience,
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
-        seed=section.seed,
     )
 
 

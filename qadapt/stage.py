@@ -14,14 +14,16 @@ _FAREWELL_SECONDS = 5.0
 
 Result = TypeVar("Result")
 Report = Callable[[str, int, int], None]
-"""Called with the stage, the bytes done and the bytes in total."""
+"""Called with the stage, how much is done, and how much there is (0: unknown); bytes, if nothing is said."""
 
 
 class _Abandoned(BaseException):
     """Ends a call that nobody waits for any more; never leaves this file."""
 
 
-def with_progress(stage: str, work: Callable[[Report], Result]) -> Generator[Event, None, Result]:
+def with_progress(
+    stage: str, work: Callable[[Report], Result], *, unit: str = "bytes"
+) -> Generator[Event, None, Result]:
     """Runs `work(report)` in a thread and yields what it reports; its result is the generator's.
 
     Use it as `result = yield from with_progress(...)`. An error of the work is raised here.
@@ -35,7 +37,7 @@ def with_progress(stage: str, work: Callable[[Report], Result]) -> Generator[Eve
     def report(name: str, done: int, total: int) -> None:
         if is_abandoned.is_set():
             raise _Abandoned
-        reports.put(StageAdvanced(stage=name, done=done, total=total))
+        reports.put(StageAdvanced(stage=name, done=done, total=total, unit=unit))
 
     def run() -> None:
         try:

@@ -35,10 +35,11 @@ def _same_start() -> None:
 
 @pytest.fixture(autouse=True)
 def _remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs of the tests measure stays out of the user's own calibration."""
+    """What runs of the tests measure and prepare stays out of the user's own calibration and cache."""
     monkeypatch.setattr(
         "qadapt.hardware.calibration.calibration_file", lambda: tmp_path / "calibration.jsonl"
     )
+    monkeypatch.setattr("qadapt.data.row_cache.data_folder", lambda: tmp_path / "cache" / "data")
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadapt.data.batches import IGNORED, collate, micro_batches, rows_of_step, widest_share
+from qadapt.data.batches import IGNORED, collate, micro_batches, widest_share
 from qadapt.data.conversation import Conversation, Message
+from qadapt.data.order import Order
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations
@@ -248,9 +250,10 @@ def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
     draw = torch.Generator().manual_seed(sum(lengths))
     rows = [random_row(draw, length) for length in lengths]
     steps = -(-2 * len(rows) // rows_per_step)
-    share = widest_share(rows, steps=steps, rows_per_step=rows_per_step, seed=0)
+    order = Order(np.asarray(lengths, np.int32), rows_per_step=rows_per_step)
+    share = widest_share(rows, steps=steps, order=order)
     for step in range(steps):
-        chosen = rows_of_step(step, row_count=len(rows), rows_per_step=rows_per_step, seed=0)
+        chosen = order.rows_of_step(step)
         for batch in micro_batches([rows[index] for index in chosen], size=size, pad_id=0):
             assert len(batch.positions) <= share * max(lengths) + 1e-9
 
@@ -263,17 +266,3 @@ def test_a_target_is_the_token_after_its_position() -> None:
     assert batch.positions.tolist() == [0, 1, 2]
     assert batch.targets.tolist() == [[IGNORED, 7, 8], [2, IGNORED, IGNORED]]
     assert batch.supervised_tokens == 3, "the first token of a row has no predecessor to predict it"
-
-
-@given(st.integers(1, 50), st.integers(1, 17), st.integers(0, 3))
-def test_each_pass_takes_every_row_once_whatever_the_step_size(
-    row_count: int, rows_per_step: int, seed: int
-) -> None:
-    steps = -(-2 * row_count // rows_per_step)
-    taken = [
-        row
-        for step in range(steps)
-        for row in rows_of_step(step, row_count=row_count, rows_per_step=rows_per_step, seed=seed)
-    ]
-    assert sorted(taken[:row_count]) == list(range(row_count))
-    assert sorted(taken[row_count : 2 * row_count]) == list(range(row_count))

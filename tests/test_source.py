@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from model_folders import CONFIG, ENTRIES, write_folder
+from qadapt.cache import output_errors, staged
 from safetensors.torch import load_file, save_file
 
 from qadapt.errors import BadModel, BadOutput, QadaptError, Unsupported
 from qadapt.model import quick_start
-from qadapt.model.cache import output_errors, staged
 from qadapt.model.quick_start import SMOLLM2, PackagedModel, download_wheel, packaged_file
 from qadapt.model.shards import TensorEntry, read_header, write_shards
 from qadapt.model.source import find_model
@@ -316,7 +316,7 @@ def test_folder_of_another_machine_is_left_alone_for_a_day(
 
 def test_folder_of_a_killed_process_is_cleared_by_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from qadapt.model.cache import staged\n"
+        "import os, sys; from pathlib import Path; from qadapt.cache import staged\n"
         "with staged(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('half')\n"
         "    os._exit(9)"

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from qadapt.data import text_files
-from qadapt.data.conversation import Conversation, Message
+from qadapt.data import sources, text_files
+from qadapt.data.conversation import Conversation, Message, Row
 from qadapt.data.sources import RowReader, read_conversations
 from qadapt.errors import BadData, BadRecipe
 from qadapt.events import DataReady, Warned
@@ -51,8 +51,8 @@ def problem_of(path: Path, **rules: Any) -> str:
     return caught.value.problem
 
 
-def texts(conversations: list[Conversation]) -> list[tuple[Message, ...]]:
-    return [conversation.messages for conversation in conversations]
+def texts(rows: list[Row]) -> list[tuple[Message, ...]]:
+    return [row.messages for row in rows if isinstance(row, Conversation)]
 
 
 SHAPES: list[tuple[str, dict[str, object]]] = [
@@ -361,6 +361,32 @@ def test_malformed_rows_are_left_out_only_if_asked_and_all_listed(tmp_path: Path
     assert "line 6: the file is cut off" in reader.skipped[-1].problem
     path.write_bytes(b"{broken\n" * 3)
     assert "all 3 rows are malformed; the first: " in problem_of(path, skips_malformed=True)
+
+
+def test_rows_are_given_one_by_one_before_the_fault_after_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([good_line(1), b"{broken", good_line(2)]))
+    rows = RowReader().rows(path)
+    assert next(rows).place == f"{path}, line 1"
+    with pytest.raises(BadData, match="line 2: not JSON"):
+        next(rows)
+
+
+def test_of_very_many_malformed_rows_the_first_are_listed_and_all_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MOST_LISTED", 3)
+    monkeypatch.setattr(sources, "MOST_CHARACTERS", 20)
+    path = tmp_path / "rows.jsonl"
+    long = json.dumps({f"{number}-{'k' * 500}": 1 for number in range(9)}).encode()
+    path.write_bytes(b"\n".join([good_line(1), *[long] * 9]))
+    reader = RowReader(skips_malformed=True)
+    assert len(reader.read(path)) == 1
+    assert (len(reader.skipped), reader.skipped_rows) == (3, 9)
+    assert all(len(skipped.problem) == 23 for skipped in reader.skipped)
+    other = write_rows(tmp_path / "others.jsonl", {}, {})
+    with pytest.raises(BadData, match=r"all 2 rows are malformed\."):
+        reader.read(other)
 
 
 def test_a_file_that_cannot_be_read_at_all_is_an_error_even_then(tmp_path: Path) -> None:

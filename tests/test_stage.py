@@ -6,10 +6,10 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from qadapt.cache import staged
 
 from qadapt.errors import BadModel
 from qadapt.events import Event, StageAdvanced, StageStarted
-from qadapt.model.cache import staged
 from qadapt.stage import Report, with_progress
 
 

@@ -313,7 +313,7 @@ def naive_gradient(model: PeftModel) -> dict[str, Tensor]:
     chosen = rows()
     count = sum(row.supervised_count for row in chosen)
     for row in chosen:
-        logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1]
+        logits = model(input_ids=torch.tensor([row.ids.tolist()])).logits[0, :-1]
         targets = torch.tensor([t if s else -100 for t, s in zip(row.ids, row.supervised, strict=True)])[1:]
         (
             functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / count

@@ -30,7 +30,7 @@ def gather_facts(cache: Path | None = None) -> Facts:
     Args:
         cache: The cache to look at; by default the user's.
     """
-    from qadapt.model.cache import cache_folder, free_bytes
+    from qadapt.cache import cache_folder, free_bytes
 
     quiet_libraries()
     folder = cache or cache_folder()

@@ -1,36 +1,41 @@
-"""Rows to micro-batches. Which rows a step takes is a pure function of it: no position to save.
+"""Rows to micro-batches: filled up to the longest, or packed. Which rows a step takes says `order.py`.
 
 Legend: B rows, T tokens, K positions that predict a learned token in any row.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import zip_longest
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qadapt.data.tokens import Tokens
+from qadapt.data.order import Order
+from qadapt.data.packing import pack
+from qadapt.data.tokens import Flags, Tokens
+from qadapt.engine.documents import Documents, documents_of
 
 IGNORED = -100  # the label that F.cross_entropy leaves out
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows, filled up at the end to the longest.
+    """Some rows, filled up at the end to the longest; or packed, one after another in a single row.
 
-    There is no attention mask: attention is causal and padding stands at the end, so no token sees any.
+    There is no attention mask. Filled up: attention is causal and padding stands at the end, so no token sees
+    any. Packed: `documents` says where each row lies, and none sees another (`engine/documents.py`).
     """
 
-    input_ids: Tensor  # (B, T)
+    input_ids: Tensor  # (B, T); packed: (1, T of all rows)
     positions: Tensor  # (K,) whose prediction is learned in at least one row
     targets: Tensor  # (B, K) the next token, or IGNORED
     tokens: int  # without padding
     supervised_tokens: int
+    documents: Documents | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
@@ -40,28 +45,11 @@ class MicroBatch:
             self.targets.to(device, non_blocking=True),
             self.tokens,
             self.supervised_tokens,
+            self.documents and self.documents.to(device),
         )
 
 
-def rows_of_step(step: int, *, row_count: int, rows_per_step: int, seed: int) -> list[int]:
-    """Indices of the rows that step `step` (from 0) takes; each pass has its own seeded order."""
-    first = step * rows_per_step
-    return [_row_at(position, row_count, seed) for position in range(first, first + rows_per_step)]
-
-
-def _row_at(position: int, row_count: int, seed: int) -> int:
-    epoch, index = divmod(position, row_count)
-    return _order(epoch, row_count, seed)[index]
-
-
-@lru_cache(maxsize=2)  # a step may span two passes
-def _order(epoch: int, row_count: int, seed: int) -> tuple[int, ...]:
-    order = list(range(row_count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)
-
-
-def widest_share(rows: Sequence[Tokens], *, steps: int, rows_per_step: int, seed: int) -> float:
+def widest_share(rows: Sequence[Tokens], *, steps: int, order: Order) -> float:
     """The largest share of the longest row's positions that reaches the head in the first `steps` steps.
 
     A position reaches the head if any row of the micro-batch learns its next token, so splitting a step into
@@ -70,8 +58,7 @@ def widest_share(rows: Sequence[Tokens], *, steps: int, rows_per_step: int, seed
     longest = max(len(row.ids) for row in rows)
     widest = 0
     for step in range(steps):
-        chosen = rows_of_step(step, row_count=len(rows), rows_per_step=rows_per_step, seed=seed)
-        learned = [row.supervised[1:] for row in (rows[index] for index in chosen)]
+        learned = [rows[index].supervised[1:] for index in order.rows_of_step(step)]
         widest = max(widest, sum(map(any, zip_longest(*learned))))
     return widest / longest
 
@@ -81,27 +68,52 @@ def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[Mic
 
     The order within a step does not matter: its gradient is the sum over all learned tokens.
     """
-    by_length = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+    by_length = sorted(rows, key=len, reverse=True)
     return [
         collate(by_length[first : first + size], pad_id=pad_id) for first in range(0, len(by_length), size)
     ]
 
 
+def packed_batches(rows: Sequence[Tokens], *, capacity: int) -> list[MicroBatch]:
+    """Rows in packed micro-batches of at most `capacity` tokens; no row may be longer."""
+    bins = pack([len(row) for row in rows], capacity)
+    return [concatenate([rows[index] for index in chosen]) for chosen in bins]
+
+
 def collate(rows: Sequence[Tokens], *, pad_id: int) -> MicroBatch:
-    """One micro-batch of the rows."""
-    longest = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id)
-    labels = torch.full((len(rows), longest), IGNORED)
+    """One micro-batch of the rows, filled up."""
+    longest = max(map(len, rows))
+    input_ids = np.full((len(rows), longest), pad_id, np.int64)
+    learned = np.zeros((len(rows), longest), np.bool_)
     for index, row in enumerate(rows):
-        ids = torch.as_tensor(row.ids, dtype=torch.int64)
-        input_ids[index, : len(ids)] = ids
-        labels[index, : len(ids)] = torch.where(torch.as_tensor(row.supervised), ids, IGNORED)
-    following = labels[:, 1:]
-    positions = (following != IGNORED).any(dim=0).nonzero().squeeze(1)
+        input_ids[index, : len(row)] = row.ids
+        learned[index, : len(row)] = row.supervised
+    return _micro_batch(input_ids, learned, rows, documents=None)
+
+
+def concatenate(rows: Sequence[Tokens]) -> MicroBatch:
+    """One packed micro-batch: the rows one after another, each a document of its own.
+
+    The first token of a row is never learned: its predecessor is another document's last.
+    """
+    documents = documents_of([len(row) for row in rows])
+    input_ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
+    learned = np.concatenate([row.supervised for row in rows])
+    learned[list(documents.bounds[:-1])] = False
+    return _micro_batch(input_ids[None], learned[None], rows, documents=documents)
+
+
+def _micro_batch(
+    input_ids: NDArray[np.int64], learned: Flags, rows: Sequence[Tokens], *, documents: Documents | None
+) -> MicroBatch:
+    """`input_ids` and `learned` are (B, T)."""
+    positions = learned[:, 1:].any(axis=0).nonzero()[0]
+    targets = np.where(learned[:, positions + 1], input_ids[:, positions + 1], IGNORED)
     return MicroBatch(
-        input_ids=input_ids,
-        positions=positions,
-        targets=following[:, positions].contiguous(),
-        tokens=sum(len(row.ids) for row in rows),
+        input_ids=torch.from_numpy(input_ids),
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        tokens=sum(map(len, rows)),
         supervised_tokens=sum(row.supervised_count for row in rows),
+        documents=documents,
     )

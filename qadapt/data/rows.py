@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qadapt.data.conversation import Conversation
+from qadapt.data.conversation import Conversation, Document, Row
 from qadapt.data.prompt import PromptContract
 from qadapt.data.sources import RowReader
 from qadapt.data.tokens import Tokens
@@ -109,11 +109,17 @@ def split_conversations(
         BadData: A file or a row cannot be used.
     """
     reader = reader or RowReader(form=form)
-    parts = [reader.read(path, limit=limit) for path, limit in sources]
-    conversations = [row for part in parts for row in part]
+    conversations = [row for path, limit in sources for row in _conversations(reader.rows(path, limit=limit))]
     if isinstance(held_out, Path):
-        return conversations, reader.read(held_out)
+        return conversations, list(_conversations(reader.rows(held_out)))
     return _hold_out(conversations, held_out, seed=seed)
+
+
+def _conversations(rows: Iterator[Row]) -> Iterator[Conversation]:
+    for row in rows:
+        if isinstance(row, Document):
+            raise BadData(f"{row.place}: raw text is not trained on yet.", cure="Give conversations.")
+        yield row
 
 
 def _hold_out(

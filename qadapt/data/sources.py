@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from qadapt.data.column_files import read_arrow, read_parquet
-from qadapt.data.conversation import Conversation
+from qadapt.data.conversation import Row
 from qadapt.data.formats import Format, map_columns, read_conversation, recognise
 from qadapt.data.text_files import read_json, read_json_lines, read_table
 from qadapt.errors import BadData
@@ -31,6 +31,11 @@ _READERS: dict[str, ReadRows] = {
 _COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*_READERS, *(f"{suffix}.gz" for suffix in _COMPRESSIBLE))
 
+MOST_LISTED = 100_000
+"""So many rows left out are listed one by one; of more, only the count grows."""
+MOST_CHARACTERS = 1000
+"""So much of each one's problem is kept."""
+
 _FACTS_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
 """What `datasets` writes beside the rows."""
 
@@ -45,7 +50,7 @@ class Skipped:
 
 @dataclass
 class RowReader:
-    """Reads files by one set of rules, and lists what it left out.
+    """Reads files by one set of rules, and lists what it left out; holds no row.
 
     Args:
         form: A format's name, or `auto`: that of each file's first row.
@@ -57,13 +62,15 @@ class RowReader:
     columns: Mapping[str, str] = field(default_factory=dict)
     skips_malformed: bool = False
     skipped: list[Skipped] = field(default_factory=list, init=False)
+    """The rows left out, at most the first `MOST_LISTED`; `skipped_rows` counts them all."""
+    skipped_rows: int = field(default=0, init=False)
     formats: dict[Format, int] = field(default_factory=dict, init=False)
     """Rows used of each format."""
     other_files: list[Path] = field(default_factory=list, init=False)
     """Files of folders that hold no rows by their names, hidden ones not counted."""
 
-    def read(self, path: Path, *, limit: int | None = None) -> list[Conversation]:
-        """All conversations of a file or a folder, in their order; those of a folder sorted by name.
+    def rows(self, path: Path, *, limit: int | None = None) -> Iterator[Row]:
+        """The rows of a file or a folder one by one, in their order; those of a folder sorted by name.
 
         Args:
             path: A file of one of `SUFFIXES`, or a folder with such files at any depth.
@@ -71,23 +78,32 @@ class RowReader:
 
         Raises:
             BadData: It is missing, empty or unreadable, or a row is no conversation; names file and line.
+                Rows before the fault were given.
         """
-        before = len(self.skipped)
-        conversations: list[Conversation] = []
+        counted, listed, used = self.skipped_rows, len(self.skipped), 0
         for file in self._files(path):
-            for conversation in self._conversations(file):
-                conversations.append(conversation)
-                if len(conversations) == limit:
-                    return conversations
-        if not conversations:
-            left_out = self.skipped[before:]
-            if left_out:
-                raise BadData(
-                    f"{path}: all {len(left_out)} rows are malformed; the first: {left_out[0].problem}",
-                    cure="Correct the rows.",
-                )
-            raise BadData(f"{path} has no rows.", cure="Give a file with at least one conversation.")
-        return conversations
+            for row in self._used(_rows(file)):
+                yield row
+                used += 1
+                if used == limit:
+                    return
+        if not used:
+            raise self._nothing(path, counted=counted, listed=listed)
+
+    def read(self, path: Path, *, limit: int | None = None) -> list[Row]:
+        """All rows of a file or a folder at once; see `rows`.
+
+        Raises:
+            BadData: It is missing, empty or unreadable, or a row is no conversation; names file and line.
+        """
+        return list(self.rows(path, limit=limit))
+
+    def _nothing(self, path: Path, *, counted: int, listed: int) -> BadData:
+        left_out = self.skipped_rows - counted
+        if not left_out:
+            return BadData(f"{path} has no rows.", cure="Give a file with at least one conversation.")
+        first = f"; the first: {self.skipped[listed].problem}" if listed < len(self.skipped) else "."
+        return BadData(f"{path}: all {left_out} rows are malformed{first}", cure="Correct the rows.")
 
     def _files(self, path: Path) -> list[Path]:
         if not path.exists():
@@ -105,9 +121,9 @@ class RowReader:
         self.other_files += [file for file in inside if _kind_of(file) is None]
         return files
 
-    def _conversations(self, path: Path) -> Iterator[Conversation]:
+    def _used(self, rows: Iterator[tuple[str, object]]) -> Iterator[Row]:
         known: Format | None = None if self.form == "auto" else cast("Format", self.form)
-        for place, row in _rows(path):
+        for place, row in rows:
             try:
                 if isinstance(row, BadData):
                     raise row
@@ -117,15 +133,21 @@ class RowReader:
             except BadData as error:
                 if not self.skips_malformed:
                     raise
-                self.skipped.append(Skipped(place, error.problem))
+                self._skip(place, error.problem)
                 continue
             known = form
             self.formats[form] = self.formats.get(form, 0) + 1
             yield conversation
 
+    def _skip(self, place: str, problem: str) -> None:
+        self.skipped_rows += 1
+        if len(self.skipped) < MOST_LISTED:
+            text = problem if len(problem) <= MOST_CHARACTERS else f"{problem[:MOST_CHARACTERS]}..."
+            self.skipped.append(Skipped(place, text))
 
-def read_conversations(path: Path, *, form: str = "auto", limit: int | None = None) -> list[Conversation]:
-    """All conversations of a file or a folder; see `RowReader.read`.
+
+def read_conversations(path: Path, *, form: str = "auto", limit: int | None = None) -> list[Row]:
+    """All rows of a file or a folder; see `RowReader.rows`.
 
     Raises:
         BadData: It is missing, empty or unreadable, or a row is no conversation; names file and line.

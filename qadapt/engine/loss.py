@@ -8,9 +8,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qadapt.engine.documents import Documents
+
 
 def loss_sum(
-    model: nn.Module, *, input_ids: Tensor, positions: Tensor, targets: Tensor, ignored: int
+    model: nn.Module,
+    *,
+    input_ids: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    ignored: int,
+    documents: Documents | None = None,
 ) -> Tensor:
     """The summed cross-entropy of the learned tokens of a micro-batch, in fp32.
 
@@ -23,8 +31,10 @@ def loss_sum(
         positions: (K,) whose prediction is learned in at least one row.
         targets: (B, K) the next token, or `ignored`.
         ignored: The target that does not count.
+        documents: Where the documents of a packed row lie; the model must be `isolating` them.
     """
-    logits = model(input_ids=input_ids, logits_to_keep=positions, use_cache=False).logits  # (B, K, V)
-    return functional.cross_entropy(
+    packed = {} if documents is None else {"position_ids": documents.position_ids, "documents": documents}
+    logits = model(input_ids=input_ids, logits_to_keep=positions, use_cache=False, **packed).logits
+    return functional.cross_entropy(  # of (B, K, V)
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignored, reduction="sum"
     )

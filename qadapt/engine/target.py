@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -50,6 +51,20 @@ class Target:
     capability: float | None = None
 
 
+_MEANT: ContextVar[Target] = ContextVar("target")
+"""What `meta` tensors stand for; a CPU, if nobody says."""
+
+
+def capability_for(tensor: Tensor) -> float | None:
+    """Compute capability of the device that a tensor is on, or, on `meta`, stands for; None for a CPU."""
+    if tensor.is_meta:
+        return _MEANT.get(Target()).capability
+    if not tensor.is_cuda:
+        return None
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return major + minor / 10
+
+
 @contextmanager
 def on_target(
     target: Target, *, is_packed: bool = False, expert_tokens: Sequence[int] = ()
@@ -61,8 +76,12 @@ def on_target(
         is_packed: Whether rows hold several documents.
         expert_tokens: Tokens of each routed expert that gets any, where experts run one after another.
     """
-    with _Values(is_packed=is_packed, expert_tokens=expert_tokens), target_functions(target):
-        yield
+    token = _MEANT.set(target)
+    try:
+        with _Values(is_packed=is_packed, expert_tokens=expert_tokens), target_functions(target):
+            yield
+    finally:
+        _MEANT.reset(token)
 
 
 def target_functions(target: Target) -> TorchFunctionMode:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qadapt.cache import free_bytes, output_errors
 from qadapt.errors import BadOutput
-from qadapt.model.cache import free_bytes, output_errors
 from qadapt.units import MIB, format_bytes
 
 _SPARE_BYTES = 16 * MIB

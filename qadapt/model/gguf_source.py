@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qadapt.cache import ignore, output_errors, require_free, staged
 from qadapt.errors import BadModel, Unsupported
-from qadapt.model.cache import ignore, output_errors, require_free, staged
 from qadapt.model.gguf_config import GGUF_FAMILIES, read_gguf_config, scalars, write_config, write_tokenizer
 from qadapt.model.shards import TensorEntry, write_shards
 from qadapt.stage import Report

@@ -36,8 +36,8 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from qadapt.cache import ignore, output_errors, require_free
 from qadapt.errors import BadModel, HubRefused
-from qadapt.model.cache import ignore, output_errors, require_free
 from qadapt.model.download import RemoteFile, download, file_bytes, part_of, remote_file
 from qadapt.model.folder import check_config, checked_folder, read_config
 from qadapt.model.shards import INDEX_NAME, SINGLE_NAME
@@ -130,6 +130,22 @@ def snapshot(
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         repository = _Repository(name, info.sha, endpoint, kept)
         return Snapshot(_fetched(repository, sizes, report=report), info.sha)
+
+
+def is_kept(name: str, *, revision: str | None = None, cache: Path | None = None) -> bool:
+    """Whether a model's description and the first of its weights are in the cache; asks nobody.
+
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; by default the default branch.
+        cache: As in `snapshot`.
+    """
+    kept = Path(cache / "hub" if cache else constants.HF_HUB_CACHE)
+
+    def has(file: str) -> bool:
+        return isinstance(try_to_load_from_cache(name, file, cache_dir=kept, revision=revision), str)
+
+    return has("config.json") and (has("model.safetensors") or has("model.safetensors.index.json"))
 
 
 def _whole_local(repository: _Repository) -> Path:

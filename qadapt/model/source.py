@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qadapt.cache import cache_folder, ignore
 from qadapt.errors import BadModel
-from qadapt.model.cache import cache_folder, ignore
 from qadapt.model.folder import checked_folder
 from qadapt.model.gguf_source import converted_once, folder_from_gguf
-from qadapt.model.quick_start import SMOLLM2, PackagedModel, packaged_file
+from qadapt.model.quick_start import SMOLLM2, PackagedModel, kept_file, packaged_file
 from qadapt.stage import Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -86,6 +86,25 @@ def find_model(
         f"No model {source!r}: it is no folder, no .gguf file, no hub id (owner/name) and no known alias.",
         cure=f"Check the path, or use `{SMOLLM2.alias}`, which needs no hub.",
     )
+
+
+def is_here(source: str, *, revision: str | None = None, cache: Path | None = None) -> bool:
+    """Whether a model needs no download, as far as can be told without asking the hub.
+
+    Args:
+        source: As `find_model` takes it; so too the others.
+        revision: Branch, tag or commit.
+        cache: Where downloads are kept.
+    """
+    if Path(source).expanduser().exists():
+        return True
+    if source.lower() == SMOLLM2.alias:
+        return kept_file(SMOLLM2, cache=cache or cache_folder()).is_file()
+    if not _HUB_ID.fullmatch(source):
+        return False
+    from qadapt.model.hub import is_kept
+
+    return is_kept(source, revision=revision, cache=cache)
 
 
 def _packaged_folder(model: PackagedModel, *, cache: Path, report: Report) -> Path:

@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.data.batches import MicroBatch, micro_batches, rows_of_step
+from qadapt.data.batches import MicroBatch, micro_batches
+from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped
@@ -41,7 +42,6 @@ class LoopSettings:
     """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each."""
 
     steps: int
-    rows_per_step: int
     micro_batch: int
     learning_rate: float
     schedule: str
@@ -52,7 +52,6 @@ class LoopSettings:
     patience: int | None
     checkpoint_every: int | None
     keep_checkpoints: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Loop:
         model: The adapted model, on its device.
         optimizer: Over the trained parameters.
         rows: What is trained and evaluated on.
+        order: Which of them each step takes.
         settings: How.
         run_folder: Where checkpoints go and requests come from.
     """
@@ -82,17 +82,19 @@ class Loop:
         optimizer: AdapterOptimizer,
         *,
         rows: Rows,
+        order: Order,
         settings: LoopSettings,
         run_folder: Path,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.rows = rows
+        self.order = order
         self.settings = settings
         self.run_folder = run_folder
         self.progress = Progress()
         self._memory = MemoryMeter(model, optimizer)
-        self._longest_step = self._first_step_with_the_longest_row()
+        self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._device = next(model.parameters()).device
         self._scaler: torch.amp.GradScaler | None = None
 
@@ -154,32 +156,15 @@ class Loop:
             gradient_norm=result.gradient_norm,
             tokens=result.tokens,
             supervised_tokens=result.supervised_tokens,
-            rows=settings.rows_per_step,
+            rows=self.order.rows_per_step,
             seconds=time.perf_counter() - start,
         )
 
     def _batches(self, step: int) -> list[MicroBatch]:
-        return self._split([self.rows.train[index] for index in self._rows_of(step)])
-
-    def _rows_of(self, step: int) -> list[int]:
-        return rows_of_step(
-            step,
-            row_count=len(self.rows.train),
-            rows_per_step=self.settings.rows_per_step,
-            seed=self.settings.seed,
-        )
+        return self._split([self.rows.train[index] for index in self.order.rows_of_step(step)])
 
     def _split(self, rows: list[Tokens]) -> list[MicroBatch]:
         return micro_batches(rows, size=self.settings.micro_batch, pad_id=self.rows.pad_id)
-
-    def _first_step_with_the_longest_row(self) -> int | None:
-        """The step, from 1, that is likely to take the most memory."""
-        longest = max(range(len(self.rows.train)), key=lambda index: len(self.rows.train[index].ids))
-        pass_steps = -(-len(self.rows.train) // self.settings.rows_per_step)
-        for step in range(min(self.settings.steps, pass_steps)):
-            if longest in self._rows_of(step):
-                return step + 1
-        return None
 
     def _is_watched(self, step: int) -> bool:
         is_known = step in (1, self.settings.steps, self._longest_step)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qadapt.data.batches import IGNORED, MicroBatch
+from qadapt.engine.documents import isolating
 from qadapt.engine.loss import loss_sum
 from qadapt.errors import Diverged
 from qadapt.train.optimizer import AdapterOptimizer
@@ -55,10 +57,11 @@ def train_step(
     device = next(model.parameters()).device
     supervised_tokens = sum(batch.supervised_tokens for batch in micro_batches)
     loss = torch.zeros((), device=device)
-    for batch in micro_batches:
-        part = _part(model, batch.to(device)) / supervised_tokens
-        (part if scaler is None else scaler.scale(part)).backward()
-        loss += part.detach()
+    with _attention_for(model, micro_batches):  # recomputation attends in the backward pass, too
+        for batch in micro_batches:
+            part = _part(model, batch.to(device)) / supervised_tokens
+            (part if scaler is None else scaler.scale(part)).backward()
+            loss += part.detach()
     if scaler is not None:
         scaler.unscale_(optimizer.inner)
     parameters = list(optimizer.parameters.values())
@@ -86,13 +89,24 @@ def evaluate_loss(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> floa
     was_training = model.training
     model.eval()
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in micro_batches:
-        total += _part(model, batch.to(device))
+    with _attention_for(model, micro_batches):
+        for batch in micro_batches:
+            total += _part(model, batch.to(device))
     model.train(was_training)
     return total.item() / sum(batch.supervised_tokens for batch in micro_batches)
 
 
+def _attention_for(model: nn.Module, batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
+    """Documents apart, if the batches are packed (all are, or none); else the attention the model has."""
+    return nullcontext() if batches[0].documents is None else isolating(model)
+
+
 def _part(model: nn.Module, batch: MicroBatch) -> Tensor:
     return loss_sum(
-        model, input_ids=batch.input_ids, positions=batch.positions, targets=batch.targets, ignored=IGNORED
+        model,
+        input_ids=batch.input_ids,
+        positions=batch.positions,
+        targets=batch.targets,
+        ignored=IGNORED,
+        documents=batch.documents,
     )

@@ -147,7 +147,7 @@ def _stage(state: RunState) -> str:
     assert state.stage is not None
     stage = state.stage
     if not stage.total:
-        return stage.name
+        return f"{stage.name}: {stage.done:,} {stage.unit}" if stage.done else stage.name
     if stage.unit == "bytes":
         return f"{stage.name} {format_bytes(stage.done)} of {format_bytes(stage.total)}"
     return f"{stage.name} {stage.done:,} of {stage.total:,} {stage.unit}"

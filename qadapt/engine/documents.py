@@ -1,0 +1,249 @@
+"""Attention within documents that lie one after another in one row: none sees another, no mask is made.
+
+Registered by transformers' `AttentionInterface` without a mask function, so that the library builds no T x T
+mask; the bounds travel as a keyword argument of the model to every layer. The model is switched to it for
+packed micro-batches only (`isolating`): under this name a padding mask would be ignored, so everything else,
+generation above all, keeps the attention that the model was loaded with. Which kernel runs is decided in
+`plan/packing.py`. What is relied on: `set_attn_implementation`, and that `config._attn_implementation` names
+what is in use (`tests/test_packing.py`).
+
+Legend: T tokens of all documents, S of one, H query heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+
+from qadapt.engine.target import TYPES, capability_for
+from qadapt.errors import Unsupported
+from qadapt.plan.attention import attention_kernel
+from qadapt.plan.packing import document_kernel
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = True
+except ImportError:  # before torch 2.10
+    HAS_VARLEN = False
+
+NAME = "documents"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed micro-batch lie: document n has the tokens from bound n to n + 1."""
+
+    bounds: tuple[int, ...]
+    position_ids: Tensor  # (1, T), from 0 in each document
+    starts: Tensor  # the bounds as int32, for kernels that take them so
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on a device."""
+        positions, starts = (each.to(device, non_blocking=True) for each in (self.position_ids, self.starts))
+        return Documents(self.bounds, positions, starts)
+
+
+def documents_of(lengths: Sequence[int], *, device: str = "cpu") -> Documents:
+    """The documents of these lengths, one after another."""
+    sizes = torch.tensor(lengths)
+    bounds = functional.pad(sizes.cumsum(0), (1, 0))
+    places = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(sizes)
+    return Documents(tuple(bounds.tolist()), places[None].to(device), bounds.to(device, torch.int32))
+
+
+@contextmanager
+def isolating(model: nn.Module) -> Iterator[None]:
+    """While open, the model attends within documents; backward passes belong inside, for recomputation.
+
+    Raises:
+        Unsupported: The architecture does not take its attention from the library's interface.
+    """
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    before = base.config._attn_implementation
+    AttentionInterface.register(NAME, attend_documents)
+    base.set_attn_implementation(NAME)
+    if base.config._attn_implementation != NAME:
+        raise Unsupported(
+            f"Rows of {base.config.model_type} cannot be packed: its attention cannot be told their bounds.",
+            cure="Set data.packing=false.",
+        )
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def attend_documents(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, K, T, D)
+    value: Tensor,  # (1, K, T, D)
+    attention_mask: Tensor | None,
+    **named: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document, given as `documents`; (1, T, H, D)."""
+    documents: Documents = named["documents"]
+    how = _How(
+        scaling=named["scaling"],
+        dropout=named.get("dropout", 0.0),
+        window=named.get("sliding_window"),
+        softcap=named.get("softcap"),
+    )
+    kernel = document_kernel(
+        TYPES[query.dtype],
+        capability=capability_for(query),
+        head_width=query.shape[-1],
+        has_softcap=how.softcap is not None,
+    )
+    if kernel == "varlen" and not how.dropout and varlen_problem(query.device, query.dtype) is None:
+        return _varlen(query, key, value, documents, how=how), None
+    attend = _scores if kernel == "scores" else _fused
+    parts = zip(*(each.split(documents.lengths, dim=2) for each in (query, key, value)), strict=True)
+    found = [attend(*part, how=how).transpose(1, 2) for part in parts]  # (1, S, H, D) each
+    return found[0].contiguous() if len(found) == 1 else torch.cat(found, dim=1), None
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a layer says of its attention."""
+
+    scaling: float
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+    def windowed(self, length: int) -> int | None:
+        """The window, if a document is longer than it."""
+        return self.window if self.window is not None and length > self.window else None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, how: _How) -> Tensor:
+    """All documents by one kernel; (1, T, H, D)."""
+    longest = max(documents.lengths)
+    window = how.windowed(longest)
+    queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))  # (T, H, D)
+    found = varlen_attn(
+        queries,
+        keys,
+        values,
+        documents.starts,
+        documents.starts,
+        longest,
+        longest,
+        scale=how.scaling,
+        window_size=(-1 if window is None else window - 1, 0),  # keys before the query's own
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(found, Tensor), "only the output was asked for"
+    return found[None]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *, how: _How) -> Tensor:
+    """One document by the fused kernel of the device; (1, H, S, D)."""
+    window = how.windowed(query.shape[2])
+    mask = None if window is None else _band(query.shape[2], window, query.device)
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and (mask is not None or _refuses_groups(query)):
+        key, value = _repeated(query, key, value)
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=how.dropout,
+        is_causal=mask is None,
+        scale=how.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _refuses_groups(query: Tensor) -> bool:
+    """Whether the device has a kernel without S x S scores only for as many key heads as query heads."""
+    capability = capability_for(query)
+    if capability is None:
+        return False
+    width, dtype = query.shape[-1], TYPES[query.dtype]
+    return attention_kernel(capability, dtype, head_width=width, grouped=True, has_mask=False) == "math"
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor, *, how: _How) -> Tensor:
+    """One document with all its S x S scores, as the library's eager attention; (1, H, S, D)."""
+    key, value = _repeated(query, key, value)
+    scores = torch.matmul(query, key.transpose(2, 3)) * how.scaling
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    length = query.shape[2]
+    seen = _band(length, how.windowed(length) or length, query.device)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    shares = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(functional.dropout(shares, how.dropout, training=how.dropout > 0), value)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """(S, S): whether a token sees another, itself and `window` - 1 before it."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return seen.triu_(1 - window)
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+@lru_cache
+def varlen_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel for many documents at once cannot be trusted on a device; None if it can.
+
+    On the very card, a few small documents of unequal length, forward and backward, beside the same one
+    document at a time: whatever the kernel does wrong here, it would do wrong in training. No GPU of ours has
+    run it yet. On `meta` there are no numbers, and the kernel is taken to be right.
+    """
+    if not HAS_VARLEN:
+        return "this torch has none"
+    if device.type == "meta":
+        return None
+    try:
+        with torch.enable_grad():
+            errors = [_difference(device, dtype, window=window) for window in (None, 16)]
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error).splitlines()[0]
+    worst = max(errors)
+    return None if worst <= 0.05 else f"it differs by {worst:.0%} from one document at a time"
+
+
+def _difference(device: torch.device, dtype: torch.dtype, *, window: int | None) -> float:
+    """The largest difference of output and gradients, as a share of the largest value."""
+    draw = torch.Generator().manual_seed(0)
+    documents, how = documents_of((1, 37, 130, 2, 64)).to(device), _How(0.125, window=window)
+    query, key, value = inputs = [
+        torch.randn(1, heads, documents.bounds[-1], 64, generator=draw).to(device, dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+
+    def results(attend: Callable[[], Tensor]) -> list[Tensor]:
+        found = attend()  # (1, T, H, D)
+        weights = torch.linspace(-1, 1, found.numel(), device=device).view_as(found).to(dtype)
+        return [found, *torch.autograd.grad((found * weights).sum(), inputs)]
+
+    def one_by_one() -> Tensor:
+        parts = zip(*(each.split(documents.lengths, dim=2) for each in inputs), strict=True)
+        return torch.cat([_fused(*part, how=how).transpose(1, 2) for part in parts], dim=1)
+
+    pairs = zip(
+        results(lambda: _varlen(query, key, value, documents, how=how)), results(one_by_one), strict=True
+    )
+    return max(((left - right).abs().max() / right.abs().max()).item() for left, right in pairs)

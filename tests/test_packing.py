@@ -1,0 +1,277 @@
+"""Packed rows: none sees another, nothing is lost, and a step computes what it computes without packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.data.batches import MicroBatch, concatenate, micro_batches, packed_batches
+from qadapt.data.packing import pack
+from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.engine.documents import documents_of, isolating
+from qadapt.engine.recompute import set_recompute
+from qadapt.errors import Unsupported
+from qadapt.model.generate import generate
+from qadapt.model.load import load_base
+from qadapt.plan.packing import PACKABLE
+from qadapt.plan.setting import Recompute
+from qadapt.shape import FAMILIES
+from qadapt.train.optimizer import make_optimizer
+from qadapt.train.step import evaluate_loss, train_step
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+    from peft import PeftModel
+
+CPU = torch.device("cpu")
+WINDOW = 64  # of the tiny gemma2; others are given one
+LENGTHS = (13, 2, 97, 31, 5, 71)
+"""Two are longer than the window; 2 has a single prediction; no two fill a round number."""
+
+
+# --- bins -------------------------------------------------------------------------------------------------
+
+
+def slow_pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing as one would say it."""
+    bins: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        best, least = None, capacity + 1
+        for number, members in enumerate(bins):
+            left = capacity - sum(lengths[each] for each in members) - lengths[index]
+            if 0 <= left < least:
+                best, least = number, left
+        if best is None:
+            bins.append([index])
+        else:
+            bins[best].append(index)
+    return bins
+
+
+@st.composite
+def rows_and_capacity(draw: st.DrawFn) -> tuple[list[int], int]:
+    lengths = draw(st.lists(st.integers(1, draw(st.sampled_from((3, 40, 5000)))), max_size=60))
+    longest = max(lengths, default=1)
+    return lengths, draw(st.integers(longest, 4 * longest))
+
+
+@settings(max_examples=600)
+@given(rows_and_capacity())
+def test_bins_lose_no_row_split_none_and_keep_their_capacity(case: tuple[list[int], int]) -> None:
+    lengths, capacity = case
+    bins = pack(lengths, capacity)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    assert all(members and sum(lengths[each] for each in members) <= capacity for members in bins)
+    assert bins == slow_pack(lengths, capacity) == pack(list(lengths), capacity)
+
+
+def test_ten_thousand_rows_are_packed_nearly_full() -> None:
+    lengths = torch.randint(20, 2048, (10_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    bins = pack(lengths, 4096)
+    assert sum(lengths) / (4096 * len(bins)) > 0.99
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS, *, share: float = 0.5, seed: int = 2) -> list[Tokens]:
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        ids = torch.randint(5, 300, (length,), generator=draw).tolist()
+        learned = (torch.rand(length, generator=draw) < share).tolist()
+        made.append(tokens_of(ids, (*learned[:-1], True), place="row"))
+    return made
+
+
+@st.composite
+def some_rows(draw: st.DrawFn) -> list[Tokens]:
+    lengths = draw(st.lists(st.integers(2, 30), min_size=1, max_size=12))
+    return rows(tuple(lengths), share=draw(st.sampled_from((0.0, 0.3, 1.0))), seed=draw(st.integers(0, 99)))
+
+
+@settings(max_examples=300)
+@given(some_rows(), st.integers(30, 90))
+def test_packed_micro_batches_hold_every_token_and_every_prediction_once(
+    chosen: list[Tokens], capacity: int
+) -> None:
+    predictions = []
+    for batch in packed_batches(chosen, capacity=capacity):
+        documents = batch.documents
+        assert documents is not None
+        ids = batch.input_ids[0].tolist()
+        assert len(ids) == batch.tokens == documents.bounds[-1] <= capacity
+        assert documents.starts.tolist() == list(documents.bounds)
+        places = [place for length in documents.lengths for place in range(length)]
+        assert documents.position_ids.tolist() == [places]
+        learned = dict(zip(batch.positions.tolist(), batch.targets[0].tolist(), strict=True))
+        assert batch.supervised_tokens == len(learned)
+        for first, end in zip(documents.bounds, documents.bounds[1:], strict=False):
+            inner = sorted((place - first, token) for place, token in learned.items() if first <= place < end)
+            predictions.append((ids[first:end], inner))
+    assert sorted(predictions) == sorted(
+        (
+            row.ids.tolist(),
+            [(at, int(row.ids[at + 1])) for at in range(len(row) - 1) if row.supervised[at + 1]],
+        )
+        for row in chosen
+    )
+
+
+def test_a_documents_last_token_never_predicts_the_next_documents_first() -> None:
+    batch = concatenate(
+        [tokens_of([7, 8], [True, True], place="a"), tokens_of([9, 6], [True, True], place="b")]
+    )
+    assert batch.positions.tolist() == [0, 2]
+    assert batch.targets.tolist() == [[8, 6]]
+    assert batch.supervised_tokens == 2
+
+
+def test_unpacked_micro_batches_lie_by_length() -> None:
+    batches = micro_batches(rows(), size=2, pad_id=0)
+    assert [batch.input_ids.shape[1] for batch in batches] == [97, 31, 5]
+
+
+# --- what a step computes ---------------------------------------------------------------------------------
+
+
+def adapted(folder: Path, *, recompute: Recompute = "none", quantization: str = "none") -> PeftModel:
+    base = load_base(folder, quantization=quantization, double_quant=True, dtype=torch.float32, device=CPU)
+    if base.config.model_type in ("mistral", "phi3"):
+        base.config.sliding_window = WINDOW
+        for module in base.modules():
+            if hasattr(module, "sliding_window"):
+                module.sliding_window = WINDOW
+    set_recompute(base, recompute)
+    model = attach_lora(base, Lora(rank=4, alpha=8), dtype=torch.float32, seed=0)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in trainable(model).values():
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model.train()
+
+
+def loss_and_gradient(model: PeftModel, batches: list[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
+    """Of one step, caught before the update uses it."""
+    optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.999), weight_decay=0.0)
+    caught: dict[str, Tensor] = {}
+
+    def catch(learning_rate: float) -> None:
+        caught.update({name: value.grad.clone() for name, value in optimizer.parameters.items()})  # type: ignore[union-attr]
+
+    optimizer.step = catch  # type: ignore[method-assign]
+    result = train_step(model, optimizer, batches, learning_rate=0.0, clip_norm=None, scaler=None)
+    return result.loss, caught
+
+
+def one_at_a_time(model: PeftModel, chosen: list[Tokens]) -> tuple[float, dict[str, Tensor]]:
+    """Each document alone through the library's own attention, all logits."""
+    count = sum(row.supervised_count for row in chosen)
+    total = 0.0
+    for row in chosen:
+        ids = torch.from_numpy(row.ids).long()
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        targets = torch.where(torch.from_numpy(row.supervised), ids, -100)[1:]
+        loss = functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    found = {name: value.grad.clone() for name, value in trainable(model).items() if value.grad is not None}
+    model.zero_grad()
+    return total, found
+
+
+def assert_close(left: tuple[float, dict[str, Tensor]], right: tuple[float, dict[str, Tensor]]) -> None:
+    assert left[0] == pytest.approx(right[0], rel=1e-5)  # fp32
+    assert left[1].keys() == right[1].keys()
+    assert max(value.abs().max().item() for value in right[1].values()) > 1e-3, "a control: there is one"
+    for name, value in right[1].items():
+        torch.testing.assert_close(left[1][name], value, rtol=1e-3, atol=2e-5)  # fp32
+
+
+def test_every_family_that_can_be_trained_can_be_packed() -> None:
+    assert PACKABLE == FAMILIES
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_a_packed_step_is_the_padded_one_and_one_document_at_a_time(
+    family: str, tiny_model: TinyModel
+) -> None:
+    model, chosen = adapted(tiny_model(family)), rows()
+    expected = one_at_a_time(model, chosen)
+    packed = packed_batches(chosen, capacity=120)
+    assert len(packed) == 2
+    assert_close(loss_and_gradient(model, packed), expected)
+    assert_close(loss_and_gradient(model, packed_batches(chosen, capacity=999)), expected)
+    assert_close(loss_and_gradient(model, micro_batches(chosen, size=3, pad_id=0)), expected)
+    assert evaluate_loss(model, packed) == pytest.approx(expected[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute", "quantization"),
+    [
+        ("llama", "all", "none"),
+        ("llama", 1, "none"),
+        ("gemma2", "all", "none"),
+        ("mistral", 1, "none"),
+        ("qwen3", "all", "nf4"),
+        ("llama", "none", "nf4"),
+    ],
+)
+def test_a_packed_step_is_the_same_recomputed_and_on_a_quantized_base(
+    family: str, recompute: Recompute, quantization: str, tiny_model: TinyModel
+) -> None:
+    model = adapted(tiny_model(family), recompute=recompute, quantization=quantization)
+    expected = loss_and_gradient(model, micro_batches(rows(), size=1, pad_id=0))
+    assert_close(loss_and_gradient(model, packed_batches(rows(), capacity=150)), expected)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_no_document_sees_another(family: str, tiny_model: TinyModel) -> None:
+    model = adapted(tiny_model(family)).eval()
+    documents = documents_of(LENGTHS)
+    ids = torch.randint(5, 300, (1, sum(LENGTHS)))
+    other = ids.clone()
+    first, end = documents.bounds[2], documents.bounds[3]
+    other[0, first:end] = torch.randint(5, 300, (end - first,))
+
+    def logits(chosen: Tensor) -> Tensor:
+        named: dict[str, Any] = {"position_ids": documents.position_ids, "documents": documents}
+        with isolating(model), torch.no_grad():
+            return model(input_ids=chosen, use_cache=False, **named).logits[0]
+
+    before, after = logits(ids), logits(other)
+    assert torch.equal(before[:first], after[:first])
+    assert torch.equal(before[end:], after[end:])
+    assert not torch.equal(before[first:end], after[first:end]), "a control: the change is seen"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_answers_and_losses_of_padded_rows_are_untouched_afterwards(
+    family: str, tiny_model: TinyModel
+) -> None:
+    model = adapted(tiny_model(family))
+    prompts, padded = [[5, 6, 7], [8] * 19, [9, 10]], micro_batches(rows(), size=3, pad_id=0)
+
+    def asked() -> tuple[list[list[int]], float]:
+        found = generate(model, prompts, max_new_tokens=8, end_ids=frozenset({1}), pad_id=0)
+        return found, evaluate_loss(model, padded)
+
+    before, name = asked(), model.config._attn_implementation
+    loss_and_gradient(model, packed_batches(rows(), capacity=200))
+    assert model.config._attn_implementation == name
+    assert asked() == before
+
+
+def test_an_architecture_with_attention_of_its_own_is_refused_by_name() -> None:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(Unsupported, match="falcon cannot be packed"), isolating(FalconForCausalLM(config)):
+        pass
