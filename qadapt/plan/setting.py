@@ -43,6 +43,9 @@ class Setting:
     `supervised_share` is the share of the tokens that reach the head, `accumulates` says that earlier
     micro-batches have left gradients behind, `holds_logits` that the caller still holds the logits while the
     loss goes backward (qadapt's step does not; published stacks do).
+
+    `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
+    most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length.
     """
 
     rows: int = 1
@@ -60,6 +63,8 @@ class Setting:
     recompute: Recompute = "all"
     accumulates: bool = True
     holds_logits: bool = False
+    packed: bool = False
+    documents: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
