@@ -26,6 +26,10 @@ def quiet_libraries() -> None:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars as disable_bars_of_datasets
+
+        disable_bars_of_datasets()
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 

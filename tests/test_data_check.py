@@ -249,7 +249,6 @@ def report(*, length: int = 128, findings: tuple[Finding, ...] = (), packed: boo
         forecast=Forecast("this CPU", 2**30, 2**33, None, "nobody has measured this device"),
         is_packed=packed,
         duplicates=3,
-        overlap=1,
         formats={"messages": 130},
         cut={"turns": 4, "inside": 1},
         left_out={"truncated": 2},
@@ -306,6 +305,20 @@ def test_with_colour_only_styles_are_escape_sequences() -> None:
     assert not re.search("[\x00-\x09\x0b-\x1f]", re.sub("\x1b\\[[0-9;]*m", "", said))
 
 
+@given(
+    text=st.text(alphabet="a é漢👩\u200d👧🏽\ufe0f\n", max_size=60),
+    width=st.integers(10, 30),
+    every=st.integers(1, 3),
+)
+def test_no_character_is_lost_where_lines_end(text: str, width: int, every: int) -> None:
+    parts = [text[start : start + every] for start in range(0, len(text), every)]
+    pieces = tuple(Piece(part, (1,), is_supervised=place % 2 == 1) for place, part in enumerate(parts))
+    said = printed(RowsView([ShownRow(1, "p", 1, 1, pieces)]), width=width, colours=True)
+    shown = re.sub("\x1b\\[[0-9;]*m", "", said.partition("learned")[2].partition("learned")[2])
+    drawn = shown.partition("\n")[2].replace("·", "").replace("↵", "")
+    assert "".join(drawn.split()).endswith("".join(text.split()))
+
+
 def test_ids_stand_behind_their_tokens_and_before_the_line_end() -> None:
     said = printed(RowsView([shown_row()], shows_ids=True), width=200)
     assert "<|user|>⟩₅" in said
@@ -320,7 +333,7 @@ def test_the_report_says_every_number() -> None:
         "128 to train on; 2 held out", "messages 130 rows",
         "8,256 in the training rows, 2,000 of them (24.2%)",
         "5 rows (3.8%): 4 whole turns left out, 1 cut inside a turn", "2 rows (1.5%): 2 truncated",
-        "1 row of the held-out rows is trained on, too", "<call> 12 times, <never> never", "32 of 8 rows",
+        "3 rows (2.3%)", "<call> 12 times, <never> never", "32 of 8 rows",
         "about 1.00 GiB of 8.00 GiB", "unknown: nobody has measured this device",
         "2 rows (1.5%): their contents hold control tokens",
         "No problems",
@@ -339,8 +352,8 @@ def test_the_line_of_data_length_stands_where_rows_are_cut() -> None:
 
 
 def test_packing_and_padding_are_each_compared_with_the_other() -> None:
-    assert "without it, padding would be" in " ".join(printed(DataReportView(report(packed=True))).split())
-    assert "packed, rows would take" in " ".join(printed(DataReportView(report())).split())
+    assert "unpacked, padding would be" in " ".join(printed(DataReportView(report(packed=True))).split())
+    assert "; packed: " in " ".join(printed(DataReportView(report())).split())
 
 
 class Page(HTMLParser):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from row_files import ASKED, PAIR, TURNS, problem_of, texts, write_rows
 
-from qadapt.data import sources, text_files
-from qadapt.data.conversation import Conversation, Message, Row
+from qadapt.data import json_files, opened, sources
+from qadapt.data.conversation import Message
 from qadapt.data.sources import RowReader, read_conversations
 from qadapt.errors import BadData, BadRecipe
 from qadapt.events import DataReady, Warned
@@ -28,158 +31,6 @@ from qadapt.view.lines import describe
 
 if TYPE_CHECKING:
     from conftest import TinyModel
-
-ASKED = (Message("user", "two plus two?"), Message("assistant", "four"))
-PAIR = {"prompt": "two plus two?", "completion": "four"}
-TURNS = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]
-
-
-def write_rows(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_row(folder: Path, row: object, **rules: Any) -> tuple[Message, ...]:
-    """The messages of a file's only row."""
-    [conversation] = RowReader(**rules).read(write_rows(folder / "row.jsonl", row))
-    return conversation.messages
-
-
-def problem_of(path: Path, **rules: Any) -> str:
-    with pytest.raises(BadData) as caught:
-        RowReader(**rules).read(path)
-    return caught.value.problem
-
-
-def texts(rows: list[Row]) -> list[tuple[Message, ...]]:
-    return [row.messages for row in rows if isinstance(row, Conversation)]
-
-
-SHAPES: list[tuple[str, dict[str, object]]] = [
-    ("messages", {"messages": TURNS}),
-    ("messages", {"messages": json.dumps(TURNS), "id": 7, "tools": None}),
-    ("messages", {"messages": TURNS, "prompt": "two plus two?", "prompt_id": "x"}),
-    (
-        "sharegpt",
-        {"conversations": [{"from": "human", "value": "two plus two?"}, {"from": "gpt", "value": "four"}]},
-    ),
-    ("sharegpt", {"conversations": TURNS}),
-    ("alpaca", {"instruction": "two plus two?", "output": "four"}),
-    ("alpaca", {"instruction": "two plus two?", "input": "", "output": "four", "history": []}),
-    ("alpaca", {"instruction": "two plus two?", "input": None, "output": "four", "text": "both at once"}),
-    ("prompt-completion", PAIR),
-    ("question-answer", {"question": "two plus two?", "answer": "four"}),
-    ("question-answer", {"query": "two plus two?", "response": "four"}),
-]
-
-
-@pytest.mark.parametrize(("form", "row"), SHAPES)
-def test_each_format_is_recognised_and_the_same_when_stated(tmp_path: Path, form: str, row: object) -> None:
-    reader = RowReader()
-    [conversation] = reader.read(write_rows(tmp_path / "row.jsonl", row))
-    assert conversation.messages == ASKED
-    assert reader.formats == {form: 1}
-    assert read_row(tmp_path, row, form=form) == ASKED
-
-
-def test_an_alpaca_input_follows_its_instruction(tmp_path: Path) -> None:
-    row = {"instruction": "Translate.", "input": "Haus", "output": "house", "system": "Be short."}
-    expected = (
-        Message("system", "Be short."),
-        Message("user", "Translate.\n\nHaus"),
-        Message("assistant", "house"),
-    )
-    assert read_row(tmp_path, row) == expected
-
-
-@pytest.mark.parametrize(
-    ("speaker", "role"),
-    [
-        ("system", "system"), ("human", "user"), ("user", "user"), ("Human", "user"), ("gpt", "assistant"),
-        ("assistant", "assistant"), ("chatgpt", "assistant"), ("bing", "assistant"), ("bard", "assistant"),
-    ],
-)  # fmt: skip
-def test_the_usual_role_names_of_sharegpt_are_known(tmp_path: Path, speaker: str, role: str) -> None:
-    row = {"conversations": [{"from": speaker, "value": "x"}, {"from": "gpt", "value": "y"}]}
-    assert read_row(tmp_path, row)[0] == Message(role, "x")
-
-
-def test_a_weight_that_changes_nothing_is_no_fault(tmp_path: Path) -> None:
-    turns = [
-        {"from": "human", "value": "two plus two?", "weight": 0},
-        {"from": "gpt", "value": "four", "weight": 1},
-    ]
-    assert read_row(tmp_path, {"conversations": turns}) == ASKED
-
-
-def test_names_of_speakers_reach_the_template(tmp_path: Path) -> None:
-    row = {
-        "messages": [
-            {"role": "user", "name": "Ada", "content": "hi"},
-            {"role": "assistant", "content": "yes"},
-        ]
-    }
-    [conversation] = read_conversations(write_rows(tmp_path / "row.jsonl", row))
-    assert conversation.turns[0] == {"role": "user", "content": "hi", "name": "Ada"}
-    assert conversation.turns[1] == {"role": "assistant", "content": "yes"}
-
-
-def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
-    row = {"question_text": "two plus two?", "best": "four", "prompt": "an id", "answer": "unused"}
-    columns = {"prompt": "question_text", "completion": "best"}
-    assert read_row(tmp_path, row, columns=columns) == ASKED
-    dolly = {"instruction": "two plus two?", "context": "", "response": "four", "category": "open"}
-    assert read_row(tmp_path, dolly, columns={"input": "context", "output": "response"}) == ASKED
-    swapped = {"prompt": "four", "completion": "two plus two?"}
-    assert read_row(tmp_path, swapped, columns={"prompt": "completion", "completion": "prompt"}) == ASKED
-    path = write_rows(tmp_path / "rows.jsonl", row, {"question_text": "x"})
-    assert "line 2: the row has no column 'best', which data.columns names" in problem_of(
-        path, columns=columns
-    )
-
-
-REFUSED: list[tuple[dict[str, object], str]] = [
-    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "message 1: `tool_calls` is filled"),
-    ({"messages": [{"role": "tool", "content": "7"}, *TURNS]}, "'tool' belongs to tool calls"),
-    ({"messages": TURNS, "tools": [{"type": "function"}]}, "`tools` is filled"),
-    ({"messages": TURNS, "images": ["a.png"]}, "images are not supported"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}, {"type": "text"}]}]},
-        "('image_url', 'text')",
-    ),
-    ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "weights of single messages"),
-    ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "hm"}]}, "reasoning apart from the content"),
-    ({"messages": [{"role": "system", "content": "a"}, *TURNS], "system": "b"}, "two system prompts"),
-    ({"conversations": [{"from": "function_call", "value": "f()"}]}, "'function_call' belongs to tool calls"),
-    ({"conversations": [{"from": "wizard", "value": "x"}]}, "the role 'wizard'"),
-    ({"conversations": [{"from": "human"}]}, "message 1: a message has `from` and `value`"),
-    ({"conversations": ["hi"]}, "message 1: a message has `from` and `value`"),
-    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "a preference pair (`chosen`, `rejected`)"),
-    ({**PAIR, "label": False}, "a judged answer"),
-    ({"text": "Once upon a time"}, "raw text (`text`)"),
-    ({**PAIR, "history": [["a", "b"]]}, "earlier turns in `history`"),
-    ({**PAIR, "question": "x", "answer": "y"}, "fit several formats: prompt-completion, question-answer"),
-    ({"prompt": "x", "completion": None}, "`completion` is empty, not a text"),
-    ({"prompt": "x", "completion": 4}, "`completion` is int, not a text"),
-    ({"prompt": TURNS, "completion": TURNS}, "`prompt` is a list of parts"),
-    ({"prompt": "x", "completion": ""}, "no assistant turn"),
-    ({"prompt": "\ud800", "completion": "x"}, "half of a surrogate pair"),
-    ({"messages": [{"role": ["user"], "content": "x"}]}, "the role list"),
-    ({"title": "x"}, "this one has the keys 'title'"),
-    ({}, "this one has no keys"),
-]
-
-
-@pytest.mark.parametrize(("row", "said"), REFUSED)
-def test_what_a_conversation_cannot_hold_is_refused_by_name(tmp_path: Path, row: object, said: str) -> None:
-    problem = problem_of(write_rows(tmp_path / "row.jsonl", row))
-    assert said in problem
-    assert "row.jsonl, line 1" in problem
-
-
-def test_a_stated_format_decides_between_several(tmp_path: Path) -> None:
-    row = {"messages": TURNS, "chosen": "a", "rejected": "b", "question": "x", "answer": "y"}
-    assert read_row(tmp_path, row, form="messages") == ASKED
 
 
 def as_csv(rows: list[dict[str, str]], delimiter: str = ",") -> bytes:
@@ -228,6 +79,9 @@ WRITERS: list[tuple[str, Callable[[list[dict[str, str]]], bytes]]] = [
     ("A.JSONL.GZ", lambda rows: gzip.compress(as_lines(rows))),
     ("a.json.gz", lambda rows: gzip.compress(json.dumps(rows).encode())),
     ("a.csv.gz", lambda rows: gzip.compress(b"\xef\xbb\xbf" + as_csv(rows))),
+    ("a.jsonl.bz2", lambda rows: bz2.compress(as_lines(rows))),
+    ("a.csv.xz", lambda rows: lzma.compress(b"\xef\xbb\xbf" + as_csv(rows))),
+    ("after.json", lambda rows: b" \n" + json.dumps({"rows": rows, "sources": ["a"]}, indent=1).encode()),
 ]
 ROWS = [{"prompt": f"say {number},\t«é»", "completion": f'"{number}",\nno more'} for number in range(2003)]
 
@@ -330,7 +184,21 @@ FAULTS: list[tuple[str, bytes, str]] = [
     ("a.arrow", as_arrow([PAIR], is_stream=False)[:-3], "cut off in the middle"),
     ("a.jsonl.gz", gzip.compress(as_lines(ROWS[:50]))[:-20], "the compressed file is cut off in the middle"),
     ("a.jsonl.gz", as_lines([PAIR]), "cannot be read: Not a gzipped file"),
-    ("a.txt", b"Once upon a time", "plain text, and raw text is not trained on"),
+    ("a.txt", "caf\xe9\n".encode("latin-1"), "line 1: not UTF-8 text"),
+    ("a.txt", "one\ntwo é".encode()[:-1], "line 2: the file is cut off in the middle of a character"),
+    ("a.md", b"one\ntwo\0\n", "line 2: NUL bytes, so this is no text"),
+    ("a.txt", b" \n\n", "line 1: `text` is empty"),
+    ("a.txt", b"", "has no rows"),
+    ("a.jsonl.bz2", bz2.compress(as_lines(ROWS[:50]))[:-20], "the compressed file is cut off in the middle"),
+    ("a.jsonl.xz", lzma.compress(as_lines(ROWS[:50]))[:-20], "the compressed file is cut off in the middle"),
+    ("a.csv.bz2", as_lines([PAIR]), "cannot be read: Invalid data stream"),
+    ("a.csv.xz", as_lines([PAIR]), "cannot be read: Input format not supported"),
+    ("a.exe", b"MZ", "'.exe', which is not read"),
+    ("a.json", b'{"data": [{"prompt": "x"}], 7: 8}', "a.json: not JSON: Expecting property name"),
+    ("a.json", b'{"data" [{"prompt": "x"}]}', "a.json: not JSON: Expecting ':' delimiter"),
+    ("a.json", b'{"data": [{"prompt": "x"} {}]}', "a.json: not JSON: Expecting ',' delimiter in line 1"),
+    ("a.json", b'{\n"prompt": "x"}\n{"prompt": "x"}', "a.json: not JSON: Extra data in line 3"),
+    ("a.json", b'{"prompt": "x"} {"prompt": "x"}', "a.json: not JSON: Extra data in line 1"),
     ("a.parquet.gz", b"", "'.gz', which is not read"),
 ]
 
@@ -406,7 +274,7 @@ def test_a_parquet_row_that_is_no_text_is_named_and_the_others_kept(tmp_path: Pa
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "LONGEST_LINE_BYTES", 5000)
+    monkeypatch.setattr(opened, "LONGEST_LINE_BYTES", 5000)
     path = write_rows(tmp_path / "rows.jsonl", PAIR, {"prompt": "x" * 6000, "completion": "y"})
     assert "line 2: longer than 5,000 bytes" in problem_of(path)
 
@@ -524,7 +392,7 @@ def test_a_list_of_json_is_read_the_same_in_any_pieces(
 
     def read() -> tuple[list[object], str]:
         try:
-            found = list(text_files.read_json(path))
+            found = list(json_files.read_json(path))
         except BadData as error:
             return [], error.problem
         is_fault = bool(found) and isinstance(found[-1][1], BadData)
@@ -534,7 +402,7 @@ def test_a_list_of_json_is_read_the_same_in_any_pieces(
     assert ("cut off" in problem) == (0 < cut < len(whole))
     assert problem or cut or repr([row for _, row in rows]) == repr([*values, "é𝄞"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_files, "CHUNK_BYTES", chunk)
+        patch.setattr(json_files, "CHUNK_BYTES", chunk)
         again, problem_again = read()
     assert (repr(again), problem_again) == (repr(rows), problem)
 

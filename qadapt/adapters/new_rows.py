@@ -57,7 +57,8 @@ class NewRows(nn.Module):
         rows = functional.embedding(place.clamp(0, len(self.ids) - 1), self.weight.to(embedded.dtype))
         if (scale := _scale_of(embedding)) is not None:
             rows = rows * scale.to(rows.dtype)
-        return torch.where(is_new.unsqueeze(-1), rows, embedded)  # (B, T, D)
+        # the table is frozen; PEFT may ask for a gradient all the same, which would keep a copy of it all
+        return torch.where(is_new.unsqueeze(-1), rows, embedded.detach())  # (B, T, D)
 
     def add_logits(self, head: nn.Linear, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         """Hook of the head: the logits of new tokens get what their rows have changed by.

@@ -87,16 +87,6 @@ def occurrences(rows: Iterable[Tokens], ids: Sequence[int]) -> dict[int, int]:
     return dict(zip(ids, found.tolist(), strict=True))
 
 
-def duplicate_rows(hashes: NDArray[np.uint64]) -> int:
-    """Rows that are the same, token for token, as another one before them."""
-    return len(hashes) - len(np.unique(hashes))
-
-
-def overlapping_rows(train: NDArray[np.uint64], held_out: NDArray[np.uint64]) -> int:
-    """Held-out rows that are trained on, too."""
-    return int(np.count_nonzero(np.isin(held_out, train)))
-
-
 @dataclass(frozen=True)
 class Layout:
     """How the rows of the steps lie in memory, filled up and packed.
@@ -157,7 +147,8 @@ def looked_at(steps: int, *, rows_per_step: int) -> int:
 class Forecast:
     """What the run will take on this machine, where that can be told without weights.
 
-    `problem` says in a sentence why nothing, or not the time, can be told.
+    `problem` says in a sentence why nothing, or not the time, can be told; `cure` what to do where the run
+    could not begin.
     """
 
     device: str = ""
@@ -165,6 +156,7 @@ class Forecast:
     budget_bytes: int | None = None
     seconds_per_step: float | None = None
     problem: str = ""
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -198,10 +190,7 @@ class DataReport:
     steps: int
     forecast: Forecast
     is_packed: bool = False
-    held_out_tokens: int = 0
     duplicates: int = 0
-    held_out_duplicates: int = 0
-    overlap: int = 0
     formats: Mapping[str, int] = field(default_factory=dict)
     skipped_rows: int = 0
     cut: Mapping[str, int] = field(default_factory=dict)

@@ -1,25 +1,27 @@
-"""What a row looks like, and the conversation in it.
+"""What a row looks like, and the conversation or the raw text in it.
 
-A conversation is a list of messages with a role and a text. Knows the shapes of rows, no files and no tokens.
-What a row holds and a conversation cannot (tool calls, images, a rejected answer) is refused by name: to
-leave it out would train on something else than the row says.
+Knows the shapes of rows, no files and no tokens. What a row holds and a conversation cannot (images, a judged
+answer) is refused by name: to leave it out would train on something else than the row says.
 
-The shapes are those of OpenAI's fine-tuning files, of ShareGPT's exports, of Stanford Alpaca, and of TRL; an
-Alpaca `input` follows its `instruction` after an empty line.
+The shapes are those of OpenAI's fine-tuning files, of ShareGPT's exports, of Stanford Alpaca, of TRL (prompt
+and completion, preference pairs), and of raw text. An Alpaca `input` follows its `instruction` after an empty
+line; its `history` is LLaMA-Factory's, whose answers are learned like the last one.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from qadapt.data.conversation import Conversation, Message
+from qadapt.data.conversation import Conversation, Document, Message, Row
+from qadapt.data.message_formats import read_turns, refuse
+from qadapt.data.preference import context, read_chosen
+from qadapt.data.values import CORRECT, is_filled, kind_of, listed, parsed, text_of, tools_of
 from qadapt.errors import BadData
 
-Format = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "question-answer"]
-ROLES = ("system", "user", "assistant")
-CORRECT = "Correct the row, or remove it."
+Format = Literal[
+    "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "preference", "text"
+]
 
 _KEYS: dict[Format, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
@@ -27,45 +29,24 @@ _KEYS: dict[Format, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
     "prompt-completion": (("prompt", "completion"),),
     "question-answer": (("question", "answer"), ("query", "response")),
+    "preference": (("chosen", "rejected"),),
+    "text": (("text",),),
 }
 """The columns of each format; of several ways, a row has one."""
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-_TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "observation", "ipython")
-
-_UNSUPPORTED_IN_ROW = {
-    "tools": "tools",
-    "functions": "tools",
+_UNSUPPORTED = {
     "image": "images",
     "images": "images",
     "video": "videos",
     "videos": "videos",
     "audio": "sounds",
     "audios": "sounds",
-    "history": "earlier turns in `history`",
 }
-_UNSUPPORTED_IN_MESSAGE = {
-    "tool_calls": "tool calls",
-    "function_call": "tool calls",
-    "tool_call_id": "tool calls",
-    "images": "images",
-    "audio": "sounds",
-    "reasoning_content": "reasoning apart from the content",
-    "thinking": "reasoning apart from the content",
-}
+_OF_TEXTS = ("alpaca", "prompt-completion", "question-answer")
+_TOOLS = ("tools", "functions")
 _UNSUPPORTED_ROWS: dict[tuple[str, ...], str] = {
-    ("chosen", "rejected"): "a preference pair (`chosen`, `rejected`)",
     ("prompt", "completion", "label"): "a judged answer (`completion`, `label`)",
-    ("text",): "raw text (`text`)",
+    ("text", "label"): "a classified text (`text`, `label`)",
 }
 
 
@@ -85,7 +66,7 @@ def map_columns(row: object, columns: Mapping[str, str], *, place: str) -> objec
     for name in columns.values():
         if name not in row:
             raise BadData(
-                f"{place}: the row has no column {name!r}, which data.columns names; it has {_listed(row)}.",
+                f"{place}: the row has no column {name!r}, which data.columns names; it has {listed(row)}.",
                 cure="Correct data.columns, or the row.",
             )
     kept = {name: value for name, value in row.items() if name not in columns.values()}
@@ -95,18 +76,25 @@ def map_columns(row: object, columns: Mapping[str, str], *, place: str) -> objec
 def recognise(row: object, *, place: str) -> Format:
     """The format of a row, by its keys.
 
+    Raw text is what nothing else fits: an Alpaca row with its whole text beside it is an Alpaca row. A pair
+    with its chosen side repeated as `messages` (UltraFeedback) is a pair.
+
     Raises:
         BadData: The row has the keys of no format, of several, or of a kind that is not trained on.
     """
     if not isinstance(row, Mapping):
-        raise BadData(f"{place}: a row is an object; this one is {_kind(row)}.", cure=CORRECT)
+        raise BadData(f"{place}: a row is an object; this one is {kind_of(row)}.", cure=CORRECT)
     fitting = [name for name in _KEYS if _fits(row, name)]
+    if len(fitting) > 1 and "text" in fitting:
+        fitting.remove("text")
+    if fitting == ["messages", "preference"] and row["messages"] == row["chosen"]:
+        fitting.remove("messages")
     for keys, what in _UNSUPPORTED_ROWS.items():
-        if all(key in row for key in keys) and (len(keys) > 1 or not fitting):
+        if all(key in row for key in keys) and (keys[0] != "text" or fitting == ["text"]):
             raise BadData(
                 f"{place}: this row is {what}, which qadapt does not train on.",
-                cure="Give conversations. If the row holds one under other names, state data.format or "
-                "data.columns.",
+                cure="Give conversations. If the row holds one under other names, or is meant as a plainer "
+                "kind, state data.format or data.columns.",
             )
     if len(fitting) > 1:
         raise BadData(
@@ -116,69 +104,101 @@ def recognise(row: object, *, place: str) -> Format:
     if not fitting:
         raise BadData(
             f"{place}: a row is an object with `messages`, or `prompt` and `completion`, or the keys of "
-            f"another format ({', '.join(_KEYS)}); this one has {_listed(row)}.",
+            f"another format ({', '.join(_KEYS)}); this one has {listed(row)}.",
             cure="Name its columns in data.columns, such as data.columns={prompt: question_text}; or correct "
             "the row.",
         )
     return fitting[0]
 
 
-def read_conversation(row: object, form: Format, *, place: str) -> Conversation:
-    """The conversation of a row.
+def read_row(row: object, form: Format, *, place: str) -> Row:
+    """The conversation of a row, or its raw text.
 
     Raises:
-        BadData: The row is no conversation with at least one assistant turn, or holds what one cannot hold.
+        BadData: The row has nothing to learn, or holds what a conversation cannot hold.
     """
     if not isinstance(row, Mapping) or not _fits(row, form):
         keys = ", or ".join(" and ".join(f"`{key}`" for key in way) for way in _KEYS[form])
         raise BadData(f"{place}: the row has no {keys}.", cure=CORRECT)
-    _refuse(row, _UNSUPPORTED_IN_ROW, place=place)
+    unsupported = (
+        _UNSUPPORTED if form in _OF_TEXTS else _UNSUPPORTED | {"history": "earlier turns in `history`"}
+    )
+    refuse(row, unsupported, place=place)
+    if form == "text":
+        return _document(row, place=place)
     if form in ("messages", "sharegpt"):
-        messages = _read_turns(row, form, place=place)
+        column = _KEYS[form][0][0]
+        messages = read_turns(row[column], column, place=place)
+    elif form == "preference":
+        messages = read_chosen(row, place=place)
     else:
-        messages = _read_texts(row, form, place=place)
+        messages = _read_pair(row, form, place=place)
     messages = _with_system(row, messages, place=place)
-    if not any(message.role == "assistant" and message.content for message in messages):
-        raise BadData(f"{place}: no assistant turn, so there is nothing to learn.", cure="Remove the row.")
-    return Conversation(messages, place)
+    _check_answers(messages, place=place)
+    return Conversation(messages, place, _tools(row, place=place))
 
 
 def _fits(row: Mapping[Any, Any], form: Format) -> bool:
     return any(all(key in row for key in way) for way in _KEYS[form])
 
 
-def _read_turns(row: Mapping[Any, Any], form: Format, *, place: str) -> tuple[Message, ...]:
-    column = _KEYS[form][0][0]
-    turns = _parsed(row[column])
-    if not isinstance(turns, list) or not turns:
-        raise BadData(f"{place}: `{column}` is not a list of turns.", cure=CORRECT)
-    read = _read_message if form == "messages" else _read_sharegpt
-    return tuple(read(turn, place=f"{place}, message {number}") for number, turn in enumerate(turns, 1))
+def _document(row: Mapping[Any, Any], *, place: str) -> Document:
+    refuse(row, dict.fromkeys(_TOOLS, "tools beside raw text"), place=place)
+    text = text_of(row["text"], "text", place=place)
+    if not text.strip():
+        raise BadData(f"{place}: `text` is empty, so there is nothing to learn.", cure="Remove the row.")
+    return Document(text, place)
 
 
-def _parsed(turns: object) -> object:
-    """The turns of a table's cell, which holds them as JSON."""
-    if not isinstance(turns, str) or not turns.lstrip().startswith("["):
-        return turns
-    try:
-        return json.loads(turns)
-    except (ValueError, RecursionError):
-        return turns
-
-
-def _read_texts(row: Mapping[Any, Any], form: Format, *, place: str) -> tuple[Message, ...]:
-    asked, answered = next(way for way in _KEYS[form] if all(key in row for key in way))
-    question, answer = (_text(row[key], key, place=place) for key in (asked, answered))
+def _read_pair(row: Mapping[Any, Any], form: Format, *, place: str) -> tuple[Message, ...]:
+    ways = [way for way in _KEYS[form] if all(key in row for key in way)]
+    if len(ways) > 1:
+        names = " and ".join(f"`{way[0]}`, `{way[1]}`" for way in ways)
+        raise BadData(
+            f"{place}: the row has two pairs: {names}.",
+            cure="Name one pair in data.columns, or remove the other.",
+        )
+    asked, answered = ways[0]
+    if form == "prompt-completion" and (isinstance(row[asked], list) or isinstance(row[answered], list)):
+        return _read_turns_and_answer(row, place=place)
+    question, answer = (text_of(row[key], key, place=place) for key in (asked, answered))
     if form == "alpaca" and row.get("input"):
-        question = f"{question}\n\n{_text(row['input'], 'input', place=place)}"
-    return Message("user", question), Message("assistant", answer)
+        question = f"{question}\n\n{text_of(row['input'], 'input', place=place)}"
+    return *_history(row, place=place), Message("user", question), Message("assistant", answer)
+
+
+def _read_turns_and_answer(row: Mapping[Any, Any], *, place: str) -> tuple[Message, ...]:
+    """TRL's conversational form: both are lists of turns, and only the completion's answers are learned."""
+    if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+        raise BadData(
+            f"{place}: of `prompt` and `completion`, one is a list of turns and the other is not.",
+            cure="Write both as texts, or both as lists of turns.",
+        )
+    prompt = read_turns(row["prompt"], "prompt", place=f"{place}, `prompt`")
+    return *context(prompt), *read_turns(row["completion"], "completion", place=f"{place}, `completion`")
+
+
+def _history(row: Mapping[Any, Any], *, place: str) -> tuple[Message, ...]:
+    """Earlier questions with their answers."""
+    if not is_filled(row.get("history")):
+        return ()
+    history = parsed(row["history"])
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
+        raise BadData(f"{place}: `history` is no list of pairs [question, answer].", cure=CORRECT)
+    return tuple(
+        Message(role, text_of(text, "history", place=place))
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    )
 
 
 def _with_system(row: Mapping[Any, Any], messages: tuple[Message, ...], *, place: str) -> tuple[Message, ...]:
     """The messages after the row's own system prompt, if it has one beside them."""
     if not row.get("system"):
         return messages
-    prompt = _text(row["system"], "system", place=place)
+    prompt = text_of(row["system"], "system", place=place)
     if any(message.role == "system" for message in messages):
         raise BadData(
             f"{place}: there are two system prompts, in `system` and in a message.", cure="Keep one of them."
@@ -186,106 +206,23 @@ def _with_system(row: Mapping[Any, Any], messages: tuple[Message, ...], *, place
     return Message("system", prompt), *messages
 
 
-def _read_message(turn: object, *, place: str) -> Message:
-    if not isinstance(turn, Mapping) or "role" not in turn:
-        raise BadData(f"{place}: a message has `role` and `content`.", cure=CORRECT)
-    role = turn["role"]
-    _refuse_tools(role, place=place)
-    _refuse(turn, _UNSUPPORTED_IN_MESSAGE, place=place)
-    if "content" not in turn:
-        raise BadData(f"{place}: a message has `role` and `content`.", cure=CORRECT)
-    if role not in ROLES:
-        raise BadData(f"{place}: the role {_shown(role)} is not one of {', '.join(ROLES)}.", cure=CORRECT)
-    _refuse_weight(turn, role, place=place)
-    name = _text(turn["name"], "name", place=place) if turn.get("name") else None
-    return Message(role, _text(turn["content"], "content", place=place), name)
+def _tools(row: Mapping[Any, Any], *, place: str) -> tuple[Mapping[str, Any], ...]:
+    filled = [key for key in _TOOLS if is_filled(row.get(key))]
+    if len(filled) > 1:
+        raise BadData(f"{place}: tools stand in `tools` and in `functions`.", cure="Keep one of them.")
+    return tools_of(row[filled[0]], filled[0], place=place) if filled else ()
 
 
-def _read_sharegpt(turn: object, *, place: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise BadData(f"{place}: a message has `from` and `value`.", cure=CORRECT)
-    if (
-        "from" not in turn and "role" in turn
-    ):  # some exports call the list by one name and its turns by another
-        return _read_message(turn, place=place)
-    if "from" not in turn or "value" not in turn:
-        raise BadData(f"{place}: a message has `from` and `value`.", cure=CORRECT)
-    speaker = turn["from"].lower() if isinstance(turn["from"], str) else turn["from"]
-    _refuse_tools(speaker, place=place)
-    _refuse(turn, _UNSUPPORTED_IN_MESSAGE, place=place)
-    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+def _check_answers(messages: tuple[Message, ...], *, place: str) -> None:
+    answers = [
+        message
+        for message in messages
+        if message.role == "assistant" and (message.content or message.tool_calls or message.reasoning)
+    ]
+    if not answers:
+        raise BadData(f"{place}: no assistant turn, so there is nothing to learn.", cure="Remove the row.")
+    if not any(message.is_learned for message in answers):
         raise BadData(
-            f"{place}: the role {_shown(turn['from'])} is not one of {', '.join(_SHAREGPT_ROLES)}.",
-            cure=CORRECT,
-        )
-    _refuse_weight(turn, _SHAREGPT_ROLES[speaker], place=place)
-    return Message(_SHAREGPT_ROLES[speaker], _text(turn["value"], "value", place=place))
-
-
-def _refuse(values: Mapping[Any, Any], unsupported: Mapping[str, str], *, place: str) -> None:
-    """Refuses what a conversation cannot hold; tables fill columns that a row lacks with null or nothing."""
-    for key, what in unsupported.items():
-        value = values.get(key)
-        if value not in (None, "", "[]", [], {}):
-            raise BadData(
-                f"{place}: `{key}` is filled; {what} are not supported, and to leave them out would change "
-                "what is learned.",
-                cure="Remove the row, or take them out of it on purpose.",
-            )
-
-
-def _refuse_tools(role: object, *, place: str) -> None:
-    if role in _TOOL_ROLES:
-        raise BadData(
-            f"{place}: the role {role!r} belongs to tool calls, which are not supported.",
+            f"{place}: every assistant turn has weight 0, so there is nothing to learn.",
             cure="Remove the row.",
         )
-
-
-def _refuse_weight(turn: Mapping[Any, Any], role: str, *, place: str) -> None:
-    """Refuses an answer that is to count less or not at all; what is not learned has no weight anyway."""
-    if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise BadData(
-            f"{place}: `weight` is not 1; weights of single messages are not supported, every answer counts.",
-            cure="Remove the row, or the weight.",
-        )
-
-
-def _text(value: object, key: str, *, place: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
-        kinds = ", ".join(sorted({_shown(part.get("type")) for part in value}))
-        raise BadData(
-            f"{place}: `{key}` is a list of parts ({kinds}); images and other parts are not supported, only "
-            "a text is.",
-            cure="Write the content as one text, or remove the row.",
-        )
-    if not isinstance(value, str):
-        raise BadData(f"{place}: `{key}` is {_kind(value)}, not a text.", cure=CORRECT)
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise BadData(
-                f"{place}: `{key}` holds half of a surrogate pair, which is no character.", cure=CORRECT
-            ) from None
-    return value
-
-
-def _kind(value: object) -> str:
-    return "empty" if value is None else type(value).__name__
-
-
-def _listed(row: Mapping[Any, Any]) -> str:
-    """The keys of a row for a message, which a damaged row must not fill."""
-    return f"the keys {_few(map(_shown, row))}" if row else "no keys"
-
-
-def _few(texts: Iterable[str], most: int = 12) -> str:
-    listed = list(texts)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
-
-
-def _shown(value: object, most: int = 60) -> str:
-    if not isinstance(value, str):
-        return _kind(value)
-    return repr(value) if len(value) <= most else f"{value[:most]!r}..."

@@ -4,8 +4,8 @@ Registered by transformers' `AttentionInterface` without a mask function, so tha
 mask; the bounds travel as a keyword argument of the model to every layer. The model is switched to it for
 packed micro-batches only (`isolating`): under this name a padding mask would be ignored, so everything else,
 generation above all, keeps the attention that the model was loaded with. Which kernel runs is decided in
-`plan/packing.py`. What is relied on: `set_attn_implementation`, and that `config._attn_implementation` names
-what is in use (`tests/test_packing.py`).
+`plan/attention.py`. What is relied on: `set_attn_implementation`, and that `config._attn_implementation`
+names what is in use (`tests/test_packing.py`).
 
 Legend: T tokens of all documents, S of one, H query heads, K key-value heads, D head width.
 """
@@ -23,17 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from qadapt.engine.target import TYPES, capability_for
+from qadapt.engine.target import HAS_VARLEN, TYPES, capability_for
 from qadapt.errors import Unsupported
-from qadapt.plan.attention import attention_kernel
-from qadapt.plan.packing import document_kernel
+from qadapt.plan.attention import attention_kernel, document_kernel
 
-try:
+if HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
-
-    HAS_VARLEN = True
-except ImportError:  # before torch 2.10
-    HAS_VARLEN = False
 
 NAME = "documents"
 
@@ -57,12 +52,12 @@ class Documents:
         return Documents(self.bounds, positions, starts)
 
 
-def documents_of(lengths: Sequence[int], *, device: str = "cpu") -> Documents:
+def documents_of(lengths: Sequence[int]) -> Documents:
     """The documents of these lengths, one after another."""
     sizes = torch.tensor(lengths)
     bounds = functional.pad(sizes.cumsum(0), (1, 0))
     places = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(sizes)
-    return Documents(tuple(bounds.tolist()), places[None].to(device), bounds.to(device, torch.int32))
+    return Documents(tuple(bounds.tolist()), places[None], bounds.to(torch.int32))
 
 
 @contextmanager

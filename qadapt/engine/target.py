@@ -28,6 +28,13 @@ from qadapt.engine.ledger import Inside
 from qadapt.plan.attention import attention_kernel
 from qadapt.plan.workspace import kernel_bytes
 
+try:
+    import torch.nn.attention.varlen
+
+    HAS_VARLEN = True
+except ImportError:  # before torch 2.10
+    HAS_VARLEN = False
+
 aten = torch.ops.aten
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FP32 = 4
@@ -42,6 +49,8 @@ _ASKED = {
     aten._softmax_backward_data.default: "_softmax_backward_data",
 }
 """Operations whose kernels are known to take more than their results, by the table's names."""
+if HAS_VARLEN:
+    _ASKED[torch.ops.torch_attn._varlen_attn_backward.default] = "_varlen_attn_backward"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
     # phi3's rotary part lays queries out so that Flash's output, laid out alike, is copied
     is_copied = shape.family == "phi3" and attention.kernel in ("flash", "cpu")
     kept += attention_core_bytes(shape, setting, attention)
-    kept += _adapter(last, setting, is_kept_already=attention.keeps_output and not is_copied)
+    is_kept = attention.keeps_output and not is_copied and not attention.is_joined
+    kept += _adapter(last, setting, is_kept_already=is_kept)
     if shape.family == "gemma2":
         kept += _norm(shape.width, setting)
     return kept * setting.tokens + score_bytes(shape, setting, attention)
@@ -63,7 +64,8 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
     """What is there once for all layers: rotary tables, token numbers, which of them are new, masks."""
-    tables = 2 * setting.length * shape.head_width * setting.compute_bytes
+    places = setting.tokens if setting.packed else setting.length
+    tables = 2 * places * shape.head_width * setting.compute_bytes
     numbers = 3 * setting.tokens * 8 + (setting.tokens * 9 if setting.new_tokens else 0)
     return tables + numbers + mask_bytes(shape, setting, attention)
 

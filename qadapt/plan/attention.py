@@ -22,6 +22,9 @@ NEW_CARD = 8.9
 """Compute capability that an unknown card is taken to have."""
 
 AttentionKernel = Literal["flash", "efficient", "math"]
+DocumentKernel = Literal["varlen", "documents", "scores"]
+"""All documents of a packed row in one kernel (`torch.nn.attention.varlen`); one after another by the fused
+kernel of the device; or, as soft caps need it, one after another with all their scores."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ class Attention:
         is_repeated: Keys and values reach it once per query head.
         has_mask: A mask of T x T values reaches it.
         capability: Compute capability; 0 on a CPU.
+        documents: Documents in a packed row, each of which sees itself alone; 0 where rows are filled up.
+        is_joined: It attends to one document after another, and joins what comes out.
     """
 
     kernel: AttentionKernel | Literal["cpu", "eager"]
     is_repeated: bool
     has_mask: bool
     capability: float
+    documents: int = 0
+    is_joined: bool = False
 
     @property
     def keeps_output(self) -> bool:
@@ -50,6 +57,8 @@ class Attention:
 def attention_of(shape: ModelShape, setting: Setting, *, compute_capability: float | None) -> Attention:
     """The way a step's attention takes; an unknown card is taken to be new."""
     is_grouped, capability = shape.kv_heads < shape.heads, compute_capability or NEW_CARD
+    if setting.packed:
+        return _packed_attention(shape, setting, capability=None if setting.device == "cpu" else capability)
     has_mask = shape.sliding_window is not None and setting.length >= shape.sliding_window
     if shape.attention_softcap is not None:
         return Attention("eager", is_grouped, has_mask, 0)
@@ -64,6 +73,58 @@ def attention_of(shape: ModelShape, setting: Setting, *, compute_capability: flo
         has_mask=has_mask,
     )
     return Attention(kernel, is_grouped and is_repeated, has_mask, capability)
+
+
+def _packed_attention(shape: ModelShape, setting: Setting, *, capability: float | None) -> Attention:
+    """The way of documents in a packed row, as `engine/documents.py` goes it."""
+    count, is_grouped = max(setting.rows, setting.documents), shape.kv_heads < shape.heads
+    chosen = document_kernel(
+        setting.compute_dtype,
+        capability=capability,
+        head_width=shape.head_width,
+        has_softcap=shape.attention_softcap is not None,
+    )
+    if chosen == "varlen":
+        assert capability is not None
+        return Attention("flash", False, False, capability, count)
+    has_mask = shape.sliding_window is not None and setting.length > shape.sliding_window
+    is_joined = count > 1
+    if chosen == "scores":
+        return Attention("eager", is_grouped, has_mask, 0, count, is_joined)
+    if capability is None:
+        return Attention("cpu", is_grouped and has_mask, has_mask, 0, count, is_joined)
+    is_repeated = has_mask or repeats_keys(shape, setting.compute_dtype, compute_capability=capability)
+    kernel = attention_kernel(
+        capability,
+        setting.compute_dtype,
+        head_width=shape.head_width,
+        grouped=is_grouped and not is_repeated,
+        has_mask=has_mask,
+    )
+    return Attention(kernel, is_grouped and is_repeated, has_mask, capability, count, is_joined)
+
+
+def document_kernel(
+    dtype: str, *, capability: float | None, head_width: int, has_softcap: bool
+) -> DocumentKernel:
+    """The kernel that attends within the documents of a packed row: the one place where that is decided.
+
+    The step asks it for every layer (`engine/documents.py`), the plan for its reasons and its bytes. No GPU
+    of ours has run `varlen` yet: on CUDA a run compares it with one document at a time on the very card
+    before it trains, and leaves it if they differ.
+
+    Args:
+        dtype: Of the products: "fp32", "bf16" or "fp16".
+        capability: Compute capability of the card; None for a CPU.
+        head_width: Width of one head.
+        has_softcap: Whether scores have a soft cap, which no fused kernel knows.
+    """
+    if has_softcap:
+        return "scores"
+    if capability is None:
+        return "documents"
+    kernel = attention_kernel(capability, dtype, head_width=head_width, grouped=True, has_mask=False)
+    return "varlen" if kernel == "flash" else "documents"
 
 
 def repeats_keys(shape: ModelShape, compute_dtype: str, *, compute_capability: float | None) -> bool:
@@ -132,7 +193,7 @@ def attention_core_bytes(shape: ModelShape, setting: Setting, attention: Attenti
 
 
 def score_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
-    """The T x T matrices that a layer keeps.
+    """The T x T matrices that a layer keeps; in a packed row of each document, of `length` at most.
 
     Eager with a soft cap: the fp32 softmax, its tanh and a cast. Scores made without fusing: the softmax.
     Fused with a mask: the mask as numbers to be added, which every call makes anew.
@@ -148,8 +209,11 @@ def score_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> in
 def mask_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
     """Masks that stay for all layers: eager attention's two, in numbers; else one of booleans for all rows.
 
-    Layers that are not recomputed keep only what they made of it (`score_bytes`).
+    Layers that are not recomputed keep only what they made of it (`score_bytes`). Documents of a packed row
+    have theirs made anew in every layer.
     """
+    if attention.documents:
+        return 0
     squares = setting.length**2
     if attention.kernel == "eager":
         return 2 * setting.rows * squares * setting.compute_bytes

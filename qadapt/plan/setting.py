@@ -44,6 +44,9 @@ class Setting:
     micro-batches have left gradients behind, `holds_logits` that the caller still holds the logits while the
     loss goes backward (qadapt's step does not; published stacks do). `new_tokens` is the number of tokens
     whose rows of embedding and head are trained; the shape's vocabulary includes them.
+
+    `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
+    most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length.
     """
 
     rows: int = 1
@@ -61,6 +64,8 @@ class Setting:
     recompute: Recompute = "all"
     accumulates: bool = True
     holds_logits: bool = False
+    packed: bool = False
+    documents: int = 0
     new_tokens: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
 

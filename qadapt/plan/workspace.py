@@ -48,7 +48,8 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
         moments = [5 * norm, *(moment - norm for moment in moments)]
     held = _held_gradient_bytes(shape, setting)
     if not is_recomputed:  # the model's forward pass holds its embeddings, and what went into this layer
-        is_embedding_free = setting.recomputed_layers(shape.layers) == 0
+        is_kept = setting.new_tokens > 0 and c == FP32  # by the first norm, which is trained through
+        is_embedding_free = setting.recomputed_layers(shape.layers) == 0 and not is_kept
         held = ((c < FP32) + is_embedding_free) * shape.width * c * tokens
     return max(
         gradient + max(moments), held + max(_forward_moments(shape, setting, is_recomputed=is_recomputed))
@@ -112,11 +113,11 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
     Fused: the residual's gradient, that of the output and those of queries, keys and values, and what the
     kernel takes inside. Eager attention with a soft cap: the fp32 gradients before and after the softmax, its
     cast let go. Scores made without fusing: the same two, and what the kernel of the softmax's gradient
-    takes.
+    takes. Where documents of a packed row come one after another, their scores and kernels do, too.
     """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    c = setting.compute_bytes
-    scores = setting.rows * shape.heads * setting.length**2
+    c, at_once = setting.compute_bytes, 1 if attention.is_joined else setting.rows
+    scores = at_once * shape.heads * setting.length**2
     if attention.kernel == "eager":
         after = (
             c if setting.compute_dtype == "fp16" and setting.device == "cuda" else FP32
@@ -133,12 +134,24 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
     gradients = (shape.width + 2 * query + 2 * wide) * c * setting.tokens
     if setting.device == "cpu":
         return gradients
-    heads = [(setting.rows, count, setting.length, shape.head_width) for count in (shape.heads, wide)]
-    heads[1] = (setting.rows, wide // shape.head_width, setting.length, shape.head_width)
-    return gradients + kernel_bytes(
-        f"_scaled_dot_product_{attention.kernel}_attention_backward",
+    return gradients + _kernel_bytes(shape, setting, attention, key_heads=wide // shape.head_width)
+
+
+def _kernel_bytes(shape: ModelShape, setting: Setting, attention: Attention, *, key_heads: int) -> int:
+    """What CUDA's fused kernel takes inside as attention goes backward."""
+    heads: list[tuple[int, ...]]
+    if attention.documents and not attention.is_joined and attention.kernel == "flash":
+        name = "_varlen_attn_backward"
+        heads = [(setting.tokens, count, shape.head_width) for count in (shape.heads, key_heads)]
+        heads += [(), (), (), (attention.documents + 1,)]
+    else:
+        name = f"_scaled_dot_product_{attention.kernel}_attention_backward"
+        rows = 1 if attention.is_joined else setting.rows
+        heads = [(rows, count, setting.length, shape.head_width) for count in (shape.heads, key_heads)]
+    return kernel_bytes(
+        name,
         [heads[0], *heads],
-        value_bytes=c,
+        value_bytes=setting.compute_bytes,
         capability=attention.capability,
     )
 
@@ -207,11 +220,17 @@ def kernel_bytes(op: str, shapes: Sequence[Sequence[int]], *, value_bytes: int, 
 
     Args:
         op: The operation's name without namespace and overload.
-        shapes: Shapes of its tensor arguments, in order. Attention: (B, H, T, D), keys (B, K, S, D).
+        shapes: Shapes of its tensor arguments, in order. Attention: (B, H, T, D), keys (B, K, S, D); of
+            documents: (T, H, D), keys (T, K, D), and the bounds of N documents, (N + 1,).
         value_bytes: Bytes of one value of the first tensor argument.
         capability: Compute capability of the card.
     """
     name = op.removeprefix("_scaled_dot_product")
+    if name == "_varlen_attn_backward":
+        (tokens, *query), documents = shapes[1], shapes[6][0] - 1
+        return _varlen_backward_bytes(
+            tokens, documents, query, key_heads=shapes[2][1], value_bytes=value_bytes
+        )
     if name == "_flash_attention_backward":
         return _flash_backward_bytes(shapes[1], shapes[2], value_bytes=value_bytes)
     if name == "_efficient_attention_backward":
@@ -232,6 +251,20 @@ def _flash_backward_bytes(query: Sequence[int], key: Sequence[int], *, value_byt
     sums = rows * heads * padded * FP32
     expanded = 2 * rows * key[2] * heads * width * value_bytes if key[1] != heads else 0
     return accumulator + sums + expanded
+
+
+def _varlen_backward_bytes(
+    tokens: int, documents: int, query: Sequence[int], *, key_heads: int, value_bytes: int
+) -> int:
+    """`mha_varlen_bwd` of `flash_api.cpp`: as for rows, but each document is 128 tokens away from the next.
+
+    Read in the kernel's source; no GPU of ours has confirmed it.
+    """
+    heads, width = query
+    apart = tokens + 128 * documents
+    accumulator = apart * heads * _up_to(width, 32 if width <= 128 else 64) * FP32
+    expanded = 2 * tokens * heads * width * value_bytes if key_heads != heads else 0
+    return accumulator + apart * heads * FP32 + expanded
 
 
 def _efficient_backward_bytes(

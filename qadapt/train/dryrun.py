@@ -6,7 +6,7 @@ it equals the ledger of the real step to the byte (`tests/test_dryrun.py`). Need
 
 What is not the very same: a fused AdamW step, which `meta` does not have, counts as what it takes, nothing;
 loss scaling (fp16) is left out, a few bytes; of the micro-batches before only their gradients are there; how
-a data-dependent question is answered (nothing is packed, all is finite).
+a data-dependent question is answered (all is finite).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
-from qadapt.batch_shape import BatchShape
+from qadapt.batch_shape import BatchShape, packed_shape
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.attention import choose_attention
+from qadapt.engine.documents import documents_of
 from qadapt.engine.ledger import Ledger, Peak
 from qadapt.engine.moments import watched
 from qadapt.engine.recompute import set_recompute
@@ -85,7 +86,8 @@ def dry_run(
     micro_batches = [_micro_batch(batch)]
     watching = watched(ledger, model.get_base_model(), optimizer=optimizer.inner)
     _count_as_fused(ledger, optimizer.inner)
-    with watching, on_target(target, expert_tokens=batch.expert_tokens), ledger:
+    on_device = on_target(target, is_packed=bool(batch.documents), expert_tokens=batch.expert_tokens)
+    with watching, on_device, ledger:
         for _ in range(steps):
             if setting.accumulates:
                 _leave_gradients(ledger, optimizer)
@@ -114,7 +116,15 @@ def skeleton_model(
 
 
 def batch_of(setting: Setting) -> BatchShape:
-    """The micro-batch a setting speaks of: rows of one length, the learned tokens at the same positions."""
+    """The micro-batch a setting speaks of: rows of one length, the learned tokens at the same positions.
+
+    Packed: full of documents of that length; of shorter ones, if there are more than `rows`.
+    """
+    if setting.packed:
+        count = max(setting.rows, min(setting.documents, setting.tokens))
+        each, longer = divmod(setting.tokens, count)
+        lengths = (each + 1,) * longer + (each,) * (count - longer)
+        return packed_shape(lengths, supervised_tokens=setting.supervised_tokens)
     positions = math.ceil(setting.length * setting.supervised_share)
     return BatchShape(setting.rows, setting.length, positions, setting.rows * positions)
 
@@ -129,6 +139,7 @@ def _micro_batch(shape: BatchShape) -> MicroBatch:
         targets=numbers(shape.rows, shape.positions),
         tokens=shape.rows * shape.length,
         supervised_tokens=shape.supervised_tokens,
+        documents=documents_of(shape.documents).to(torch.device("meta")) if shape.documents else None,
     )
 
 

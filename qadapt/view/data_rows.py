@@ -18,13 +18,15 @@ from rich.text import Text
 from qadapt.data.check import ShownRow
 from qadapt.data.pieces import Gap, Piece
 from qadapt.view.visible import PLAIN_SIGNS, SIGNS, Signs, one_line, visible
+from qadapt.view.wrapping import Part, wrapped
 
 LEARNED = Style.parse("black on green")
 CONTEXT = Style()
 SPECIAL = Style.parse("magenta")
 LEARNED_SPECIAL = Style.parse("bold black on cyan")
 QUIET = Style.parse("dim")
-_LOW_DIGITS = str.maketrans("0123456789 ", "₀₁₂₃₄₅₆₇₈₉ ")
+GAP = Style.parse("dim italic")
+_LOW_DIGITS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 class Look(NamedTuple):
@@ -69,7 +71,7 @@ class RowView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         look = Look.of(console, options)
         yield row_title(self.row, look)
-        yield row_text(self.row.pieces, look, shows_ids=self.shows_ids)
+        yield from wrapped(row_parts(self.row.pieces, look, shows_ids=self.shows_ids), options.max_width)
 
 
 @dataclass(frozen=True)
@@ -110,45 +112,40 @@ def legend(look: Look) -> Text:
     )
 
 
-def row_text(pieces: Sequence[Piece | Gap], look: Look, *, shows_ids: bool = False) -> Text:
-    """The tokens, to be wrapped anywhere: text without spaces is not pushed to a line of its own."""
-    text = Text(overflow="fold")
+def row_parts(pieces: Sequence[Piece | Gap], look: Look, *, shows_ids: bool = False) -> Iterator[Part]:
+    """The tokens as styled text, with brackets around what is learned where there are no colours."""
     was_learned = False
     for place, piece in enumerate(pieces):
         is_learned = isinstance(piece, Piece) and piece.is_supervised
         if not look.has_colours and is_learned != was_learned:
-            text.append(look.brackets[0] if is_learned else look.brackets[1])
+            yield look.brackets[0] if is_learned else look.brackets[1], CONTEXT
         was_learned = is_learned
         if isinstance(piece, Gap):
-            text.append(gap_words(piece, look.signs), style="dim italic")
-            continue
-        text.append(piece_text(pieces, place, look, shows_ids=shows_ids))
+            yield gap_words(piece, look.signs), GAP
+        else:
+            yield from _piece_parts(pieces, place, look, shows_ids=shows_ids)
     if was_learned and not look.has_colours:
-        text.append(look.brackets[1])
-    return _without_line_end(text)
+        yield look.brackets[1], CONTEXT
 
 
-def piece_text(pieces: Sequence[Piece | Gap], place: int, look: Look, *, shows_ids: bool) -> Text:
+def _piece_parts(pieces: Sequence[Piece | Gap], place: int, look: Look, *, shows_ids: bool) -> Iterator[Part]:
     """One piece; its ids stand behind it, but before its line end."""
     piece = pieces[place]
     assert isinstance(piece, Piece)
     style = _style(piece)
     quiet = QUIET if look.has_colours and not piece.is_supervised else style
     before, after = look.special_brackets if piece.is_special and not look.has_colours else ("", "")
-    text = Text(before)
-    for part, is_sign in piece_parts(pieces, place, look.signs):
-        text.append(look.writable(part), style=quiet if is_sign else style)
-    is_line = text.plain.endswith("\n")
-    text = _without_line_end(text).append(after)
+    parts = [
+        (look.writable(part), quiet if is_sign else style)
+        for part, is_sign in piece_parts(pieces, place, look.signs)
+    ]
+    line_end = [parts.pop()] if parts and parts[-1][0] == "\n" else []
+    yield before, style
+    yield from parts
+    yield after, style
     if shows_ids:
-        text.append(_ids(piece, look), style=QUIET if look.has_colours else "")
-    return text.append("\n" if is_line else "")
-
-
-def _without_line_end(text: Text) -> Text:
-    if text.plain.endswith("\n"):
-        text.right_crop(1)
-    return text
+        yield _ids(piece, look), QUIET if look.has_colours else CONTEXT
+    yield from line_end
 
 
 def _style(piece: Piece) -> Style:
@@ -158,7 +155,7 @@ def _style(piece: Piece) -> Style:
 
 
 def _ids(piece: Piece, look: Look) -> str:
-    words = " ".join(map(str, piece.ids))
+    words = ",".join(map(str, piece.ids))
     return f"({words})" if look.signs is PLAIN_SIGNS else words.translate(_LOW_DIGITS)
 
 

@@ -1,0 +1,186 @@
+"""Rows of a dataset of the hub, through `datasets`: fetched once, at one commit, memory-mapped, no code run.
+
+The library fetches and converts into its own cache; what it says of a dataset that cannot be read becomes one
+error with its cure. Without a network the state fetched last is used, unless another one is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from qadapt.data.column_files import batch_rows
+from qadapt.errors import BadData
+from qadapt.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CONNECT = "Connect to the network (and unset HF_HUB_OFFLINE if it is set), or give a file."
+_BATCH_ROWS = 1000
+
+
+def hub_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that a dataset's revision stands for now; None without a network.
+
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; None: the default branch.
+
+    Raises:
+        BadData: There is no such dataset or revision, or it is gated.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with _named(name, revision=revision):
+        try:
+            return HfApi().dataset_info(name, revision=revision, timeout=20).sha
+        except (httpx2.TransportError, OfflineModeIsEnabled):
+            return None
+
+
+def read_hub(name: str, *, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
+    """The rows of a split, each with its place, such as `owner/name (train), row 12`.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        split: As `datasets` names it; a part such as `train[:10%]` too.
+        subset: The subset (configuration); None: the only one, or the default.
+
+    Raises:
+        BadData: The dataset, its subset or its split does not exist, is gated, is not readable without code,
+            or is neither in the cache nor in reach.
+    """
+    import pyarrow
+
+    name, _, revision = name.partition("@")
+    commit = hub_commit(name, revision or None)
+    with _named(name, revision=revision or None):
+        builder = _builder(name, subset=subset, commit=commit, revision=revision or None)
+        _check_split(builder, name, split=split, commit=commit)
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split).with_format("arrow")
+        tables = dataset.iter(batch_size=_BATCH_ROWS)
+        batches = (batch for table in tables for batch in table.to_batches())
+        try:
+            yield from batch_rows(batches, of=f"{name} ({split})")
+        except pyarrow.ArrowException as error:
+            _refuse(name, error)
+
+
+def _builder(name: str, *, subset: str | None, commit: str | None, revision: str | None) -> DatasetBuilder:
+    from datasets import get_dataset_config_names, load_dataset_builder
+
+    quiet_libraries()
+    # the prefix keeps a folder of that name here from being read instead
+    address = f"hf://datasets/{name}"
+    try:
+        builder = load_dataset_builder(address, subset, revision=commit or revision)
+    except ValueError as error:
+        names = get_dataset_config_names(address, revision=commit or revision) if commit else []
+        if subset is None and len(names) > 1:
+            problem = f"{name} has several subsets: {', '.join(names)}."
+        elif subset is not None and names and subset not in names:
+            problem = f"{name} has no subset {subset!r}; it has {', '.join(names)}."
+        else:
+            _refuse(name, error)
+        raise BadData(problem, cure=f"Set the source's subset, such as subset: {names[0]}.") from None
+    if commit is None and revision is not None and builder.hash != revision:
+        raise BadData(
+            f"The hub is out of reach, and on this disk {name} is in another state than {revision!r}.",
+            cure=_CONNECT,
+        )
+    return builder
+
+
+def _check_split(builder: DatasetBuilder, name: str, *, split: str, commit: str | None) -> None:
+    """Looks for the split before all of them are fetched."""
+    from datasets import get_dataset_split_names
+
+    known = builder.info.splits
+    if known:
+        names = list(known)
+    elif commit is not None:
+        names = get_dataset_split_names(f"hf://datasets/{name}", builder.config.name, revision=commit)
+    else:
+        return
+    asked = [re.split(r"[\[(]", part.strip())[0] for part in split.split("+")]
+    missing = [part for part in asked if part not in (*names, "all")]
+    if missing:
+        raise BadData(
+            f"{name} has no split {missing[0]!r}; it has {', '.join(names)}.",
+            cure=f"Set the source's split, such as split: {names[0]}.",
+        )
+
+
+@contextmanager
+def _named(name: str, *, revision: str | None) -> Iterator[None]:
+    """Says what the answers of the hub and of the library mean. Tokens and headers never become text."""
+    import httpx2
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError:
+        raise BadData(
+            f"The dataset {name} is gated, and no account that may read it is logged in on this machine.",
+            cure=f"Accept its conditions on the page of datasets/{name}, then log in with `hf auth login`.",
+        ) from None
+    except RevisionNotFoundError:
+        raise BadData(
+            f"{name} has no revision {revision!r}.", cure="See which there are on its page."
+        ) from None
+    except RepositoryNotFoundError:
+        raise _missing(name) from None
+    except HFValidationError as error:
+        raise BadData(
+            f"{name!r} is no name of a dataset: {error}", cure="Write it as hub:owner/name."
+        ) from None
+    except HfHubHTTPError as error:
+        raise BadData(
+            f"The hub answered {name} with status {error.response.status_code}.",
+            cure="If that is 401 or 403, log in anew with `hf auth login`; else try again later.",
+        ) from None
+    except DatasetNotFoundError as error:
+        is_gated = "gated" in f"{error}"
+        raise (
+            BadData(_line(error), cure="Log in with `hf auth login`.") if is_gated else _missing(name)
+        ) from None
+    except (ConnectionError, httpx2.TransportError):
+        raise BadData(
+            f"The dataset {name} is not on this disk and the hub is out of reach.", cure=_CONNECT
+        ) from None
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        _refuse(name, error)
+
+
+def _missing(name: str) -> BadData:
+    return BadData(
+        f"There is no dataset {name} on the hub, or it is private and not for this account.",
+        cure="Check the spelling; for a private one log in with `hf auth login`.",
+    )
+
+
+def _refuse(name: str, error: Exception) -> NoReturn:
+    reason = error.__cause__ or error
+    raise BadData(
+        f"The dataset {name} cannot be read: {_line(reason)}",
+        cure="Choose a revision with Parquet, JSON lines or CSV files (repository code is never run), or "
+        "download a file of it and give its path.",
+    ) from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
