@@ -1,4 +1,4 @@
-"""Rows: read with the place of every mistake, rendered by the template, masked exactly, batched alike."""
+"""Rows: read with the place of every mistake, batched alike."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.data.batches import IGNORED, collate, micro_batches, widest_share
-from qadapt.data.conversation import Conversation, Message
 from qadapt.data.order import Order
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.rows import Rows, make_rows, split_conversations
 from qadapt.data.sources import read_conversations
 from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.errors import BadData, BadModel
+from qadapt.errors import BadData
 
 if TYPE_CHECKING:
     from conftest import TinyModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]}
 
 
@@ -38,85 +36,6 @@ def read_rows(
 ) -> Rows:
     kept, apart = split_conversations([(path, None)], form="auto", held_out=held_out, seed=seed)
     return make_rows(kept, apart, contract, length=length)
-
-
-def conversation(*turns: tuple[str, str]) -> Conversation:
-    return Conversation(tuple(Message(role, content) for role, content in turns), "row 1")
-
-
-def learned_text(contract: PromptContract, row: Tokens) -> str:
-    ids = [token for token, is_learned in zip(row.ids, row.supervised, strict=True) if is_learned]
-    text = contract.tokenizer.decode(ids)
-    assert isinstance(text, str)
-    return text
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_rendered_by_the_models_own_template(tiny_model: TinyModel, family: str) -> None:
-    contract = load_contract(tiny_model(family))
-    row = conversation(("user", "two plus two?"), ("assistant", "four"))
-    rendered = contract.tokenizer.apply_chat_template(row.turns, tokenize=True, return_dict=True)
-    assert list(contract.encode(row).ids) == rendered["input_ids"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_answer_and_its_end_are_learned_and_nothing_else(tiny_model: TinyModel, family: str) -> None:
-    contract = load_contract(tiny_model(family))
-    row = contract.encode(conversation(("user", "two plus two?"), ("assistant", "four")))
-    learned = learned_text(contract, row)
-    assert "four" in learned
-    assert "plus" not in learned
-    assert contract.ends_turns(row), f"{learned!r} does not end with an end token"
-    until_answer = contract.prompt_ids([{"role": "user", "content": "two plus two?"}])
-    first = int(row.supervised.argmax())
-    assert list(row.ids[:first]) == until_answer, "what is asked in chat is what stood before the answer"
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "phi3"])
-def test_every_assistant_turn_is_learned(tiny_model: TinyModel, family: str) -> None:
-    contract = load_contract(tiny_model(family))
-    row = contract.encode(
-        conversation(("user", "one?"), ("assistant", "alpha"), ("user", "two?"), ("assistant", "omega"))
-    )
-    learned = learned_text(contract, row)
-    assert "alpha" in learned
-    assert "omega" in learned
-    assert "one?" not in learned
-    assert "two?" not in learned
-
-
-def test_a_template_that_rewrites_earlier_turns_is_masked_where_it_can_be_proven(
-    tiny_model: TinyModel,
-) -> None:
-    contract = load_contract(tiny_model("qwen3"))
-    row = contract.encode(
-        conversation(("user", "one?"), ("assistant", "alpha"), ("user", "two?"), ("assistant", "omega"))
-    )
-    assert "alpha" in learned_text(contract, row)
-    assert "omega" in learned_text(contract, row)
-    assert "one?" not in learned_text(contract, row)
-
-
-def test_a_template_that_cannot_be_proven_is_refused(tiny_model: TinyModel) -> None:
-    contract = load_contract(tiny_model("llama"))
-    contract.tokenizer.chat_template = (
-        "{% for message in messages|reverse %}{{ message['content'] }}|{% endfor %}"
-    )
-    with pytest.raises(BadData, match=r"row 1: .*continuation"):
-        contract.encode(conversation(("user", "one?"), ("assistant", "alpha")))
-
-
-def test_a_tokenizer_without_a_template_is_refused(tiny_model: TinyModel) -> None:
-    contract = load_contract(tiny_model("llama"))
-    contract.tokenizer.chat_template = None
-    with pytest.raises(BadModel, match="no chat template"):
-        PromptContract(contract.tokenizer, end_ids=contract.end_ids)
-
-
-def test_a_role_that_the_template_refuses_names_the_row(tiny_model: TinyModel) -> None:
-    contract = load_contract(tiny_model("gemma2"))
-    with pytest.raises(BadData, match="row 1: the model's chat template refuses"):
-        contract.encode(conversation(("system", "be short"), ("user", "one?"), ("assistant", "alpha")))
 
 
 BAD_LINES = [
