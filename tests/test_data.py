@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,14 +13,10 @@ from hypothesis import strategies as st
 
 from qadapt.data.batches import IGNORED, collate, micro_batches, widest_share
 from qadapt.data.order import Order
-from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.rows import Rows, make_rows, split_conversations
+from qadapt.data.rows import RowSet
 from qadapt.data.sources import read_conversations
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadData
-
-if TYPE_CHECKING:
-    from conftest import TinyModel
 
 ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]}
 
@@ -29,13 +24,6 @@ ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assi
 def write_lines(path: Path, rows: list[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def read_rows(
-    path: Path, contract: PromptContract, *, held_out: Path | float = 0.0, length: int = 128, seed: int = 0
-) -> Rows:
-    kept, apart = split_conversations([(path, None)], form="auto", held_out=held_out, seed=seed)
-    return make_rows(kept, apart, contract, length=length)
 
 
 BAD_LINES = [
@@ -96,54 +84,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     assert [row.messages[1].content for row in read_conversations(tmp_path / "a.csv")] == ["0!", "1!", "2!"]
 
 
-def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_out(
-    tmp_path: Path, tiny_model: TinyModel
-) -> None:
-    long = {"messages": [{"role": "user", "content": "x " * 200}, {"role": "assistant", "content": "y"}]}
-    ends_late = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y " * 90}]}
-    path = write_lines(tmp_path / "rows.jsonl", [ROW, long, ends_late])
-    contract = load_contract(tiny_model("qwen2"))
-    rows = read_rows(path, contract, held_out=0.0, length=100, seed=0)
-    assert len(rows.train) == 2
-    assert rows.truncated == 2
-    assert max(len(row.ids) for row in rows.train) == 100
-    problems = [problem for problem, _ in rows.warnings]
-    assert any("2 rows are longer than 100 tokens" in problem for problem in problems)
-    assert any("1 rows have no answer" in problem and "line 2" in problem for problem in problems)
-
-
-def test_nothing_left_to_train_on_is_an_error(tmp_path: Path, tiny_model: TinyModel) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", [ROW])
-    contract = load_contract(tiny_model("qwen2"))
-    with pytest.raises(BadData, match="No row is left"):
-        read_rows(path, contract, held_out=0.0, length=8, seed=0)
-
-
-def test_held_out_rows_that_all_lose_their_answer_are_an_error(tmp_path: Path, tiny_model: TinyModel) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", [ROW])
-    long = {"messages": [{"role": "user", "content": "x " * 300}, {"role": "assistant", "content": "y"}]}
-    apart = write_lines(tmp_path / "held_out.jsonl", [long])
-    contract = load_contract(tiny_model("qwen2"))
-    with pytest.raises(BadData, match="No row is left to evaluate on"):
-        read_rows(path, contract, held_out=apart, length=100)
-    write_lines(apart, [ROW, long])
-    rows = read_rows(path, contract, held_out=apart, length=100)
-    assert any("1 held-out rows have no answer" in problem for problem, _ in rows.warnings)
-
-
-def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_model: TinyModel) -> None:
-    texts = [f"row {number}" for number in range(20)]
-    messages = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
-        for text in texts
-    ]
-    path = write_lines(tmp_path / "rows.jsonl", list(messages))
-    contract = load_contract(tiny_model("qwen2"))
-    rows = read_rows(path, contract, held_out=0.25, length=128, seed=1)
-    assert len(rows.held_out) == 5
-    assert not {tuple(row.ids) for row in rows.held_out} & {tuple(row.ids) for row in rows.train}
-
-
 def random_row(draw: torch.Generator, length: int) -> Tokens:
     ids = torch.randint(1, 99, (length,), generator=draw).tolist()
     supervised = (torch.rand(length, generator=draw) < 0.5).tolist()
@@ -170,7 +110,7 @@ def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
     rows = [random_row(draw, length) for length in lengths]
     steps = -(-2 * len(rows) // rows_per_step)
     order = Order(np.asarray(lengths, np.int32), rows_per_step=rows_per_step)
-    share = widest_share(rows, steps=steps, order=order)
+    share = widest_share(RowSet(rows), steps=steps, order=order)
     for step in range(steps):
         chosen = order.rows_of_step(step)
         for batch in micro_batches([rows[index] for index in chosen], size=size, pad_id=0):
