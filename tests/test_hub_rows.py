@@ -5,6 +5,7 @@ The libraries read the hub's address when they are imported, so the readings hap
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 from hub_server import COMMIT, Repository, running_hub
 from row_files import TURNS, problem_of, write_rows
 
+from qadapt.data import hub_rows
 from qadapt.data.hub_rows import hub_commit
 from qadapt.data.sources import RowReader
-from qadapt.errors import BadData
+from qadapt.errors import BadData, BadOutput
 
 READ = """
 import json, sys
@@ -196,3 +198,21 @@ def test_a_name_that_is_none_needs_no_network() -> None:
     assert "is no name of a dataset" in problem_of("hub:")
     with pytest.raises(BadData, match="is no name of a dataset"):
         hub_commit("a b")
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_a_full_disk_is_named_as_that(monkeypatch: pytest.MonkeyPatch, is_wrapped: bool) -> None:
+    from datasets.exceptions import DatasetGenerationError
+
+    class Builder:
+        def download_and_prepare(self) -> None:
+            full = OSError(errno.ENOSPC, "No space left on device")
+            if is_wrapped:
+                raise DatasetGenerationError("while generating") from full
+            raise full
+
+    monkeypatch.setattr(hub_rows, "hub_commit", lambda name, revision: COMMIT)
+    monkeypatch.setattr(hub_rows, "_builder", lambda name, *, subset, commit: Builder())
+    monkeypatch.setattr(hub_rows, "_check_split", lambda *given, **rules: None)
+    with pytest.raises(BadOutput, match=r"The disk of .* is full"):
+        RowReader().read("hub:owner/rows")

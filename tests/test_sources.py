@@ -414,6 +414,30 @@ def damaged(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
     return content
 
 
+MARKS = st.sampled_from(["", "", "", '"', '""', '","', "\r", "\0", '" ', "é", ";"])
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(MARKS, MARKS, MARKS), min_size=1, max_size=8))
+def test_every_line_of_a_table_with_broken_quotes_is_used_or_in_what_is_reported(
+    tmp_path_factory: pytest.TempPathFactory, marks: list[tuple[str, str, str]]
+) -> None:
+    path = tmp_path_factory.mktemp("table") / "rows.csv"
+    lines = [f"{a}<{number}>{b},x{c}" for number, (a, b, c) in enumerate(marks, 3)]
+    path.write_bytes("\n".join(["prompt,completion", "whole,row", *lines, ""]).encode())
+    reader = RowReader(skips_malformed=True)
+    used = reader.read(path)
+    begins = {int(row.place.rpartition(" ")[2]): True for row in used}
+    for skipped in reader.skipped:
+        begins[int(skipped.place.partition(", line")[2].lstrip("s ").split()[0])] = False
+    assert min(begins) == 2
+    assert len(begins) == len(used) + reader.skipped_rows
+    text = "".join(contents(used))
+    for number in range(3, len(lines) + 3):
+        is_in_used_row = begins[max(begin for begin in begins if begin <= number)]
+        assert (f"<{number}>" in text) == is_in_used_row, lines
+
+
 @settings(max_examples=200)
 @given(st.sampled_from(sorted(SAMPLES)), EDITS | st.binary(max_size=200), st.booleans())
 def test_a_damaged_file_gives_rows_or_an_error_that_names_it(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qadapt.cache import output_errors
 from qadapt.data.column_files import batch_rows
 from qadapt.errors import BadData
 from qadapt.quiet import quiet_libraries
@@ -54,6 +56,7 @@ def read_hub(name: str, *, split: str, subset: str | None) -> Iterator[tuple[str
     Raises:
         BadData: The dataset, its subset or its split does not exist, is gated, is not readable without code,
             or is neither in the cache nor in reach.
+        BadOutput: The cache's disk is full or read-only.
     """
     import pyarrow
 
@@ -67,7 +70,7 @@ def read_hub(name: str, *, split: str, subset: str | None) -> Iterator[tuple[str
         else:
             builder = _builder(name, subset=subset, commit=commit)
         _check_split(builder, name, split=split, commit=commit)
-        builder.download_and_prepare()
+        _prepare(builder)
         dataset = builder.as_dataset(split=split).with_format("arrow")
         tables = dataset.iter(batch_size=_BATCH_ROWS)
         batches = (batch for table in tables for batch in table.to_batches())
@@ -115,6 +118,24 @@ def _cached_builder(name: str, *, subset: str | None, revision: str | None) -> D
             cure=_CONNECT,
         )
     return builder
+
+
+def _prepare(builder: DatasetBuilder) -> None:
+    """Fetches and converts what is not in the cache yet.
+
+    Raises:
+        BadOutput: The cache's disk is full or read-only.
+    """
+    from datasets import config
+    from datasets.exceptions import DatasetGenerationError
+
+    with output_errors(Path(config.HF_DATASETS_CACHE)):
+        try:
+            builder.download_and_prepare()
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
 
 def _check_split(builder: DatasetBuilder, name: str, *, split: str, commit: str | None) -> None:
