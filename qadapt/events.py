@@ -56,7 +56,8 @@ class StageAdvanced(Event):
 class Planned(Event):
     """How the step is placed in memory, with the predicted bytes of each category at the peak.
 
-    `recompute` is `all`, `none`, or how many of the first layers.
+    `recompute` is `all`, `none`, or how many of the first layers. Of a packed micro-batch `micro_batch` is how
+    many of the longest rows would fill it.
     """
 
     micro_batch: int
@@ -68,6 +69,7 @@ class Planned(Event):
     predicted_peak_bytes: int
     budget_bytes: int
     reasons: tuple[str, ...] = ()
+    packed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

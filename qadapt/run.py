@@ -21,12 +21,13 @@ from qadapt import control
 from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.cache import output_errors
-from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.rows import cut_rows, no_rows_left
+from qadapt.data.prepared import skipped_lines
+from qadapt.data.prompt import CONTRACT_FILE, PromptContract, saved_contract
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
+from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_device
 from qadapt.quiet import quiet_libraries
@@ -34,21 +35,15 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
 from qadapt.run_parts import (
-    Material,
     adapt,
     adapter_facts,
-    conversations_to_evaluate,
     environment,
     find_same_base,
     loop_settings,
     make_plan,
     optimizer_of,
-    order_of,
     place_base,
-    prepare,
     remember_peak,
-    resolved,
-    skipped_lines,
     started,
 )
 from qadapt.stage import with_progress
@@ -87,6 +82,7 @@ def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
         run.write(run.recipe, dump_yaml(recipe))
         run.write_json(run.plan, plan.values())
         run.write_json(run.environment, environment())
+        run.write_json(run.data, material.data_facts())
         if material.skipped:
             run.write(run.skipped, skipped_lines(material.skipped))
     yield started(recipe, plan, run)
@@ -149,7 +145,14 @@ def _steps(
     remember_peak(recipe, plan, measured_bytes=loop.peak_bytes)
     facts = adapter_facts(recipe, plan, material)
     best = yield from _best(loop, run)
-    save_adapter(model, run.adapter, facts=facts, tokenizer=material.contract.tokenizer)
+    contract = material.contract
+    save_adapter(
+        model,
+        run.adapter,
+        facts=facts,
+        tokenizer=contract.tokenizer,
+        beside={CONTRACT_FILE: contract.facts()},
+    )
     yield RunFinished(
         step=loop.progress.step,
         adapter=str(run.adapter),
@@ -245,8 +248,7 @@ def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
         dtype=DTYPES[facts.load_dtype],
         device=choose_device(device),
     )
-    contract = load_contract(files.folder, new_tokens=facts.new_tokens)
-    return Tuned(load_lora(base, run.adapter), contract)
+    return Tuned(load_lora(base, run.adapter), saved_contract(run.adapter, files.folder))
 
 
 def evaluate(
@@ -268,15 +270,14 @@ def evaluate(
     run = find_run(name, folder)
     recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
     tuned = load(name, folder=folder)
-    chosen = conversations_to_evaluate(recipe, data)
-    rows = cut_rows(chosen, tuned.contract, length=recipe.data.length).rows
-    if not rows:
-        raise no_rows_left("evaluate on", length=recipe.data.length)
-    loss, base_loss = evaluate_rows(tuned.model, rows, size=plan.micro_batch, pad_id=tuned.contract.pad_id)
+    chosen = rows_to_evaluate(recipe, tuned.contract, data=data, conversations=answers)
+    loss, base_loss = evaluate_rows(
+        tuned.model, chosen.rows, size=plan.micro_batch, pad_id=tuned.contract.pad_id
+    )
     return Evaluation(
-        rows=len(rows),
-        supervised_tokens=sum(row.supervised_count for row in rows),
+        rows=len(chosen.rows),
+        supervised_tokens=chosen.rows.supervised_tokens,
         loss=loss,
         base_loss=base_loss,
-        answers=answer_rows(tuned.model, tuned.contract, chosen[:answers], max_new_tokens=max_new_tokens),
+        answers=answer_rows(tuned.model, tuned.contract, chosen.conversations, max_new_tokens=max_new_tokens),
     )

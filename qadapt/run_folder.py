@@ -3,6 +3,7 @@
 ```
 runs/<name>/
   recipe.yaml  plan.json  environment.json     resolved, as used
+  data.json                                    the rows: files and hashes, what became of them, where they lie
   skipped.jsonl                                rows left out, if the recipe asks for that
   events.jsonl                                 the journal
   checkpoints/step-000200/                     saved states
@@ -47,6 +48,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Versions and machine."""
         return self.path / "environment.json"
+
+    @property
+    def data(self) -> Path:
+        """What the rows were made from, what became of them, and their place in the cache."""
+        return self.path / "data.json"
 
     @property
     def skipped(self) -> Path:

@@ -1,18 +1,21 @@
 """A hub on 127.0.0.1 for tests: repositories in memory, served with the protocol of the real one.
 
 Model info with files and sizes, files by commit with ETag and X-Repo-Commit, weights behind a redirect to
-another host name with their sha256 as X-Linked-Etag, ranges; and gates and connections that break off.
+another host name with their sha256 as X-Linked-Etag, ranges; and gates and connections that break off. Data
+sets are listed as a tree, too.
 """
 
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+_DATASET = r"(datasets/[^/]+/[^/]+)"
+_NAME = r"(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -41,6 +44,7 @@ class Request:
 class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.datasets: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.is_stopped = False
         self.server = _Server(("127.0.0.1", 0), _Handler)
@@ -85,6 +89,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.respond(is_head=False)
 
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if match := re.fullmatch(rf"/api/{_DATASET}/paths-info/(.+)", self.path):
+            paths = json.loads(asked)["paths"]
+            self.tree(
+                match[1], match[2], lambda file: any(f"{file}/".startswith(f"{path}/") for path in paths)
+            )
+        else:
+            self.refuse(404, "EntryNotFound")
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -96,21 +110,41 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"))
         )
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if match := re.fullmatch(rf"/api/{_NAME}(?:/revision/(.+))?", path):
             self.info(match[1], match[2] or "main")
+        elif match := re.fullmatch(rf"/api/{_DATASET}/tree/([^/]+)(?:/(.*))?", path):
+            folder = f"{match[3]}/" if match[3] else ""
+            self.tree(match[1], match[2], lambda file: file.startswith(folder))
+        elif match := re.fullmatch(rf"/{_DATASET}/resolve/([^/]+)/(.+)", path):
+            self.file(match[1], match[2], match[3], is_head=is_head, is_cdn=False)
         elif match := re.fullmatch(r"/(?:(cdn)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.file(match[2], match[3], match[4], is_head=is_head, is_cdn=bool(match[1]))
         else:
             self.refuse(404, "EntryNotFound")
 
-    def found(self, repository: str, revision: str) -> Repository | None:
-        if repository not in self.hub.repositories:
+    def found(self, name: str, revision: str) -> Repository | None:
+        repository = (self.hub.datasets | self.hub.repositories).get(name.removeprefix("datasets/"))
+        if repository is None:
             self.refuse(404, "RepoNotFound")
         elif revision not in ("main", COMMIT):
             self.refuse(404, "RevisionNotFound")
         else:
-            return self.hub.repositories[repository]
+            return repository
         return None
+
+    def tree(self, name: str, revision: str, is_asked: Callable[[str], bool]) -> None:
+        """Files with their sizes; no folders, so a listing is as one asks for it recursively."""
+        if (repository := self.found(name, revision)) is None:
+            return
+        if repository.is_gated:
+            self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
+            return
+        listed = [
+            {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for file, content in repository.files.items()
+            if is_asked(file)
+        ]
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(listed).encode())
 
     def info(self, name: str, revision: str) -> None:
         if (repository := self.found(name, revision)) is None:
@@ -123,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for file, content in repository.files.items()
         ]
+        name = name.removeprefix("datasets/")
         body = json.dumps({"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings}).encode()
         self.send(200, {"Content-Type": "application/json"}, body)
 

@@ -46,3 +46,7 @@ def texts(rows: list[Row]) -> list[tuple[Message, ...]]:
 
 def documents(rows: list[Row]) -> list[str]:
     return [row.text for row in rows if isinstance(row, Document)]
+
+
+def contents(rows: list[Row]) -> list[str]:
+    return [message.content for messages in texts(rows) for message in messages]

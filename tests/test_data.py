@@ -1,10 +1,9 @@
-"""Rows: read with the place of every mistake, rendered by the template, masked exactly, batched alike."""
+"""Rows: read with the place of every mistake, batched alike."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,110 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.data.batches import IGNORED, collate, micro_batches, widest_share
-from qadapt.data.conversation import Conversation, Message
 from qadapt.data.order import Order
-from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.rows import Rows, make_rows, split_conversations
+from qadapt.data.rows import RowSet
 from qadapt.data.sources import read_conversations
 from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.errors import BadData, BadModel
+from qadapt.errors import BadData
 
-if TYPE_CHECKING:
-    from conftest import TinyModel
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]}
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def read_rows(
-    path: Path, contract: PromptContract, *, held_out: Path | float = 0.0, length: int = 128, seed: int = 0
-) -> Rows:
-    kept, apart = split_conversations([(path, None)], form="auto", held_out=held_out, seed=seed)
-    return make_rows(kept, apart, contract, length=length)
-
-
-def conversation(*turns: tuple[str, str]) -> Conversation:
-    return Conversation(tuple(Message(role, content) for role, content in turns), "row 1")
-
-
-def learned_text(contract: PromptContract, row: Tokens) -> str:
-    ids = [token for token, is_learned in zip(row.ids, row.supervised, strict=True) if is_learned]
-    text = contract.tokenizer.decode(ids)
-    assert isinstance(text, str)
-    return text
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_rendered_by_the_models_own_template(tiny_model: TinyModel, family: str) -> None:
-    contract = load_contract(tiny_model(family))
-    row = conversation(("user", "two plus two?"), ("assistant", "four"))
-    rendered = contract.tokenizer.apply_chat_template(row.turns, tokenize=True, return_dict=True)
-    assert list(contract.encode(row).ids) == rendered["input_ids"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_answer_and_its_end_are_learned_and_nothing_else(tiny_model: TinyModel, family: str) -> None:
-    contract = load_contract(tiny_model(family))
-    row = contract.encode(conversation(("user", "two plus two?"), ("assistant", "four")))
-    learned = learned_text(contract, row)
-    assert "four" in learned
-    assert "plus" not in learned
-    assert contract.ends_turns(row), f"{learned!r} does not end with an end token"
-    until_answer = contract.prompt_ids([{"role": "user", "content": "two plus two?"}])
-    first = int(row.supervised.argmax())
-    assert list(row.ids[:first]) == until_answer, "what is asked in chat is what stood before the answer"
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "phi3"])
-def test_every_assistant_turn_is_learned(tiny_model: TinyModel, family: str) -> None:
-    contract = load_contract(tiny_model(family))
-    row = contract.encode(
-        conversation(("user", "one?"), ("assistant", "alpha"), ("user", "two?"), ("assistant", "omega"))
-    )
-    learned = learned_text(contract, row)
-    assert "alpha" in learned
-    assert "omega" in learned
-    assert "one?" not in learned
-    assert "two?" not in learned
-
-
-def test_a_template_that_rewrites_earlier_turns_is_masked_where_it_can_be_proven(
-    tiny_model: TinyModel,
-) -> None:
-    contract = load_contract(tiny_model("qwen3"))
-    row = contract.encode(
-        conversation(("user", "one?"), ("assistant", "alpha"), ("user", "two?"), ("assistant", "omega"))
-    )
-    assert "alpha" in learned_text(contract, row)
-    assert "omega" in learned_text(contract, row)
-    assert "one?" not in learned_text(contract, row)
-
-
-def test_a_template_that_cannot_be_proven_is_refused(tiny_model: TinyModel) -> None:
-    contract = load_contract(tiny_model("llama"))
-    contract.tokenizer.chat_template = (
-        "{% for message in messages|reverse %}{{ message['content'] }}|{% endfor %}"
-    )
-    with pytest.raises(BadData, match=r"row 1: .*continuation"):
-        contract.encode(conversation(("user", "one?"), ("assistant", "alpha")))
-
-
-def test_a_tokenizer_without_a_template_is_refused(tiny_model: TinyModel) -> None:
-    contract = load_contract(tiny_model("llama"))
-    contract.tokenizer.chat_template = None
-    with pytest.raises(BadModel, match="no chat template"):
-        PromptContract(contract.tokenizer, end_ids=contract.end_ids)
-
-
-def test_a_role_that_the_template_refuses_names_the_row(tiny_model: TinyModel) -> None:
-    contract = load_contract(tiny_model("gemma2"))
-    with pytest.raises(BadData, match="row 1: the model's chat template refuses"):
-        contract.encode(conversation(("system", "be short"), ("user", "one?"), ("assistant", "alpha")))
 
 
 BAD_LINES = [
@@ -177,54 +84,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     assert [row.messages[1].content for row in read_conversations(tmp_path / "a.csv")] == ["0!", "1!", "2!"]
 
 
-def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_out(
-    tmp_path: Path, tiny_model: TinyModel
-) -> None:
-    long = {"messages": [{"role": "user", "content": "x " * 200}, {"role": "assistant", "content": "y"}]}
-    ends_late = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y " * 90}]}
-    path = write_lines(tmp_path / "rows.jsonl", [ROW, long, ends_late])
-    contract = load_contract(tiny_model("qwen2"))
-    rows = read_rows(path, contract, held_out=0.0, length=100, seed=0)
-    assert len(rows.train) == 2
-    assert rows.truncated == 2
-    assert max(len(row.ids) for row in rows.train) == 100
-    problems = [problem for problem, _ in rows.warnings]
-    assert any("2 rows are longer than 100 tokens" in problem for problem in problems)
-    assert any("1 rows have no answer" in problem and "line 2" in problem for problem in problems)
-
-
-def test_nothing_left_to_train_on_is_an_error(tmp_path: Path, tiny_model: TinyModel) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", [ROW])
-    contract = load_contract(tiny_model("qwen2"))
-    with pytest.raises(BadData, match="No row is left"):
-        read_rows(path, contract, held_out=0.0, length=8, seed=0)
-
-
-def test_held_out_rows_that_all_lose_their_answer_are_an_error(tmp_path: Path, tiny_model: TinyModel) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", [ROW])
-    long = {"messages": [{"role": "user", "content": "x " * 300}, {"role": "assistant", "content": "y"}]}
-    apart = write_lines(tmp_path / "held_out.jsonl", [long])
-    contract = load_contract(tiny_model("qwen2"))
-    with pytest.raises(BadData, match="No row is left to evaluate on"):
-        read_rows(path, contract, held_out=apart, length=100)
-    write_lines(apart, [ROW, long])
-    rows = read_rows(path, contract, held_out=apart, length=100)
-    assert any("1 held-out rows have no answer" in problem for problem, _ in rows.warnings)
-
-
-def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_model: TinyModel) -> None:
-    texts = [f"row {number}" for number in range(20)]
-    messages = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
-        for text in texts
-    ]
-    path = write_lines(tmp_path / "rows.jsonl", list(messages))
-    contract = load_contract(tiny_model("qwen2"))
-    rows = read_rows(path, contract, held_out=0.25, length=128, seed=1)
-    assert len(rows.held_out) == 5
-    assert not {tuple(row.ids) for row in rows.held_out} & {tuple(row.ids) for row in rows.train}
-
-
 def random_row(draw: torch.Generator, length: int) -> Tokens:
     ids = torch.randint(1, 99, (length,), generator=draw).tolist()
     supervised = (torch.rand(length, generator=draw) < 0.5).tolist()
@@ -251,7 +110,7 @@ def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
     rows = [random_row(draw, length) for length in lengths]
     steps = -(-2 * len(rows) // rows_per_step)
     order = Order(np.asarray(lengths, np.int32), rows_per_step=rows_per_step)
-    share = widest_share(rows, steps=steps, order=order)
+    share = widest_share(RowSet(rows), steps=steps, order=order)
     for step in range(steps):
         chosen = order.rows_of_step(step)
         for batch in micro_batches([rows[index] for index in chosen], size=size, pad_id=0):

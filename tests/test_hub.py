@@ -58,6 +58,28 @@ def test_code_and_pickles_are_never_asked_for(hub: Hub, tiny: Repository, tmp_pa
     assert not [*found.folder.glob("*.py"), *found.folder.glob("*.bin")]
 
 
+def test_who_needs_no_weights_fetches_none(hub: Hub, tiny: Repository, tmp_path: Path) -> None:
+    options = {"cache": tmp_path / "cache", "endpoint": hub.endpoint}
+    found = find_model(NAME, needs_weights=False, **options)  # type: ignore[arg-type]
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in found.folder.iterdir()}
+    assert not [r.path for r in hub.requests if r.path.endswith(".safetensors")]
+    assert found.fingerprint == ""
+    whole = fetch(hub, tmp_path)
+    assert whole.folder == found.folder
+    assert whole.fingerprint
+    hub.stop()
+    assert find_model(NAME, needs_weights=False, **options).folder == found.folder  # type: ignore[arg-type]
+
+
+def test_pickled_weights_are_refused_even_where_none_are_needed(
+    hub: Hub, tiny: Repository, tmp_path: Path
+) -> None:
+    for file in [name for name in tiny.files if "safetensors" in name]:
+        del tiny.files[file]
+    with pytest.raises(BadModel, match="only pickled weights"):
+        find_model(NAME, needs_weights=False, cache=tmp_path / "cache", endpoint=hub.endpoint)
+
+
 def test_fingerprint_is_that_of_the_same_files_in_a_folder(
     hub: Hub, tiny: Repository, tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ import gzip
 import io
 import json
 import lzma
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from row_files import ASKED, PAIR, TURNS, problem_of, texts, write_rows
+from row_files import ASKED, PAIR, TURNS, contents, documents, problem_of, texts, write_rows
 
-from qadapt.data import json_files, opened, sources
+from qadapt.data import column_files, json_files, opened, sources, text_files
 from qadapt.data.conversation import Message
 from qadapt.data.sources import RowReader, read_conversations
 from qadapt.errors import BadData, BadRecipe
@@ -133,6 +135,75 @@ def test_a_folder_is_read_by_name_at_any_depth_and_other_files_are_listed(tmp_pa
     assert len(RowReader().read(folder, limit=2)) == 2
     (tmp_path / "empty").mkdir()
     assert "has no files of rows" in problem_of(tmp_path / "empty")
+
+
+def test_plain_text_is_one_document_per_file(tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbfOnce\r\nupon a time.\r\n")
+    (folder / "b.md.xz").write_bytes(lzma.compress("# é\n".encode()))
+    reader = RowReader(columns={"text": "story"})
+    assert documents(reader.read(folder)) == ["Once\nupon a time.\n", "# é\n"]
+    assert reader.formats == {"text": 2}
+    assert not reader.other_files
+    assert "the row has no `messages`" in problem_of(folder / "a.txt", form="messages")
+
+
+def test_an_enormous_text_is_read_in_pieces_cut_after_lines_or_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\nthree four five\n" + "é" * 11, encoding="utf-8")
+    rows = RowReader().read(path)
+    assert documents(rows) == ["one\ntwo\n", "three ", "four five\n", "é" * 4, "é" * 4, "é" * 3]
+    lines = [1, 3, 3, 4, 4, 4]
+    assert [row.place for row in rows] == [f"{path}, line {line}" for line in lines]
+    path.write_bytes(b"one\ntwo\n\xff\xff\nfour\nfive\nsix\n")
+    reader = RowReader(skips_malformed=True)
+    assert documents(reader.read(path)) == ["one\ntwo\n", "five\nsix\n"]
+    assert [skipped.problem for skipped in reader.skipped] == [
+        f"{path}, line 3: not UTF-8 text: invalid start byte."
+    ]
+
+
+def test_what_python_cannot_unpack_yet_says_how_to(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+    if sys.version_info >= (3, 14):
+        assert "cannot be read" in problem_of(path) or "cut off" in problem_of(path)
+    else:
+        with pytest.raises(BadData, match=r"Zstandard, which Python reads from 3\.14 on") as caught:
+            RowReader().read(path)
+        assert caught.value.cure == "Unpack it: unzstd rows.jsonl.zst"
+
+
+def test_splits_saved_together_are_not_mixed(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
+    disable_progress_bars()
+    splits = {"train": Dataset.from_list([PAIR] * 3), "test": Dataset.from_list([PAIR] * 2)}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert len(RowReader().read(tmp_path / "saved")) == 3
+    assert len(list(RowReader().rows(tmp_path / "saved", split="test"))) == 2
+    with pytest.raises(BadData, match="has no split 'dev'; it has test, train"):
+        list(RowReader().rows(tmp_path / "saved", split="dev"))
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{", encoding="utf-8")
+    assert "dataset_dict.json is damaged" in problem_of(tmp_path / "saved")
+
+
+def test_caches_beside_a_saved_dataset_are_no_rows(tmp_path: Path) -> None:
+    from datasets import Dataset, disable_progress_bars, load_from_disk
+
+    disable_progress_bars()
+    Dataset.from_list([PAIR] * 4).save_to_disk(tmp_path / "saved", num_shards=2)
+    load_from_disk(tmp_path / "saved").map(lambda row: row, load_from_cache_file=False)
+    [cache] = (tmp_path / "saved").glob("cache-*.arrow")
+    reader = RowReader()
+    assert len(reader.read(tmp_path / "saved")) == 4
+    assert reader.other_files == [cache]
+    (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
+    assert "data-00001-of-00002.arrow is missing, which state.json" in problem_of(tmp_path / "saved")
 
 
 def test_what_datasets_saves_is_read_as_a_folder(tmp_path: Path) -> None:
@@ -325,6 +396,9 @@ SAMPLES = {
     "a.tsv": as_csv(ROWS[:5], "\t"),
     "a.jsonl.gz": gzip.compress(as_lines(ROWS[:5])),
     "a.csv.gz": gzip.compress(as_csv(ROWS[:5])),
+    "b.csv.bz2": bz2.compress(as_csv(ROWS[:5])),
+    "b.jsonl.xz": lzma.compress(as_lines(ROWS[:5])),
+    "a.txt": "".join(f"line {number} «é»\r\n" for number in range(9)).encode(),
     "a.parquet": as_parquet(ROWS[:5]),
     "a.arrow": as_arrow(ROWS[:5]),
     "b.arrow": as_arrow(ROWS[:5], is_stream=False),
@@ -340,6 +414,30 @@ def damaged(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
     return content
 
 
+MARKS = st.sampled_from(["", "", "", '"', '""', '","', "\r", "\0", '" ', "é", ";"])
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(MARKS, MARKS, MARKS), min_size=1, max_size=8))
+def test_every_line_of_a_table_with_broken_quotes_is_used_or_in_what_is_reported(
+    tmp_path_factory: pytest.TempPathFactory, marks: list[tuple[str, str, str]]
+) -> None:
+    path = tmp_path_factory.mktemp("table") / "rows.csv"
+    lines = [f"{a}<{number}>{b},x{c}" for number, (a, b, c) in enumerate(marks, 3)]
+    path.write_bytes("\n".join(["prompt,completion", "whole,row", *lines, ""]).encode())
+    reader = RowReader(skips_malformed=True)
+    used = reader.read(path)
+    begins = {int(row.place.rpartition(" ")[2]): True for row in used}
+    for skipped in reader.skipped:
+        begins[int(skipped.place.partition(", line")[2].lstrip("s ").split()[0])] = False
+    assert min(begins) == 2
+    assert len(begins) == len(used) + reader.skipped_rows
+    text = "".join(contents(used))
+    for number in range(3, len(lines) + 3):
+        is_in_used_row = begins[max(begin for begin in begins if begin <= number)]
+        assert (f"<{number}>" in text) == is_in_used_row, lines
+
+
 @settings(max_examples=200)
 @given(st.sampled_from(sorted(SAMPLES)), EDITS | st.binary(max_size=200), st.booleans())
 def test_a_damaged_file_gives_rows_or_an_error_that_names_it(
@@ -353,11 +451,11 @@ def test_a_damaged_file_gives_rows_or_an_error_that_names_it(
         assert str(path) in error.problem
         assert len(error.problem) < 2000
     else:
-        assert all(message.content.encode() is not None for row in read for message in row.messages)
+        assert all(content.encode() is not None for content in [*documents(read), *contents(read)])
 
 
 @settings(max_examples=200)
-@given(st.sampled_from(sorted(SAMPLES)), st.floats(0, 1, exclude_max=True))
+@given(st.sampled_from(sorted(SAMPLES.keys() - {"a.txt"})), st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_anywhere_loses_no_row_in_silence(
     tmp_path_factory: pytest.TempPathFactory, name: str, share: float
 ) -> None:
@@ -405,6 +503,101 @@ def test_a_list_of_json_is_read_the_same_in_any_pieces(
         patch.setattr(json_files, "CHUNK_BYTES", chunk)
         again, problem_again = read()
     assert (repr(again), problem_again) == (repr(rows), problem)
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3)
+OBJECTS = st.lists(st.dictionaries(st.text(max_size=3), LEAVES, max_size=3), max_size=4)
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from(["data", "version", "more", "messages"]), LEAVES | OBJECTS, max_size=4),
+    st.integers(0, 30),
+    st.integers(1, 9),
+    st.sampled_from([None, 1]),
+)
+def test_an_object_of_json_is_read_the_same_in_any_pieces(
+    tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any], cut: int, chunk: int, indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("pieces") / "rows.json"
+    whole = json.dumps(value, indent=indent).encode()
+    cut = min(cut, len(whole) - 1)
+    path.write_bytes(whole[: len(whole) - cut])
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "CHUNK_BYTES", chunk)
+        try:
+            rows = [row for _, row in json_files.read_json(path)]
+        except BadData as error:
+            assert ("cut off" in error.problem) == bool(cut)
+            assert cut or ("several lists of rows" in error.problem and len(lists) > 1)
+        else:
+            assert not cut
+            assert rows == ([value] if not lists or "messages" in lists else value[lists[0]])
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.binary(max_size=2), st.integers(5, 12)
+)
+def test_any_text_is_read_whole_in_pieces_or_reported(
+    tmp_path_factory: pytest.TempPathFactory, text: str, damage: bytes, piece: int
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    content = text.encode() + damage
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "PIECE_BYTES", piece)
+        try:
+            read = [row for _, row in text_files.read_text(path)]
+        except BadData as error:
+            assert "is UTF-16 or UTF-32" in error.problem
+            return
+    faults = [row for row in read if isinstance(row, BadData)]
+    if not faults:
+        joined = "".join(row["text"] for row in read if isinstance(row, dict))
+        plain = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        assert joined.replace("\n", "") == plain.replace("\n", "")
+        assert "\r" not in joined
+        assert "\0" not in joined
+    else:
+        assert "\0" in text or damage
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "under.json", "lines.json", "a.csv", "a.parquet", "a.txt"]
+)
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A file of 8 MB is read in less than 3, in blocks of 64 KB; Arrow's memory is counted by Arrow."""
+    monkeypatch.setattr(json_files, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(column_files, "BUFFER_BYTES", 2**16)
+    monkeypatch.setattr(column_files, "BATCH_ROWS", 100)
+    rows = [
+        {"prompt": f"ask {number} " + "x" * 900, "completion": f"{number * 7919} " * 100}
+        for number in range(5000)
+    ]
+    path = tmp_path / name
+    if name == "a.parquet":
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, path, compression="none", use_dictionary=False, data_page_size=2**16)
+        del table
+    elif name == "a.txt":
+        path.write_bytes("".join(f"{row['prompt']} {row['completion']}\n" for row in rows).encode())
+    else:
+        path.write_bytes(dict(WRITERS)[name](rows))
+    assert path.stat().st_size > 6e6
+    del rows
+    list(RowReader().rows(path, limit=1))  # imports take memory once
+    tracemalloc.start()
+    try:
+        most_arrow = max(pyarrow.total_allocated_bytes() for _ in RowReader().rows(path))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 3e6
+    assert most_arrow < 3e6
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)

@@ -13,10 +13,7 @@ FACTS_FILE = "qadapt.json"
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter was trained on, written beside it.
-
-    `new_tokens` were added to the base's tokenizer; `end_ids` are those of them that end an answer.
-    """
+    """What an adapter was trained on, written beside it."""
 
     base: str
     revision: str | None
@@ -25,8 +22,6 @@ class AdapterFacts:
     double_quant: bool
     load_dtype: str
     prompt_fingerprint: str
-    new_tokens: tuple[str, ...] = ()
-    end_ids: tuple[int, ...] = ()
 
 
 def write_facts(facts: AdapterFacts, folder: Path) -> None:
@@ -43,8 +38,7 @@ def read_facts(folder: Path) -> AdapterFacts:
     """
     try:
         values = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return AdapterFacts(**values | lists)
+        return AdapterFacts(**values)
     except (OSError, ValueError, TypeError) as error:
         raise BadRun(
             f"{folder} holds no adapter that qadapt trained: {error}",

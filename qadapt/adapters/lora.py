@@ -111,11 +111,21 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, *, facts: AdapterFacts, tokenizer: PreTrainedTokenizerBase
+    model: PeftModel,
+    folder: Path,
+    *,
+    facts: AdapterFacts,
+    tokenizer: PreTrainedTokenizerBase,
+    beside: Mapping[str, object] | None = None,
 ) -> None:
     """Writes the adapter as a plain PEFT folder with its facts, whole or not at all.
 
-    The tokenizer is written beside it if it has tokens that the base's has not.
+    Args:
+        model: The base with the adapter.
+        folder: The adapter's folder.
+        facts: What it was trained on.
+        tokenizer: Written beside it, if there are new tokens.
+        beside: JSON files to stand beside it, by name.
 
     Raises:
         BadOutput: The place is read-only or full.
@@ -130,6 +140,8 @@ def save_adapter(
             _add_new_rows(building, rows)
             tokenizer.save_pretrained(str(building))
         write_facts(facts, building)
+        for name, values in (beside or {}).items():
+            (building / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         building.replace(folder)
     except (OSError, SafetensorError) as error:

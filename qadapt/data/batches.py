@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qadapt.data.order import Order
 from qadapt.data.packing import pack
+from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Flags, Tokens
 from qadapt.engine.documents import Documents, documents_of
 
@@ -49,13 +50,13 @@ class MicroBatch:
         )
 
 
-def widest_share(rows: Sequence[Tokens], *, steps: int, order: Order) -> float:
+def widest_share(rows: RowSet, *, steps: int, order: Order) -> float:
     """The largest share of the longest row's positions that reaches the head in the first `steps` steps.
 
     A position reaches the head if any row of the micro-batch learns its next token, so splitting a step into
     smaller micro-batches never sends more.
     """
-    longest = max(len(row.ids) for row in rows)
+    longest = int(rows.lengths.max())
     widest = 0
     for step in range(steps):
         learned = [rows[index].supervised[1:] for index in order.rows_of_step(step)]

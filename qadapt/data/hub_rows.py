@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qadapt.cache import output_errors
 from qadapt.data.column_files import batch_rows
 from qadapt.errors import BadData
 from qadapt.quiet import quiet_libraries
@@ -18,7 +20,6 @@ from qadapt.quiet import quiet_libraries
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONNECT = "Connect to the network (and unset HF_HUB_OFFLINE if it is set), or give a file."
 _BATCH_ROWS = 1000
 
@@ -55,15 +56,21 @@ def read_hub(name: str, *, split: str, subset: str | None) -> Iterator[tuple[str
     Raises:
         BadData: The dataset, its subset or its split does not exist, is gated, is not readable without code,
             or is neither in the cache nor in reach.
+        BadOutput: The cache's disk is full or read-only.
     """
     import pyarrow
 
-    name, _, revision = name.partition("@")
-    commit = hub_commit(name, revision or None)
-    with _named(name, revision=revision or None):
-        builder = _builder(name, subset=subset, commit=commit, revision=revision or None)
+    name, _, state = name.partition("@")
+    revision = state or None
+    commit = hub_commit(name, revision)
+    quiet_libraries()
+    with _named(name, revision=revision):
+        if commit is None:
+            builder = _cached_builder(name, subset=subset, revision=revision)
+        else:
+            builder = _builder(name, subset=subset, commit=commit)
         _check_split(builder, name, split=split, commit=commit)
-        builder.download_and_prepare()
+        _prepare(builder)
         dataset = builder.as_dataset(split=split).with_format("arrow")
         tables = dataset.iter(batch_size=_BATCH_ROWS)
         batches = (batch for table in tables for batch in table.to_batches())
@@ -73,29 +80,62 @@ def read_hub(name: str, *, split: str, subset: str | None) -> Iterator[tuple[str
             _refuse(name, error)
 
 
-def _builder(name: str, *, subset: str | None, commit: str | None, revision: str | None) -> DatasetBuilder:
+def _builder(name: str, *, subset: str | None, commit: str) -> DatasetBuilder:
     from datasets import get_dataset_config_names, load_dataset_builder
 
-    quiet_libraries()
     # the prefix keeps a folder of that name here from being read instead
     address = f"hf://datasets/{name}"
     try:
-        builder = load_dataset_builder(address, subset, revision=commit or revision)
+        return load_dataset_builder(address, subset, revision=commit)
     except ValueError as error:
-        names = get_dataset_config_names(address, revision=commit or revision) if commit else []
+        names = get_dataset_config_names(address, revision=commit)
         if subset is None and len(names) > 1:
             problem = f"{name} has several subsets: {', '.join(names)}."
-        elif subset is not None and names and subset not in names:
+        elif subset is not None and subset not in names:
             problem = f"{name} has no subset {subset!r}; it has {', '.join(names)}."
         else:
             _refuse(name, error)
         raise BadData(problem, cure=f"Set the source's subset, such as subset: {names[0]}.") from None
-    if commit is None and revision is not None and builder.hash != revision:
+
+
+def _cached_builder(name: str, *, subset: str | None, revision: str | None) -> DatasetBuilder:
+    """What was fetched last; asked the usual way, the library would try to reach the hub for a minute."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    given: dict[str, str] = {} if subset is None else {"config_name": subset}
+    try:
+        builder: DatasetBuilder = Cache(
+            repo_id=name, dataset_name=name.split("/")[-1], version="auto", hash="auto", **given
+        )
+    except ValueError:
+        which = name if subset is None else f"{name}, subset {subset},"
+        raise BadData(
+            f"The dataset {which} is not on this disk and the hub is out of reach.", cure=_CONNECT
+        ) from None
+    if revision is not None and builder.hash != revision:
         raise BadData(
             f"The hub is out of reach, and on this disk {name} is in another state than {revision!r}.",
             cure=_CONNECT,
         )
     return builder
+
+
+def _prepare(builder: DatasetBuilder) -> None:
+    """Fetches and converts what is not in the cache yet.
+
+    Raises:
+        BadOutput: The cache's disk is full or read-only.
+    """
+    from datasets import config
+    from datasets.exceptions import DatasetGenerationError
+
+    with output_errors(Path(config.HF_DATASETS_CACHE)):
+        try:
+            builder.download_and_prepare()
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
 
 def _check_split(builder: DatasetBuilder, name: str, *, split: str, commit: str | None) -> None:
@@ -134,10 +174,7 @@ def _named(name: str, *, revision: str | None) -> Iterator[None]:
     try:
         yield
     except GatedRepoError:
-        raise BadData(
-            f"The dataset {name} is gated, and no account that may read it is logged in on this machine.",
-            cure=f"Accept its conditions on the page of datasets/{name}, then log in with `hf auth login`.",
-        ) from None
+        raise _gated(name) from None
     except RevisionNotFoundError:
         raise BadData(
             f"{name} has no revision {revision!r}.", cure="See which there are on its page."
@@ -154,16 +191,20 @@ def _named(name: str, *, revision: str | None) -> Iterator[None]:
             cure="If that is 401 or 403, log in anew with `hf auth login`; else try again later.",
         ) from None
     except DatasetNotFoundError as error:
-        is_gated = "gated" in f"{error}"
-        raise (
-            BadData(_line(error), cure="Log in with `hf auth login`.") if is_gated else _missing(name)
-        ) from None
+        raise (_gated(name) if "gated" in f"{error}" else _missing(name)) from None
     except (ConnectionError, httpx2.TransportError):
         raise BadData(
             f"The dataset {name} is not on this disk and the hub is out of reach.", cure=_CONNECT
         ) from None
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         _refuse(name, error)
+
+
+def _gated(name: str) -> BadData:
+    return BadData(
+        f"The dataset {name} is gated, and no account that may read it is logged in on this machine.",
+        cure=f"Accept its conditions on the page of datasets/{name}, then log in with `hf auth login`.",
+    )
 
 
 def _missing(name: str) -> BadData:

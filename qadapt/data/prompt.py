@@ -1,93 +1,152 @@
-"""The prompt contract: how a conversation becomes tokens, and which of them are learned.
+"""The prompt contract: how a row becomes tokens, and which of them are learned. One object, hashed.
 
-The model's own chat template renders; nothing is guessed from marker strings. What an assistant turn adds is
-found by rendering the conversation up to that turn twice, without and with it, and must be a continuation of
-the text before it; a template for which this does not hold is refused by name. The same contract serves
-training, evaluation and generation.
+Template, day, special tokens, end tokens, BOS and EOS rule, mask rule and the tokenizer's own identity stand
+in it, and it is saved beside the adapter: training, evaluation, chat and export use the same. The template
+renders (`template.py`), rendering with marks shows which characters are whose (`spans.py`, `layouts.py`), the
+tokenizer's offsets turn them into tokens (`encoding.py`). Knows no files of rows, no length, no batches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date as day_of
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
-from qadapt.data.conversation import Conversation
-from qadapt.data.new_tokens import add_new_tokens
-from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.errors import BadData, BadModel
+from qadapt.data.conversation import Conversation, Message, Row
+from qadapt.data.encoding import Encoded, Encoder, Refused, Rules
+from qadapt.data.layouts import Layouts, Learn
+from qadapt.data.spans import find_layout, refusal
+from qadapt.data.template import CHATML, CHATML_TOKENS, ChatTemplate, Turns
+from qadapt.data.tokenizer import (
+    add_tokens,
+    declared_ends,
+    embedding_rows,
+    identity,
+    read_tokenizer,
+    special_texts,
+    starts_with_bos,
+)
+from qadapt.data.tokens import Tokens
+from qadapt.errors import BadData, BadModel, BadRecipe, BadRun
+
+CONTRACT_FILE = "prompt.json"
+_CHATML_CURE = (
+    "Train the instruct form of the model, or set data.template=chatml and "
+    f"data.new_tokens=[{', '.join(CHATML_TOKENS)}]."
+)
 
 
 class PromptContract:
-    """Template, special tokens and mask rule of one model.
+    """How rows of one model become tokens.
+
+    Attributes:
+        tokenizer: The model's, new tokens included.
+        template: None if the model has no chat template: then only documents can be encoded.
+        source: What the template is: `auto`, `chatml`, or `file`.
+        learn: What is learned: `answers`, `last`, `all`, or roles.
+        end_ids: Tokens that end an answer: those the model's files name, and what the template closes with.
+        new_ids: Ids of the tokens that were added.
 
     Args:
-        tokenizer: The model's fast tokenizer, with a chat template.
-        end_ids: Tokens that end an answer (the tokenizer's end token and the model's own list).
-        new_ids: Tokens that the recipe added to the tokenizer.
-
-    Raises:
-        BadModel: The tokenizer has no chat template.
+        tokenizer: As the attribute.
+        template: As the attribute.
+        folder: The model's folder, for its own end tokens and the size of its embedding table.
+        source: As the attribute.
+        learn: As the attribute.
+        new_ids: As the attribute.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, end_ids: frozenset[int], new_ids: tuple[int, ...] = ()
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: ChatTemplate | None,
+        *,
+        folder: Path,
+        source: str,
+        learn: Learn,
+        new_ids: tuple[int, ...],
     ) -> None:
-        if not tokenizer.chat_template:
-            raise BadModel(
-                "The model's tokenizer has no chat template, so a conversation has no form it knows.",
-                cure="Train the instruct form of the model, or add a chat_template.jinja to its folder.",
-            )
-        self.tokenizer = tokenizer
-        self.end_ids = end_ids
-        self.new_ids = new_ids
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over what decides the tokens: template, end tokens and new ones."""
-        facts: dict[str, object] = {
-            "template": self.tokenizer.chat_template,
-            "end_ids": sorted(self.end_ids),
-        }
-        if self.new_ids:
-            facts["new_tokens"] = self.tokenizer.convert_ids_to_tokens(list(self.new_ids))
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.tokenizer, self.template, self.source = tokenizer, template, source
+        self.learn, self.new_ids = learn, new_ids
+        self._embedding_rows = embedding_rows(folder)
+        self._special = special_texts(tokenizer)
+        declared = declared_ends(tokenizer, folder)
+        ends = _names(tokenizer, declared)
+        if template is not None and source != "auto":
+            tokenizer.chat_template = template.texts["default"]  # where it is saved, it speaks so
+        self._closing = None if template is None else _closing(template, ends, tuple(self._special))
+        closing = () if not self._closing or self._closing in ends else (self._special[self._closing],)
+        self.end_ids = declared.union(closing)
 
     @property
     def pad_id(self) -> int:
         """The token that fills rows up; it is never learned, so any will do."""
         pad = self.tokenizer.pad_token_id
-        return pad if isinstance(pad, int) else min(self.end_ids)
+        return pad if isinstance(pad, int) else min(self.end_ids, default=0)
 
-    def encode(self, conversation: Conversation) -> Tokens:
-        """The row as tokens; learned are the assistant's turns, each with its end token.
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the facts."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the tokens, for `prompt.json`; a day only where the template prints it."""
+        template = self.template
+        return {
+            "version": 1,
+            "template": None if template is None else template.texts,
+            "source": self.source,
+            "date": template.day.isoformat() if template is not None and template.prints_date else None,
+            "special_tokens": dict(self.tokenizer.special_tokens_map),
+            "starts_with_bos": starts_with_bos(self.tokenizer),
+            "end_ids": sorted(self.end_ids),
+            "learn": self.learn if isinstance(self.learn, str) else list(self.learn),
+            "new_tokens": list(_names(self.tokenizer, self.new_ids)),
+            "tokenizer": self._identity,
+        }
+
+    def encode(self, row: Row) -> Encoded:
+        """The row as tokens, whole.
 
         Raises:
-            BadData: The template refuses the conversation, or its turns cannot be told apart.
+            BadData: The row cannot be trained on: see `find_layout`; or it begins with the first token twice,
+            or has tokens beyond the model's embedding table.
+            BadModel: The model has no chat template, or one that ends no answer.
         """
-        turns, place = conversation.turns, conversation.place
-        text = self._render(turns, place=place)
-        spans = [
-            self._span(text, turns[: number + 1], place=place)
-            for number, turn in enumerate(turns)
-            if turn["role"] == "assistant"
-        ]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        supervised = [
-            any(start <= first < last <= end for start, end in spans)
-            for first, last in encoded["offset_mapping"]
-        ]
-        return tokens_of(encoded["input_ids"], supervised, place=place)
+        encoded = self.encode_all([row])[0]
+        if isinstance(encoded, Refused):
+            raise encoded.error
+        return encoded
 
-    def prompt_ids(self, turns: Sequence[dict[str, str]], *, place: str = "the prompt") -> list[int]:
-        """The tokens that ask the model for the next assistant turn."""
-        text = self._render(list(turns), place=place, asks=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode_all(self, rows: Sequence[Row]) -> list[Encoded | Refused]:
+        """The rows as tokens, each whole or refused.
+
+        Raises:
+            BadModel: As `encode`.
+        """
+        return self._encoder.encode_all(rows)
+
+    def prompt_ids(
+        self, turns: Turns, tools: Sequence[Mapping[str, Any]] = (), *, place: str = "the prompt"
+    ) -> list[int]:
+        """The tokens that ask the model for the next assistant turn.
+
+        Raises:
+            BadData: The template refuses the turns.
+            BadModel: The model has no chat template.
+        """
+        try:
+            text = self._chat_template().render(turns, tools=tools, asks=True)
+        except TemplateError as error:
+            raise refusal(place, error) from None
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
@@ -96,74 +155,177 @@ class PromptContract:
         assert isinstance(text, str)
         return text
 
-    def ends_turns(self, row: Tokens) -> bool:
+    def ends_turns(self, row: Encoded | Tokens) -> bool:
         """Whether the last learned token of a row is an end token, so that the model learns to stop."""
         learned = row.ids[row.supervised]
         return bool(len(learned)) and int(learned[-1]) in self.end_ids
 
-    def _span(self, text: str, turns: list[dict[str, str]], *, place: str) -> tuple[int, int]:
-        """Characters of the last of `turns`, an assistant's, in the text of the whole conversation."""
-        before = self._render(turns[:-1], place=place, asks=True)
-        until = self._render(turns, place=place)
-        if text.startswith(before) and until.startswith(before):
-            if text.startswith(until):
-                return len(before), len(until.rstrip())
-            # Earlier turns may lose a part (Qwen3's reasoning) or the text's end (Phi-3), but end alike.
-            content = turns[-1]["content"].strip()
-            answered = len(before) + len(content)
-            ending = _common_start(text[answered:], until.rpartition(content)[2]).rstrip()
-            if content and ending and text.startswith(content, len(before)):
-                return len(before), answered + len(ending)
-        raise BadData(
-            f"{place}: the model's chat template does not render the answer in message {len(turns)} as a "
-            "continuation of what stands before it, so what to learn cannot be told for sure.",
-            cure="Keep one question and one answer per row for this model.",
-        )
+    def _chat_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise BadModel(
+                "The model has no chat template, so a conversation has no form it knows.", cure=_CHATML_CURE
+            )
+        return self.template
 
-    def _render(self, turns: list[dict[str, str]], *, place: str, asks: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
-        except TemplateError as error:
-            raise BadData(
-                f"{place}: the model's chat template refuses the conversation: {error}",
-                cure="Change the roles of the row to what the model knows.",
-            ) from None
-        assert isinstance(text, str)
-        return text
+    @cached_property
+    def _identity(self) -> str:
+        return identity(self.tokenizer)
 
+    @cached_property
+    def _layouts(self) -> Layouts:
+        template = self._chat_template()
+        if self._closing == "":
+            raise BadModel(
+                "The chat template ends answers with no end token that this tokenizer knows: the model would "
+                "never stop.",
+                cure=_CHATML_CURE,
+            )
+        ends = _names(self.tokenizer, self.end_ids)
+        written = "".join(template.texts.values())  # new tokens that the template does not write are for rows
+        meant = [name for name in _names(self.tokenizer, self.new_ids) if name not in written]
+        return Layouts(template, learn=self.learn, ends=ends, control=tuple(self._special), meant=meant)
 
-def _common_start(left: str, right: str) -> str:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
-    return "".join(character for character, _ in same)
+    @cached_property
+    def _encoder(self) -> Encoder:
+        rules = Rules(self.learn, self.end_ids, self.new_ids, self._embedding_rows)
+        # documents need no template, so it is asked for when the first conversation comes
+        return Encoder(self.tokenizer, lambda row: self._layouts.of(row), rules=rules)
 
 
-def load_contract(folder: Path, *, new_tokens: Sequence[str] = ()) -> PromptContract:
+def load_contract(
+    folder: Path,
+    *,
+    learn: Learn = "answers",
+    template: str = "auto",
+    date: str | None = None,
+    new_tokens: Sequence[str] = (),
+) -> PromptContract:
     """The contract of a model folder.
 
     Args:
-        folder: A whole model folder.
-        new_tokens: Special tokens to add to the tokenizer.
+        folder: The model's files.
+        learn: What is learned.
+        template: `auto` (the model's own), `chatml`, or a Jinja file.
+        date: The day for templates that print one, as 2026-01-31; None: today.
+        new_tokens: Special tokens to add.
 
     Raises:
-        BadModel: The tokenizer cannot be read, or has no chat template.
-        BadRecipe: A new token is no new one.
+        BadModel: The tokenizer cannot be read, or its template is none.
+        BadRecipe: A new token is not new, or the template file cannot be read.
     """
+    tokenizer = read_tokenizer(folder)
+    new_ids = add_tokens(tokenizer, new_tokens)
+    return PromptContract(
+        tokenizer,
+        _compiled(_template_texts(tokenizer, template), tokenizer, date),
+        folder=folder,
+        source=template if template in ("auto", "chatml") else "file",
+        learn=learn,
+        new_ids=new_ids,
+    )
+
+
+def saved_contract(adapter: Path, folder: Path) -> PromptContract:
+    """The contract an adapter was trained under, on its base as it is now.
+
+    Args:
+        adapter: The adapter's folder, with `prompt.json`.
+        folder: The base's folder.
+
+    Raises:
+        BadRun: The file is missing or damaged, or the base's tokenizer is not what it was.
+    """
+    path = adapter / CONTRACT_FILE
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadModel(
-            f"The tokenizer in {folder} cannot be read: {reason}", cure="Get the model again."
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = read_tokenizer(folder)
+        new_ids = add_tokens(tokenizer, facts["new_tokens"])
+        learn: Any = facts["learn"]
+        rule: Learn = learn if isinstance(learn, str) else tuple(learn)  # type: ignore[assignment]
+        contract = PromptContract(
+            tokenizer,
+            _compiled(facts["template"], tokenizer, facts["date"]),
+            folder=folder,
+            source=facts["source"],
+            learn=rule,
+            new_ids=new_ids,
+        )
+        now = contract.facts()
+        changed = [name for name in now if now[name] != facts[name]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadRun(
+            f"{path} does not tell how the adapter's prompts were made: {error}", cure="Train the run again."
         ) from None
-    new_ids = add_new_tokens(tokenizer, new_tokens)
-    end_ids = {tokenizer.eos_token_id} | _generation_ends(folder)
-    known = frozenset(token for token in end_ids if token is not None)
-    return PromptContract(tokenizer, end_ids=known, new_ids=new_ids)
+    if changed:
+        raise BadRun(
+            f"The base in {folder} is not what the adapter was trained on: {', '.join(changed)} changed.",
+            cure="Put the files of its tokenizer back as they were.",
+        )
+    return contract
 
 
-def _generation_ends(folder: Path) -> set[int]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return set()
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return set(ends) if isinstance(ends, list) else {ends}
+def _compiled(
+    texts: Mapping[str, str] | None, tokenizer: PreTrainedTokenizerFast, day: str | None
+) -> ChatTemplate | None:
+    if texts is None:
+        return None
+    date = day_of.today() if day is None else day_of.fromisoformat(day)
+    try:
+        return ChatTemplate(texts, variables=tokenizer.special_tokens_map, day=date)
+    except TemplateError as error:
+        raise BadModel(
+            f"The chat template is no Jinja template: {error}.", cure="Give another with data.template."
+        ) from None
+
+
+def _template_texts(tokenizer: PreTrainedTokenizerFast, template: str) -> dict[str, str] | None:
+    if template == "chatml":
+        return {"default": ("{{ bos_token }}" if starts_with_bos(tokenizer) else "") + CHATML}
+    if template != "auto":
+        try:
+            return {"default": Path(template).read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRecipe(
+                f"data.template: {template} cannot be read: {error}",
+                cure="Give auto, chatml, or a Jinja file.",
+            ) from None
+    own = tokenizer.chat_template
+    if not own:
+        return None
+    texts = dict(own) if isinstance(own, dict) else {"default": own}
+    if "default" not in texts:
+        raise BadModel(
+            f"The model has several chat templates ({', '.join(sorted(texts))}) and none for plain rows.",
+            cure="Write the one you mean to a file and give it with data.template.",
+        )
+    return {name: texts[name] for name in ("default", "tool_use") if name in texts}
+
+
+def _names(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> tuple[str, ...]:
+    return tuple(tokenizer.convert_ids_to_tokens(sorted(ids)))
+
+
+def _closing(template: ChatTemplate, declared: Sequence[str], special: Sequence[str]) -> str | None:
+    """The token that closes an answer, by what the template writes.
+
+    Of the special tokens there, one that the model's files declare goes before one that they do not. Empty if
+    none closes it, None if it does not show on a plain row.
+    """
+    for ends in (declared, special):
+        found = [
+            _closed_by(template, ends, roles=roles)
+            for roles in (("user", "assistant", "user"), ("user", "assistant"))
+        ]
+        if any(found):
+            return next(filter(None, found))
+    return None if all(each is None for each in found) else ""
+
+
+def _closed_by(template: ChatTemplate, ends: Sequence[str], *, roles: Sequence[str]) -> str | None:
+    messages = tuple(Message(role, f"c{number}", is_learned=False) for number, role in enumerate(roles))
+    try:
+        layout, _ = find_layout(Conversation(messages, ""), template, wanted=(1,), ends=ends)
+    except BadData:
+        return None
+    written = layout.text[: layout.spans[0].end]
+    return next((end for end in ends if written.endswith(end)), "")

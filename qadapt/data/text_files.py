@@ -34,7 +34,7 @@ def _cut(piece: bytes) -> int:
     cut = max(piece.rfind(b"\n"), 0) or max(piece.rfind(b" "), 0)
     if cut:
         return cut + 1
-    last = next((at for at in range(1, 4) if piece[-at] & 0xC0 != 0x80), 1)
+    last = next((at for at in range(1, 5) if piece[-at] & 0xC0 != 0x80), 1)
     return len(piece) - last
 
 

@@ -22,8 +22,7 @@ TOKENIZER = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of the tokenizer: the base's, or those beside the adapter if it has new tokens."""
-GENERATION = "generation_config.json"
-COPIED = (GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*")
+COPIED = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that are taken over from the base where it has them."""
 _TORCH_NAMES = {"merged-fp16": "float16", "merged-bf16": "bfloat16", "merged-fp32": "float32"}
 _DROPPED = ("torch_dtype", "quantization_config", "auto_map", "_name_or_path")
@@ -33,13 +32,11 @@ _DROPPED = ("torch_dtype", "quantization_config", "auto_map", "_name_or_path")
 class Vocabulary:
     """What new tokens change beside the weights.
 
-    `rows` are those of the embedding table, `tokenizer` is the folder of the tokenizer that has them, and
-    `end_ids` are those of them that end an answer.
+    `rows` are those of the embedding table, `tokenizer` is the folder of the tokenizer that knows them.
     """
 
     rows: int
     tokenizer: Path
-    end_ids: tuple[int, ...] = ()
 
 
 def write_other_files(
@@ -69,8 +66,6 @@ def write_other_files(
     _write_json(folder / "config.json", kept | changed)
     _copy(model_folder, folder, COPIED)
     _copy_tokenizer(model_folder if vocabulary is None else vocabulary.tokenizer, folder)
-    if vocabulary is not None and vocabulary.end_ids:
-        _add_ends(folder / GENERATION, vocabulary.end_ids)
     text = card_text(card.with_licence_of(model_folder), form=form, base=base)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -87,15 +82,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, folder / templates.name)
-
-
-def _add_ends(path: Path, end_ids: Sequence[int]) -> None:
-    """Lets new tokens end an answer, too."""
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    ends = values.get("eos_token_id")
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    added = [token for token in end_ids if token not in known]
-    _write_json(path, values | {"eos_token_id": [*known, *added]})
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:

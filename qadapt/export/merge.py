@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qadapt.adapters.facts import FACTS_FILE, read_facts
+from qadapt.adapters.facts import read_facts
 from qadapt.errors import BadExport, BadRecipe, BadRun
 from qadapt.events import Event, Exported, StageAdvanced, StageStarted
 from qadapt.export.adapter import Adapter, TokenRows
@@ -163,9 +163,7 @@ def _vocabulary(adapter_folder: Path, entries: Sequence[TensorEntry]) -> Vocabul
             f"The adapter has new tokens, and {adapter_folder} no tokenizer that knows them.",
             cure="Save the tokenizer that it was trained with beside it.",
         )
-    has_facts = (adapter_folder / FACTS_FILE).is_file()
-    end_ids = read_facts(adapter_folder).end_ids if has_facts else ()
-    return Vocabulary(rows.pop(), tokenizer=adapter_folder, end_ids=end_ids)
+    return Vocabulary(rows.pop(), tokenizer=adapter_folder)
 
 
 def _written_entry(entry: TensorEntry, dtype: str, tokens: TokenRows | None) -> TensorEntry:

@@ -94,6 +94,7 @@ def snapshot(
     cache: Path | None = None,
     endpoint: str | None = None,
     report: Report = ignore,
+    needs_weights: bool = True,
 ) -> Snapshot:
     """A model of a hub on this disk, fetched as far as it is not there yet.
 
@@ -105,6 +106,7 @@ def snapshot(
         cache: Where to keep files; by default huggingface_hub's cache.
         endpoint: The hub's address; by default huggingface_hub's.
         report: Told of the bytes fetched.
+        needs_weights: Fetch the weights, too, and not only what describes the model and its tokens.
 
     Raises:
         HubRefused: Gated, missing, not allowed, or out of reach.
@@ -124,12 +126,15 @@ def snapshot(
         except (httpx2.TransportError, OfflineModeIsEnabled):
             known = api.resolve_revision(name, revision=revision, cache_dir=kept, local_files_only=True)
             repository = _Repository(name, known.resolved, endpoint, kept)
-            return Snapshot(_whole_local(repository), known.resolved)
+            return Snapshot(_whole_local(repository, needs_weights=needs_weights), known.resolved)
         assert info.sha is not None, "the hub names the commit of every model"
         api.resolve_revision(name, revision=revision, cache_dir=kept)  # notes it for the time without network
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         repository = _Repository(name, info.sha, endpoint, kept)
-        return Snapshot(_fetched(repository, sizes, report=report), info.sha)
+        folder, weights = _described(repository, sizes)
+        if needs_weights:
+            _fetch_weights(repository, folder, {file: sizes[file] for file in weights}, report=report)
+        return Snapshot(folder, info.sha)
 
 
 def is_kept(name: str, *, revision: str | None = None, cache: Path | None = None) -> bool:
@@ -148,10 +153,12 @@ def is_kept(name: str, *, revision: str | None = None, cache: Path | None = None
     return has("config.json") and (has("model.safetensors") or has("model.safetensors.index.json"))
 
 
-def _whole_local(repository: _Repository) -> Path:
+def _whole_local(repository: _Repository, *, needs_weights: bool) -> Path:
     config = repository.cached("config.json")
     if config is None:
         raise LocalEntryNotFoundError(repository.name)
+    if not needs_weights:
+        return config.parent
     try:
         checked_folder(config.parent, name=repository.name)
     except BadModel as error:
@@ -162,7 +169,8 @@ def _whole_local(repository: _Repository) -> Path:
     return config.parent
 
 
-def _fetched(repository: _Repository, sizes: dict[str, int], *, report: Report) -> Path:
+def _described(repository: _Repository, sizes: dict[str, int]) -> tuple[Path, list[str]]:
+    """The folder with configuration and tokenizer, fetched; and the files of weights that belong to it."""
     name = repository.name
     if "config.json" not in sizes:
         raise _no_model(name, list(sizes))
@@ -171,9 +179,7 @@ def _fetched(repository: _Repository, sizes: dict[str, int], *, report: Report) 
     for file in sizes:
         if _SMALL_FILES.fullmatch(file):
             repository.fetch(file)
-    weights = _weight_names(folder, name=name, files=list(sizes))
-    _fetch_weights(repository, folder, {file: sizes[file] for file in weights}, report=report)
-    return folder
+    return folder, _weight_names(folder, name=name, files=list(sizes))
 
 
 def _fetch_weights(

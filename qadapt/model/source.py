@@ -47,6 +47,7 @@ def find_model(
     cache: Path | None = None,
     endpoint: str | None = None,
     report: Report = ignore,
+    needs_weights: bool = True,
 ) -> ModelFiles:
     """Finds a model, fetching or converting it the first time.
 
@@ -57,6 +58,8 @@ def find_model(
             models huggingface_hub's own cache.
         endpoint: Another hub than huggingface_hub's default.
         report: Told of progress: stage, bytes done, bytes in total.
+        needs_weights: Of a hub model, fetch the weights, too: without them there is no fingerprint, and the
+            folder serves for its shape and its tokens only.
 
     Raises:
         BadModel: Nothing of that name, or what is there cannot be read or trusted.
@@ -80,7 +83,16 @@ def find_model(
     if _HUB_ID.fullmatch(source) and place.suffix.lower() != ".gguf":
         from qadapt.model.hub import snapshot
 
-        found = snapshot(source, revision=revision, cache=cache, endpoint=endpoint, report=report)
+        found = snapshot(
+            source,
+            revision=revision,
+            cache=cache,
+            endpoint=endpoint,
+            report=report,
+            needs_weights=needs_weights,
+        )
+        if not needs_weights:
+            return ModelFiles(source, found.folder, found.commit, "")
         return ModelFiles(source, found.folder, found.commit, checked_folder(found.folder, name=source))
     raise BadModel(
         f"No model {source!r}: it is no folder, no .gguf file, no hub id (owner/name) and no known alias.",

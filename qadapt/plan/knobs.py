@@ -29,6 +29,8 @@ class Knob:
 
     Of a `fine` knob each value takes less memory and more time than the one before it (the last one may take
     more memory than the last but one), so the fastest value that fits is found by halving.
+
+    What a knob that `needs_rows` is worth depends on how long the rows are; who has them turns it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Knob:
     describe: Callable[[Value, ModelShape], str]
     rise: str | None = None
     fine: bool = False
+    needs_rows: bool = False
 
     def change(self, setting: Setting, value: Value, *, rows_per_step: int) -> Setting:
         """The setting with this knob at a value."""
@@ -113,6 +116,14 @@ KNOBS: tuple[Knob, ...] = (
         fine=True,
     ),
     Knob(
+        "packing",
+        "packed",
+        1,
+        lambda _, setting, __: (True, False) if setting.packed else (False,),
+        _assignment("data.packing"),
+        needs_rows=True,  # `plan/packing.py`
+    ),
+    Knob(
         "double_quant",
         "double_quant",
         2,
@@ -149,5 +160,5 @@ KNOBS: tuple[Knob, ...] = (
     ),
 )
 
-PLANNED = frozenset(knob.name for knob in KNOBS if knob.rung == 1)
+PLANNED = frozenset(knob.name for knob in KNOBS if knob.rung == 1 and not knob.needs_rows)
 """The knobs that a plan may turn by itself where the recipe says `auto`: they change no result."""

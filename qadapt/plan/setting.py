@@ -227,8 +227,8 @@ def setting_of(
     """The setting a recipe asks for, before the plan fills in what is `auto`.
 
     A type that the recipe names overrules the one given here. An `auto` micro-batch starts at one row and
-    `auto` recompute at every layer: the least memory, from which `fit` goes up. Without a shape nothing is
-    checked.
+    `auto` recompute at every layer: the least memory, from which `fit` goes up. With `auto` packing rows are
+    filled up: only who has them can say whether packing is faster. Without a shape nothing is checked.
 
     Raises:
         BadRecipe: See `check_setting`.
@@ -253,6 +253,7 @@ def setting_of(
         supervised_share=supervised_share,
         recompute="all" if memory.recompute == "auto" else memory.recompute,
         accumulates=recipe.train.rows_per_step > rows,
+        packed=recipe.data.packing is True,
         new_tokens=len(recipe.data.new_tokens),
         device=device,
     )

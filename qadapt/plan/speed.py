@@ -10,6 +10,7 @@ and reads it again. Error: `TIME_SPAN`; published steps are compared in
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from qadapt.hardware.cards import Card
 from qadapt.plan.adapters import trainable
@@ -37,15 +38,33 @@ def passes(shape: ModelShape, setting: Setting) -> float:
     return 2 + setting.recomputed_layers(shape.layers) / shape.layers
 
 
-def operations(shape: ModelShape, setting: Setting) -> float:
-    """Floating-point operations of one micro-batch, a multiply and an add counted as two."""
+class Work(NamedTuple):
+    """What one micro-batch computes on; of an average one where rows are as they are.
+
+    `tokens`, padding included; `pairs` of a token and another of its row or document, squares summed up;
+    `head_tokens`, those that reach the head.
+    """
+
+    tokens: float
+    pairs: float
+    head_tokens: float
+
+
+def work_of(setting: Setting) -> Work:
+    """Full rows, as the setting has them."""
+    return Work(setting.tokens, setting.length * setting.tokens, setting.supervised_tokens)
+
+
+def operations(shape: ModelShape, setting: Setting, work: Work | None = None) -> float:
+    """Floating-point operations of one micro-batch, by default of full rows; multiply and add are two."""
+    work = work or work_of(setting)
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
     query = shape.heads * shape.head_width
     count = passes(shape, setting)
-    products = 2 * weights * setting.tokens * count
-    scores = 2 * shape.layers * query * setting.length * setting.tokens * (count + 1)
-    adapter = 2 * trainable(shape, setting) * setting.tokens * (count + 1)
-    head = 2 * 2 * shape.embedding_weights * setting.supervised_tokens
+    products = 2 * weights * work.tokens * count
+    scores = 2 * shape.layers * query * work.pairs * (count + 1)
+    adapter = 2 * trainable(shape, setting) * work.tokens * (count + 1)
+    head = 2 * 2 * shape.embedding_weights * work.head_tokens
     return products + scores + adapter + head
 
 
@@ -56,12 +75,14 @@ def moved_bytes(shape: ModelShape, setting: Setting) -> float:
     return weights * per_weight * passes(shape, setting)
 
 
-def micro_batch_seconds(shape: ModelShape, setting: Setting, card: Card | None) -> float | None:
-    """Seconds of one micro-batch, or None where the card's speed is unknown."""
+def micro_batch_seconds(
+    shape: ModelShape, setting: Setting, card: Card | None, *, work: Work | None = None
+) -> float | None:
+    """Seconds of one micro-batch, by default of full rows; None where the card's speed is unknown."""
     if card is None or card.tflops is None or card.bandwidth_gb is None:
         return None
     slower = FP32_FACTOR if setting.compute_dtype == "fp32" else 1
-    computing = operations(shape, setting) * slower / (card.tflops * 1e12 * EFFICIENCY)
+    computing = operations(shape, setting, work) * slower / (card.tflops * 1e12 * EFFICIENCY)
     moving = moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
     return max(computing + moving, shape.layers * passes(shape, setting) * LAUNCH_SECONDS)
 

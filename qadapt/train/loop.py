@@ -6,7 +6,7 @@ Knows no recipe and no screen: it takes flat settings, and whoever iterates deci
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -163,7 +163,7 @@ class Loop:
     def _batches(self, step: int) -> list[MicroBatch]:
         return self._split([self.rows.train[index] for index in self.order.rows_of_step(step)])
 
-    def _split(self, rows: list[Tokens]) -> list[MicroBatch]:
+    def _split(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         return micro_batches(rows, size=self.settings.micro_batch, pad_id=self.rows.pad_id)
 
     def _is_watched(self, step: int) -> bool:

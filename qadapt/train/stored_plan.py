@@ -39,7 +39,10 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class StoredPlan:
-    """How a run's steps are placed on a device."""
+    """How a run's steps are placed on a device.
+
+    `packed` came with a later release: a plan without it is of a run whose rows are filled up.
+    """
 
     steps: int
     device: str
@@ -54,6 +57,7 @@ class StoredPlan:
     reasons: tuple[str, ...]
     revision: str | None
     ingredients: Ingredients
+    packed: bool = False
 
     def event(self) -> Planned:
         """The plan as an event."""
@@ -67,6 +71,7 @@ class StoredPlan:
             predicted_peak_bytes=self.predicted_peak_bytes,
             budget_bytes=self.budget_bytes,
             reasons=self.reasons,
+            packed=self.packed,
         )
 
     def values(self) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def _setting_numbers(state: RunState) -> list[tuple[str, Text]]:
         pairs.append(("saved at step", Text(f"{state.saved_step:,}")))
     if state.plan is not None:
         pairs += [
-            ("micro-batch", Text(f"{state.plan.micro_batch} rows")),
+            ("micro-batch", Text(f"{state.plan.micro_batch} rows{', packed' if state.plan.packed else ''}")),
             ("recompute", Text(format_recompute(state.plan.recompute))),
             ("compute", Text(state.plan.compute_dtype)),
             ("adapters", Text(state.plan.adapter_dtype)),

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from qadapt.data.check import DataReport, Finding, Histogram
 from qadapt.units import format_bytes, format_seconds
-from qadapt.view.data_rows import Look, RowsView, findings_text
+from qadapt.view.data_rows import Look, RowsView
 from qadapt.view.tables import bar
+from qadapt.view.visible import PLAIN_SIGNS
 
 _CUT_WORDS = {
     "turns": "whole turns left out",
@@ -50,7 +51,7 @@ class DataReportView:
             yield Text()
             yield RowsView(self.report.examples, self.shows_ids)
         yield Text()
-        yield from findings_text(((finding.message, finding.cure) for finding in self.report.findings), look)
+        yield _findings(self.report.findings, look)
         yield verdict(self.report.findings)
 
 
@@ -65,6 +66,19 @@ def verdict(findings: tuple[Finding, ...]) -> Text:
         return Text("No problems: this is what the model will see.", style="bold green")
     words = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
     return Text(f"{words}: see above what to do.", style="bold yellow")
+
+
+def _findings(findings: tuple[Finding, ...], look: Look) -> Table:
+    """Each problem with its cure below."""
+    arrow = "->" if look.signs is PLAIN_SIGNS else "→"
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(width=1, style="bold yellow")
+    table.add_column(overflow="fold")
+    for finding in findings:
+        text = Text(look.line(finding.message), overflow="fold")
+        text.append(f"\n{arrow} {look.line(finding.cure)}", style="yellow")
+        table.add_row("!", text)
+    return table
 
 
 def _facts(report: DataReport, look: Look, width: int) -> Table:
@@ -137,8 +151,7 @@ def _step_lines(report: DataReport) -> Iterator[Line]:
     passes = report.steps / per_pass
     yield (
         "steps",
-        f"{report.steps:,} of {report.rows_per_step} rows; a pass over the rows is {per_pass:,.1f}, "
-        f"so the run sees each {passes:,.2f} times",
+        f"{report.steps:,} of {counted(report.rows_per_step)}, {passes:,.2f} passes of {per_pass:,.1f} steps",
     )
     layout = report.layout
     looked = f" (of the first {layout.steps:,} steps)" if layout.steps < report.steps else ""

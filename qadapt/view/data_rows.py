@@ -194,11 +194,3 @@ def _is_edge(pieces: Sequence[Piece | Gap], place: int, side: int) -> bool:
     if other.is_special or other.is_supervised != piece.is_supervised:
         return True
     return other.text[-1:].isspace() if side < 0 else other.text[:1].isspace()
-
-
-def findings_text(lines: Iterable[tuple[str, str]], look: Look) -> Iterator[Text]:
-    """Each problem with its cure below."""
-    mark, arrow = ("!", "->") if look.signs is PLAIN_SIGNS else ("!", "→")
-    for message, cure in lines:
-        yield Text.assemble((f"{mark} ", "bold yellow"), look.line(message))
-        yield Text(f"  {arrow} {look.line(cure)}", style="yellow")

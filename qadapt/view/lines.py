@@ -48,7 +48,8 @@ def _preparation(event: Event) -> str | None:
         case Planned():
             peak = format_bytes(event.predicted_peak_bytes)
             recompute = format_recompute(event.recompute)
-            return f"planned: micro-batch {event.micro_batch}, recompute {recompute}, peak {peak}"
+            packed = " packed" if event.packed else ""
+            return f"planned: micro-batch {event.micro_batch}{packed}, recompute {recompute}, peak {peak}"
         case DataReady():
             cut = f", {event.truncated_rows:,} cut to length" if event.truncated_rows else ""
             form = f" ({', '.join(event.formats)})" if event.formats else ""

@@ -1,0 +1,130 @@
+"""What a user should know about prepared rows: problem and cure, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from qadapt.data.new_tokens import absent_ids
+from qadapt.data.preparation import Found
+from qadapt.data.prepared import Part
+from qadapt.data.prompt import PromptContract
+from qadapt.data.sources import MOST_LISTED, SUFFIXES
+from qadapt.data.split import Split
+from qadapt.data.tokens import Tokens
+
+Note = tuple[str, str]
+
+
+def part_notes(part: Part, kind: str, *, length: int) -> Iterator[Note]:
+    """What became of the rows of a part.
+
+    Args:
+        part: The part.
+        kind: What its rows are called: `rows` or `held-out rows`.
+        length: Longest row in tokens.
+    """
+    if part.prepared.damage is not None:
+        yield f"Prepared {kind} in the cache were damaged: {part.prepared.damage}", "They were made anew."
+    yield from _skipped(part)
+    yield from _other_files(part)
+    if preferred := part.formats.get("preference"):
+        yield (
+            f"{preferred:,} {kind} are preference pairs: only the chosen answers are learned.",
+            "Nothing, if that is meant: the rejected answers are not used.",
+        )
+    yield from _cut(part, kind, length=length)
+    for note, found in part.tally.notes.items():
+        problem = f"{_counted(found, kind)}: {_NOTES.get(note, note)}: {_places(found)}."
+        yield problem, _NOTE_CURES.get(note, _LOOK)
+
+
+def split_notes(split: Split) -> Iterator[Note]:
+    """What was found when rows were held out."""
+    if split.repeated_rows:
+        yield (
+            f"{split.repeated_rows:,} training rows are equal to another one, token for token; they count "
+            "twice or more.",
+            "Remove them if that is not meant.",
+        )
+    if split.dropped_rows:
+        yield (
+            f"{split.dropped_rows:,} pieces of held-out documents are left out: equal ones are trained on.",
+            "Nothing: no row stands on both sides.",
+        )
+
+
+def token_notes(rows: Iterable[Tokens], contract: PromptContract) -> Iterator[Note]:
+    """Which of the recipe's new tokens would be exported untrained."""
+    absent = absent_ids(rows, contract.new_ids)
+    if absent:
+        names = ", ".join(contract.tokenizer.convert_ids_to_tokens(list(absent)))
+        yield (
+            f"No training row has these of data.new_tokens: {names}. They stay untrained.",
+            "Write them into the rows or the template, or leave them out of data.new_tokens.",
+        )
+
+
+_LOOK = "`qadapt data preview` shows how rows are seen."
+_NOTES = {
+    "control tokens": "contents hold the text of control tokens, which the model takes for the real ones",
+    "reasoning left out": "the template leaves out reasoning",
+    "content left out": "the template leaves out a part of the contents",
+    "tools left out": "the template leaves out tools",
+}
+_NOTE_CURES = {"control tokens": "Take them out of the contents, if they are not meant."}
+_LEFT_OUT = {
+    "truncated": ("have nothing to learn within {length} tokens", "Raise data.length, or shorten what stands "
+    "before the answers."),
+    "no learned turn": ("have no turn that is learned", "Remove them, or change data.learn."),
+    "empty answers": ("have only empty answers", "Remove them."),
+}  # fmt: skip
+
+
+def _skipped(part: Part) -> Iterator[Note]:
+    if part.skipped:
+        count = part.malformed_rows + part.tally.refused_rows
+        places = ", ".join(each.place for each in part.skipped[:3])
+        listed = "" if count <= MOST_LISTED else f" (the first {MOST_LISTED:,})"
+        yield (
+            f"{count:,} malformed {'row is' if count == 1 else 'rows are'} left out, as asked: {places}"
+            f"{', ...' if count > 3 else ''}; the first because of: {part.skipped[0].problem}",
+            f"The run's skipped.jsonl lists them{listed or ' all'}; data.malformed=error stops at the first.",
+        )
+
+
+def _other_files(part: Part) -> Iterator[Note]:
+    if part.other_files:
+        names = ", ".join(part.other_files[:3])
+        yield (
+            f"{len(part.other_files):,} files in the folders of rows are not read: {names}"
+            f"{', ...' if len(part.other_files) > 3 else ''}.",
+            f"Rows are in files that end in {', '.join(SUFFIXES)}.",
+        )
+
+
+def _cut(part: Part, kind: str, *, length: int) -> Iterator[Note]:
+    cut = part.tally.cut
+    if turns := cut.get("turns"):
+        yield (
+            f"{_counted(turns, kind)} are longer than {length} tokens and lost whole turns at the end: "
+            f"{_places(turns)}.",
+            "Raise data.length if the ends matter.",
+        )
+    if inside := cut.get("inside"):
+        yield (
+            f"{_counted(inside, kind)} are longer than {length} tokens and were cut inside an answer, so its "
+            f"end is not learned: {_places(inside)}.",
+            "Raise data.length if the ends matter.",
+        )
+    for why, left_out in part.tally.left_out.items():
+        problem, cure = _LEFT_OUT.get(why, (why, _LOOK))
+        counted = f"{_counted(left_out, kind)} {problem.format(length=length)}"
+        yield f"{counted} and are left out: {_places(left_out)}.", cure
+
+
+def _counted(found: Found, kind: str) -> str:
+    return f"{found.count:,} {kind}"
+
+
+def _places(found: Found) -> str:
+    return ", ".join(found.places) + (", ..." if found.count > len(found.places) else "")

@@ -1,0 +1,317 @@
+"""What a run is made of before anything is on a device: the base's files, the prompt contract, the rows.
+
+Read from the `model` and `data` sections of the recipe; below this file, functions take flat arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qadapt.data.conversation import Conversation
+from qadapt.data.order import Order
+from qadapt.data.preparation import Tally, token_rows
+from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part, read_sources
+from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.row_cache import drop_unused
+from qadapt.data.row_notes import part_notes, split_notes, token_notes
+from qadapt.data.rows import Rows, RowSet
+from qadapt.data.sources import RowReader, Skipped
+from qadapt.data.split import Split, split_rows
+from qadapt.errors import BadData, BadRun
+from qadapt.events import DataReady, Event, Warned
+from qadapt.model.source import ModelFiles, find_model, is_here
+from qadapt.recipe import Recipe
+from qadapt.stage import Report, with_progress
+from qadapt.train.stored_plan import Ingredients
+
+_REPORT_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of; `parts` are the prepared training rows, then held-out ones of their own."""
+
+    files: ModelFiles
+    contract: PromptContract
+    rows: Rows
+    parts: tuple[Part, ...]
+
+    @property
+    def ingredients(self) -> Ingredients:
+        """What must be the same when the run is resumed."""
+        return Ingredients(
+            base=self.files.fingerprint, template=self.contract.fingerprint, rows=self.rows.fingerprint
+        )
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The rows that were left out because they are malformed."""
+        return tuple(row for part in self.parts for row in part.skipped)
+
+    def data_facts(self) -> dict[str, Any]:
+        """What the rows were made from and where they lie, for the run's folder."""
+        return {
+            "version": 1,
+            "prompt_contract": self.contract.fingerprint,
+            "rows": len(self.rows.train),
+            "held_out_rows": len(self.rows.held_out),
+            "tokens": self.rows.tokens,
+            "supervised_tokens": self.rows.supervised_tokens,
+            "parts": [_part_facts(part) for part in self.parts],
+        }
+
+
+def _part_facts(part: Part) -> dict[str, Any]:
+    store = part.prepared.store
+    return {
+        "key": part.prepared.key,
+        "cache": f"{store.folder.parent.name}/{store.folder.name}",
+        "rows": len(store),
+        "tokens": store.facts["tokens"],
+        "supervised_tokens": store.facts["supervised_tokens"],
+        "formats": part.formats,
+        "malformed_rows": part.malformed_rows,
+        **part.tally.values(),
+        "sources": part.sources,
+    }
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe as it is run: absolute paths, so that it goes on from any folder, and today as its day."""
+    values = recipe.model_dump()
+    data = values["data"]
+    for source in data["sources"]:
+        source["path"] = _absolute(source["path"])
+    if recipe.data.held_out is not None:
+        data["held_out"] = _absolute(recipe.data.held_out)
+    if recipe.data.template not in ("auto", "chatml"):
+        data["template"] = _absolute(recipe.data.template)
+    if recipe.data.date is None:
+        data["date"] = date.today().isoformat()
+    if Path(recipe.model.source).exists():
+        values["model"]["source"] = str(Path(recipe.model.source).absolute())
+    return Recipe.model_validate(values)
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith("hub:") else str(Path(path).absolute())
+
+
+def prepare(
+    recipe: Recipe, *, revision: str | None, needs_weights: bool = True
+) -> Generator[Event, None, Material]:
+    """Finds the recipe's base (fetching or converting it the first time) and makes tokens of its rows.
+
+    Where the base must be fetched, the rows are read once before: a mistake in them costs no download.
+
+    Args:
+        recipe: The recipe.
+        revision: Of the base.
+        needs_weights: Fetch a hub model's weights, too; without them its files have no fingerprint.
+
+    Raises:
+        QadaptError: The base or the rows cannot be used.
+    """
+    source = recipe.model.source
+    if needs_weights and not is_here(source, revision=revision):
+        yield from with_progress("reading the rows", lambda report: _read_all(recipe, report), unit="rows")
+    files = yield from with_progress(
+        "finding the base",
+        lambda report: find_model(source, revision=revision, report=report, needs_weights=needs_weights),
+    )
+    contract = contract_of(recipe, files.folder)
+    parts: list[Part] = []
+    for sources, kind in ((training_sources(recipe), "rows"), (held_out_sources(recipe), "held-out rows")):
+        if sources:
+            part = yield from _prepared(recipe, sources, contract, kind=kind)
+            yield from _warned(part_notes(part, kind, length=recipe.data.length))
+            parts.append(part)
+    split = divided(recipe, parts, contract)
+    yield from _warned(split_notes(split))
+    yield from _warned(token_notes(split.rows.train, contract))
+    drop_unused()
+    yield _ready(split.rows, parts)
+    return Material(files, contract, split.rows, tuple(parts))
+
+
+def contract_of(recipe: Recipe, folder: Path) -> PromptContract:
+    """How the recipe's rows become tokens of a model."""
+    data = recipe.data
+    return load_contract(
+        folder, learn=data.learn, template=data.template, date=data.date, new_tokens=data.new_tokens
+    )
+
+
+def training_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """Where the rows to train on come from."""
+    return tuple(
+        Source(source.path, source.limit, source.split, source.subset) for source in recipe.data.sources
+    )
+
+
+def held_out_sources(recipe: Recipe) -> tuple[Source, ...]:
+    """Where held-out rows come from, if they have their own source."""
+    return (Source(recipe.data.held_out),) if recipe.data.held_out is not None else ()
+
+
+def reading_of(recipe: Recipe) -> Reading:
+    """How the recipe's rows are read and cut."""
+    data = recipe.data
+    columns = tuple(sorted((str(known), name) for known, name in data.columns.items()))
+    return Reading(data.format, columns, data.malformed == "skip", data.length)
+
+
+def row_reader(recipe: Recipe, *, skips_malformed: bool) -> RowReader:
+    """How files are read that look like the recipe's."""
+    columns = {str(known): name for known, name in recipe.data.columns.items()}
+    return RowReader(form=recipe.data.format, columns=columns, skips_malformed=skips_malformed)
+
+
+def _read_all(recipe: Recipe, report: Report) -> None:
+    """Reads every row and keeps none."""
+    reader, sources = reading_of(recipe).reader(), training_sources(recipe) + held_out_sources(recipe)
+    for number, _ in enumerate(read_sources(sources, reader), 1):
+        if number % _REPORT_ROWS == 0:
+            report("reading the rows", number, 0)
+
+
+def _prepared(
+    recipe: Recipe, sources: tuple[Source, ...], contract: PromptContract, *, kind: str
+) -> Generator[Event, None, Part]:
+    identified = yield from with_progress(
+        "hashing the files of rows", lambda report: identify(sources, report)
+    )
+    part = yield from with_progress(
+        f"preparing the {kind}",
+        lambda report: prepare_part(identified, reading_of(recipe), contract, report=report),
+        unit="rows",
+    )
+    if not len(part.prepared.store):
+        raise no_rows_left("train on" if kind == "rows" else "evaluate on", length=recipe.data.length)
+    return part
+
+
+def no_rows_left(purpose: str, *, length: int) -> BadData:
+    """The error for rows that were given and all have nothing to learn."""
+    return BadData(
+        f"No row is left to {purpose}: within {length} tokens, none has anything to learn.",
+        cure="Raise data.length, or shorten what stands before the answers.",
+    )
+
+
+def divided(recipe: Recipe, parts: list[Part], contract: PromptContract) -> Split:
+    """The recipe's training rows and held-out rows."""
+    return split_rows(
+        parts[0],
+        parts[1] if len(parts) > 1 else None,
+        share=recipe.data.held_out_fraction,
+        seed=recipe.train.seed,
+        pad_id=contract.pad_id,
+    )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows to evaluate on, and the first of the conversations that they were made of."""
+
+    rows: RowSet
+    conversations: list[Conversation]
+
+
+def rows_to_evaluate(
+    recipe: Recipe, contract: PromptContract, *, data: Path | None, conversations: int
+) -> Chosen:
+    """The rows of a file, or those that the recipe's run held out.
+
+    Args:
+        recipe: The run's.
+        contract: How rows become tokens.
+        data: The file.
+        conversations: So many are wanted as such, too.
+
+    Raises:
+        BadRun: No file is given and the run held out none.
+        BadData: The file or a row of it cannot be used, or no row has anything to learn.
+    """
+    if data is not None:
+        chosen = _rows_of_file(recipe, contract, data, conversations=conversations)
+    else:
+        chosen = _held_out(recipe, contract, conversations=conversations)
+    if not len(chosen.rows):
+        raise no_rows_left("evaluate on", length=recipe.data.length)
+    return chosen
+
+
+def _rows_of_file(recipe: Recipe, contract: PromptContract, data: Path, *, conversations: int) -> Chosen:
+    reader = row_reader(recipe, skips_malformed=False)
+    made = token_rows(
+        reader.rows(data), contract, length=recipe.data.length, skips_refused=False, tally=Tally()
+    )
+    rows = RowSet([row for _, row in made])
+    return Chosen(rows, _conversations((Source(str(data)),), reader, numbers=None, most=conversations))
+
+
+def _held_out(recipe: Recipe, contract: PromptContract, *, conversations: int) -> Chosen:
+    reading, training, own = reading_of(recipe), training_sources(recipe), held_out_sources(recipe)
+    if not own and not recipe.data.held_out_fraction:
+        raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
+    parts = [prepare_part(identify(sources), reading, contract) for sources in (training, own) if sources]
+    rows = divided(recipe, parts, contract).rows.held_out
+    numbers = set(rows.numbers().tolist())
+    return Chosen(
+        rows, _conversations(own or training, reading.reader(), numbers=numbers, most=conversations)
+    )
+
+
+def _conversations(
+    sources: tuple[Source, ...], reader: RowReader, *, numbers: set[int] | None, most: int
+) -> list[Conversation]:
+    """The first conversations of some sources; with `numbers` of those rows only."""
+    if not most:
+        return []
+    rows = enumerate(read_sources(sources, reader))
+    chosen = (row for number, row in rows if numbers is None or number in numbers)
+    return list(islice((row for row in chosen if isinstance(row, Conversation)), most))
+
+
+def _warned(notes: Iterable[tuple[str, str]]) -> Generator[Event, None, None]:
+    for message, cure in notes:
+        yield Warned(message=message, cure=cure)
+
+
+def _ready(rows: Rows, parts: list[Part]) -> DataReady:
+    formats = dict.fromkeys(form for part in parts for form in part.formats)
+    cut = (part.tally.cut.get(how) for part in parts for how in ("turns", "inside"))
+    return DataReady(
+        rows=len(rows.train),
+        held_out_rows=len(rows.held_out),
+        tokens=rows.tokens,
+        supervised_tokens=rows.supervised_tokens,
+        truncated_rows=sum(found.count for found in cut if found is not None),
+        longest_row_tokens=rows.longest,
+        formats=tuple(formats),
+    )
+
+
+def order_of(recipe: Recipe, rows: Rows) -> Order:
+    """Which rows each step takes."""
+    weights = [source.weight for source in recipe.data.sources]
+    return Order(
+        rows.train.lengths,
+        rows_per_step=recipe.train.rows_per_step,
+        seed=recipe.train.seed,
+        kind=recipe.data.order,
+        sources=list(zip(rows.source_rows, weights, strict=True)),
+    )
+
+
+def step_count(recipe: Recipe, rows: Rows) -> int:
+    """Optimizer steps of the run: the recipe's, or what its passes over the rows come to."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return order_of(recipe, rows).step_count(recipe.train.epochs)

@@ -1,0 +1,495 @@
+"""The rows of a run: prepared once, held out without a row on both sides, and everything left out counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qadapt.data.held_out import draw_held_out, repeated_rows, shared_rows
+from qadapt.data.preparation import Found, Tally, tally_of, token_rows
+from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part
+from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.row_cache import Prepared
+from qadapt.data.row_notes import part_notes, split_notes
+from qadapt.data.rows import RowSet
+from qadapt.data.split import Split, split_rows
+from qadapt.data.store import Store, StoreWriter
+from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.errors import BadData
+from qadapt.events import DataReady, Event, StageAdvanced, Warned
+from qadapt.material import Material, prepare, resolved, rows_to_evaluate, step_count
+from qadapt.recipe import Recipe
+from qadapt.recipe_file import check_recipe
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+def row_of(question: str, answer: str = "four") -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+    }
+
+
+def write_lines(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+READING = Reading("auto", (), skips_malformed=False, length=128)
+
+
+def prepared(
+    *paths: Path, contract: PromptContract, reading: Reading = READING, limit: int | None = None
+) -> Part:
+    return prepare_part(identify(tuple(Source(str(path), limit) for path in paths)), reading, contract)
+
+
+def notes_of(part: Part, kind: str = "rows", length: int = 100) -> list[str]:
+    return [problem for problem, _ in part_notes(part, kind, length=length)]
+
+
+@pytest.fixture
+def contract(tiny_model: TinyModel) -> PromptContract:
+    return load_contract(tiny_model("qwen2"))
+
+
+# --- from files to a store
+
+
+def test_prepared_rows_are_those_of_the_contract(tmp_path: Path, contract: PromptContract) -> None:
+    paths = [
+        write_lines(tmp_path / f"{name}.jsonl", [row_of(f"{name} {n}") for n in range(3)]) for name in "ab"
+    ]
+    part = prepared(*paths, contract=contract)
+    rows = RowSet(part.prepared.store)
+    assert part.source_rows == (3, 3)
+    assert part.formats == {"messages": 6}
+    reader = READING.reader()
+    for row, read in zip(rows, [*reader.rows(paths[0]), *reader.rows(paths[1])], strict=True):
+        encoded = contract.encode(read)
+        assert row.ids.tolist() == encoded.ids.tolist()
+        assert row.supervised.tolist() == encoded.supervised.tolist()
+        assert row.place == encoded.place
+    assert rows.lengths.tolist() == [len(row) for row in rows]
+    assert rows.supervised_counts.tolist() == [row.supervised_count for row in rows]
+
+
+def test_rows_are_prepared_once_and_anew_after_any_change(
+    tmp_path: Path, contract: PromptContract, tiny_model: TinyModel
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?"), row_of("two?")])
+    first = prepared(path, contract=contract)
+    assert first.prepared.is_new
+    again = prepared(path, contract=load_contract(tiny_model("qwen2")))
+    assert not again.prepared.is_new
+    assert again.tally == first.tally
+    assert again.formats == first.formats
+    others = [
+        prepared(path, contract=contract, limit=1),
+        prepared(path, contract=contract, reading=Reading("auto", (), skips_malformed=False, length=64)),
+        prepared(path, contract=contract, reading=Reading("auto", (), skips_malformed=True, length=128)),
+        prepared(path, contract=contract, reading=Reading("messages", (), skips_malformed=False, length=128)),
+        prepared(path, contract=load_contract(tiny_model("qwen3"))),
+        prepared(path, contract=load_contract(tiny_model("qwen2"), learn="last")),
+        prepared(path, path, contract=contract),
+    ]
+    write_lines(path, [row_of("one?"), row_of("six?")])
+    others.append(prepared(path, contract=contract))
+    assert all(part.prepared.is_new for part in others)
+    assert len({part.prepared.key for part in (first, *others)}) == 9
+
+
+def test_a_folder_is_prepared_anew_when_a_file_comes(tmp_path: Path, contract: PromptContract) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [row_of("one?")])
+    assert len(prepared(folder, contract=contract).prepared.store) == 1
+    write_lines(folder / "b.jsonl", [row_of("two?")])
+    assert len(prepared(folder, contract=contract).prepared.store) == 2
+
+
+def test_files_that_change_while_they_are_read_are_an_error(tmp_path: Path, contract: PromptContract) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?")])
+    identified = identify((Source(str(path)),))
+    write_lines(path, [row_of("one?"), row_of("two?")])
+    with pytest.raises(BadData, match="changed while they were read"):
+        prepare_part(identified, READING, contract)
+
+
+def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_out(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    turns = [*row_of("a", "b")["messages"], *row_of("c", "d " * 90)["messages"]]
+    rows = [row_of("one?"), row_of("x " * 200, "y"), row_of("a", "y " * 90), {"messages": turns}]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    part = prepared(path, contract=contract, reading=Reading("auto", (), skips_malformed=False, length=100))
+    lengths = RowSet(part.prepared.store).lengths
+    assert len(lengths) == 3
+    assert lengths.max() == 100
+    assert {how: found.count for how, found in part.tally.cut.items()} == {"inside": 1, "turns": 1}
+    assert part.tally.left_out["truncated"].places == [f"{path}, line 2"]
+    problems = " / ".join(notes_of(part))
+    assert "1 rows have nothing to learn within 100 tokens and are left out" in problems
+    assert "1 rows are longer than 100 tokens and lost whole turns at the end" in problems
+    assert "1 rows are longer than 100 tokens and were cut inside an answer" in problems
+
+
+def test_rows_with_nothing_to_learn_are_left_out_for_their_true_reason(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    contract = load_contract(tiny_model("qwen2"), learn=("system",))
+    learned = {"messages": [{"role": "system", "content": "be short"}, *row_of("two?")["messages"]]}
+    part = prepared(write_lines(tmp_path / "rows.jsonl", [learned, row_of("one?")]), contract=contract)
+    assert {why: found.count for why, found in part.tally.left_out.items()} == {"no learned turn": 1}
+    assert any("have no turn that is learned" in problem for problem in notes_of(part))
+
+
+def test_malformed_and_refused_rows_are_errors_or_left_out_and_listed(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    contract = load_contract(tiny_model("gemma2"))  # whose template has no system prompt
+    refused = {"messages": [{"role": "system", "content": "be short"}, *row_of("one?")["messages"]]}
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("two?"), {"messages": 7}, refused])
+    with pytest.raises(BadData, match="line 2"):
+        prepared(path, contract=contract)
+    skipping = Reading("auto", (), skips_malformed=True, length=128)
+    for _ in range(2):  # as prepared, and out of the cache
+        part = prepared(path, contract=contract, reading=skipping)
+        assert len(part.prepared.store) == 1
+        assert part.malformed_rows == 1
+        assert part.tally.refused_rows == 1
+        assert [each.place for each in part.skipped] == [f"{path}, line 2", f"{path}, line 3"]
+        assert any("2 malformed rows are left out, as asked" in problem for problem in notes_of(part))
+    write_lines(path, [row_of("two?"), refused])
+    with pytest.raises(BadData, match="line 2"):
+        prepared(path, contract=contract)
+
+
+def test_a_tally_survives_its_values() -> None:
+    tally = Tally(read=7, refused_rows=1)
+    tally.cut["turns"] = tally.notes["control tokens"] = found_in("row", times=5)
+    assert tally_of(json.loads(json.dumps(tally.values()))) == tally
+
+
+def found_in(place: str, *, times: int) -> Found:
+    found = Found()
+    for number in range(times):
+        found.add(f"{place} {number}")
+    assert found.count == times
+    assert len(found.places) == min(times, 3)
+    return found
+
+
+def test_rows_are_numbered_by_the_row_they_were_made_of(tmp_path: Path, contract: PromptContract) -> None:
+    rows = [row_of("one?"), row_of("x " * 200, "y"), row_of("two?")]
+    part = prepared(write_lines(tmp_path / "rows.jsonl", rows), contract=contract)
+    assert part.prepared.store.numbers().tolist() == [0, 2]
+
+
+# --- a sequence of rows
+
+
+def made_rows(count: int) -> list[Tokens]:
+    return [tokens_of(range(n, 2 * n + 2), [n % 2 == 0] * (n + 2), place=f"row {n}") for n in range(count)]
+
+
+def store_of(folder: Path, rows: Sequence[Tokens]) -> Store:
+    folder.mkdir(exist_ok=True)
+    with StoreWriter(folder) as writer:
+        for number, row in enumerate(rows):
+            writer.add(row, number=number)
+        writer.finish({})
+    return Store(folder)
+
+
+def test_rows_of_a_store_and_of_a_list_behave_alike(tmp_path: Path) -> None:
+    rows, chosen = made_rows(6), np.array([4, 1, 2], np.uint32)
+    store = store_of(tmp_path / "store", rows)
+    for source in (store, rows):
+        part = RowSet(source, chosen)
+        assert [row.place for row in part] == ["row 4", "row 1", "row 2"]
+        assert part[-1].place == "row 2"
+        assert [row.place for row in part[1:]] == ["row 1", "row 2"]
+        assert part.lengths.tolist() == [6, 3, 4]
+        assert part.supervised_counts.tolist() == [5, 0, 3]
+        assert (part.tokens, part.supervised_tokens) == (13, 8)
+        assert len(RowSet(source)) == 6
+        with pytest.raises(IndexError):
+            part[3]
+    assert RowSet(store, chosen).numbers().tolist() == [4, 1, 2]
+
+
+def test_the_fingerprint_tells_other_rows_and_another_choice_apart(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", made_rows(5))
+    prints = [
+        RowSet(store).fingerprint,
+        RowSet(store, np.array([0, 1], np.uint32)).fingerprint,
+        RowSet(store, np.array([1, 0], np.uint32)).fingerprint,
+        RowSet(store_of(tmp_path / "b", made_rows(4))).fingerprint,
+        RowSet(made_rows(5)).fingerprint,
+        RowSet(made_rows(4)).fingerprint,
+    ]
+    assert len(set(prints)) == len(prints)
+    assert RowSet(store_of(tmp_path / "c", made_rows(5))).fingerprint == prints[0]
+
+
+# --- held out
+
+
+def part_of(store: Store, *source_rows: int, pieces: int = 0) -> Part:
+    tally = Tally()
+    if pieces:
+        tally.cut["pieces"] = found_in("row", times=1)
+    lock = FileLock(store.folder / ".lock")
+    return Part(
+        prepared=Prepared(store, "key", True, None, lock),
+        sources=[],
+        source_rows=source_rows,
+        tally=tally,
+        formats={},
+        malformed_rows=0,
+        skipped=(),
+        other_files=(),
+    )
+
+
+FEW_ROWS = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=3), min_size=2, max_size=30)
+
+
+@settings(max_examples=200)
+@given(FEW_ROWS, st.floats(0.05, 0.9), st.integers(0, 5), st.integers(1, 3))
+def test_no_held_out_row_stands_among_the_training_rows(
+    contents: list[list[int]], share: float, seed: int, pieces: int
+) -> None:
+    rows = [tokens_of(ids, [True] * len(ids), place=f"{n}") for n, ids in enumerate(contents)]
+    with TemporaryDirectory() as name:
+        with StoreWriter(Path(name)) as writer:
+            for number, row in enumerate(rows):
+                writer.add(row, number=number // pieces)
+            writer.finish({})
+        middle = len(rows) // 2
+        part = part_of(Store(Path(name)), middle, len(rows) - middle, pieces=pieces - 1)
+        try:
+            split = split_rows(part, None, share=share, seed=seed, pad_id=0)
+        except BadData as error:
+            assert "both parts need rows" in error.problem or "is trained on, too" in error.problem
+            return
+        train, apart = split.rows.train, split.rows.held_out
+        assert not {tuple(row.ids) for row in train} & {tuple(row.ids) for row in apart}
+        assert len(train) + len(apart) + split.dropped_rows == len(rows)
+        assert split.repeated_rows == len(train) - len({tuple(row.ids) for row in train})
+        assert sum(split.rows.source_rows) == len(train)
+        assert split.rows.source_rows[0] == sum(int(row.place) < middle for row in train)
+        numbers = [set(each.numbers().tolist()) for each in (train, apart)]
+        assert not numbers[0] & numbers[1], "the pieces of a document stay together"
+
+
+def test_the_draw_is_the_same_on_every_system_and_in_every_version() -> None:
+    hashes = (np.arange(12, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    numbers = np.arange(12, dtype=np.uint32)
+
+    def drawn(seed: int, share: float = 0.25) -> list[int]:
+        return np.flatnonzero(draw_held_out(hashes.copy(), numbers, share=share, seed=seed)).tolist()
+
+    assert drawn(0) == [4, 6, 7]
+    assert drawn(1) == [6, 8, 11]
+    assert set(drawn(0)) < set(drawn(0, 0.5)), "a larger share holds out the same rows and more"
+
+
+def test_a_draw_takes_about_its_share_and_rows_that_come_later_change_few_sides() -> None:
+    hashes = np.random.RandomState(0).randint(0, 2**63, 5000).astype(np.uint64)
+    numbers = np.arange(5000, dtype=np.uint32)
+    small = draw_held_out(hashes[:4000].copy(), numbers[:4000], share=0.1, seed=3)
+    large = draw_held_out(hashes.copy(), numbers, share=0.1, seed=3)
+    assert (small.sum(), large.sum()) == (400, 500)
+    assert np.count_nonzero(small != large[:4000]) < 40
+
+
+@pytest.mark.parametrize(("rows", "share"), [(3, 0.1), (3, 0.9), (1, 0.5)])
+def test_a_share_that_leaves_a_part_empty_is_an_error(rows: int, share: float) -> None:
+    hashes = np.arange(rows, dtype=np.uint64)
+    with pytest.raises(BadData, match="both parts need rows"):
+        draw_held_out(hashes, np.arange(rows, dtype=np.uint32), share=share, seed=0)
+
+
+def test_rows_that_are_all_equal_cannot_be_held_out() -> None:
+    with pytest.raises(BadData, match="equal rows go to the same one"):
+        draw_held_out(np.full(8, 5, np.uint64), np.arange(8, dtype=np.uint32), share=0.5, seed=0)
+
+
+def test_equal_rows_and_shared_rows_are_found() -> None:
+    hashes = np.array([5, 6, 7, 5, 8, 5], np.uint64)
+    assert shared_rows(np.array([1, 8, 5, 5], np.uint64), hashes).tolist() == [0, 3, 4, 5]
+    assert shared_rows(np.array([1], np.uint64), hashes).tolist() == []
+    assert shared_rows(hashes, np.array([], np.uint64)).tolist() == []
+    assert repeated_rows(hashes) == 2
+
+
+def test_a_held_out_file_with_rows_of_the_training_files_is_refused(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    train = prepared(
+        write_lines(tmp_path / "t.jsonl", [row_of(f"{n}?") for n in range(9)]), contract=contract
+    )
+    rows = [row_of(f"{n}?") for n in (20, 3, 4, 5, 6)]
+    apart = prepared(write_lines(tmp_path / "h.jsonl", rows), contract=contract)
+    with pytest.raises(BadData) as caught:
+        split_rows(train, apart, share=0.0, seed=0, pad_id=0)
+    problem = caught.value.problem
+    assert "4 held-out rows are also trained on" in problem
+    assert f"{tmp_path / 'h.jsonl'}, line 2 (as {tmp_path / 't.jsonl'}, line 4)" in problem
+    assert "line 5" not in problem.partition("h.jsonl, line 4")[2].partition("(as")[0]
+    assert problem.endswith(", ....")
+    apart = prepared(write_lines(tmp_path / "h.jsonl", rows[:1]), contract=contract)
+    assert len(split_rows(train, apart, share=0.0, seed=0, pad_id=0).rows.held_out) == 1
+
+
+# --- a run's preparation
+
+
+def make_recipe(folder: Path, model: Path, rows: Sequence[object], **data: Any) -> Recipe:
+    path = write_lines(folder / "rows.jsonl", rows)
+    values = {
+        "model": str(model),
+        "data": {"sources": [{"path": str(path)}], "length": 128, **data},
+        "train": {"rows_per_step": 4},
+        "run": {"name": "first", "folder": str(folder / "runs")},
+    }
+    return check_recipe(values, origin="the test")
+
+
+def prepare_all(recipe: Recipe) -> tuple[list[Event], Material]:
+    made: list[Material] = []
+
+    def whole() -> Iterator[Event]:
+        made.append((yield from prepare(recipe, revision=None)))
+
+    return list(whole()), made[0]
+
+
+def warnings_of(events: list[Event]) -> str:
+    return " / ".join(event.message for event in events if isinstance(event, Warned))
+
+
+def test_a_preparation_says_what_came_of_the_rows(tmp_path: Path, tiny_model: TinyModel) -> None:
+    rows = [row_of(f"{n % 18}?") for n in range(20)]
+    recipe = make_recipe(tmp_path, tiny_model("llama"), rows, held_out_fraction=0.25)
+    events, material = prepare_all(recipe)
+    ready = events[-1]
+    assert isinstance(ready, DataReady)
+    assert ready.rows + ready.held_out_rows == 20
+    assert 5 <= ready.held_out_rows <= 6
+    assert ready.formats == ("messages",)
+    assert ready.tokens == material.rows.tokens == sum(len(row) for row in material.rows.train)
+    assert "training rows are equal" in warnings_of(events) or ready.held_out_rows == 6
+    assert {event.unit for event in events if isinstance(event, StageAdvanced)} <= {"bytes", "rows"}
+    facts = json.loads(json.dumps(material.data_facts()))
+    assert facts["parts"][0]["cache"] == f"data/{material.parts[0].prepared.key}"
+    assert facts["parts"][0]["sources"][0]["files"][0]["path"] == str(tmp_path / "rows.jsonl")
+
+
+def test_rows_prepared_anew_are_the_same_rows(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = make_recipe(
+        tmp_path, tiny_model("llama"), [row_of(f"{n}?") for n in range(12)], held_out_fraction=0.25
+    )
+    _, first = prepare_all(recipe)
+    path = first.parts[0].prepared.store.folder / "rows.arrow"
+    path.write_bytes(b"damaged")
+    events, second = prepare_all(recipe)
+    assert "Prepared rows in the cache were damaged" in warnings_of(events)
+    assert second.ingredients == first.ingredients
+
+
+def test_weights_and_passes_decide_the_steps(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"), [row_of(f"{n}?") for n in range(12)])
+    more = write_lines(tmp_path / "more.jsonl", [row_of(f"more {n}?") for n in range(6)])
+    source = {"path": str(tmp_path / "rows.jsonl"), "weight": 2.5}
+    values = recipe.model_dump()
+    values["data"]["sources"] = [source, {"path": str(more), "weight": 0.5, "limit": 4}]
+    weighted = Recipe.model_validate(values)
+    _, material = prepare_all(weighted)
+    assert material.rows.source_rows == (12, 4)
+    assert step_count(weighted, material.rows) == 8  # 30 + 2 rows, 4 in a step
+
+
+def test_a_mistake_in_the_rows_costs_no_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel
+) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("the base was asked for")
+
+    rows = [*(row_of(f"{n}?") for n in range(5)), {"messages": []}]
+    recipe = make_recipe(tmp_path, tiny_model("llama"), rows)
+    monkeypatch.setattr("qadapt.material.is_here", lambda *_, **__: False)
+    monkeypatch.setattr("qadapt.material.find_model", download)
+    with pytest.raises(BadData, match="line 6"):
+        prepare_all(recipe)
+
+
+@pytest.mark.parametrize("kind", ["train on", "evaluate on"])
+def test_no_row_left_is_an_error_that_says_what_for(tmp_path: Path, tiny_model: TinyModel, kind: str) -> None:
+    long, good = [row_of("x " * 300, "y")], [row_of("one?")]
+    rows, apart = (long, good) if kind == "train on" else (good, long)
+    held_out = write_lines(tmp_path / "held_out.jsonl", apart)
+    recipe = make_recipe(tmp_path, tiny_model("llama"), rows, held_out=str(held_out), length=100)
+    with pytest.raises(BadData, match=f"No row is left to {kind}"):
+        prepare_all(recipe)
+
+
+def test_the_rows_a_run_held_out_are_found_again(tmp_path: Path, tiny_model: TinyModel) -> None:
+    long = row_of("x " * 300, "y")
+    recipe = make_recipe(
+        tmp_path, tiny_model("llama"), [long, *(row_of(f"{n}?") for n in range(12))], held_out_fraction=0.3
+    )
+    _, material = prepare_all(recipe)
+    chosen = rows_to_evaluate(recipe, material.contract, data=None, conversations=3)
+    held = material.rows.held_out
+    assert [row.place for row in chosen.rows] == [row.place for row in held]
+    assert [each.place for each in chosen.conversations] == [row.place for row in held][:3]
+    own = write_lines(tmp_path / "own.jsonl", [row_of("own?"), long])
+    chosen = rows_to_evaluate(recipe, material.contract, data=own, conversations=0)
+    assert [row.place for row in chosen.rows] == [f"{own}, line 1"]
+    assert chosen.conversations == []
+
+
+def test_a_resolved_recipe_names_its_day_and_whole_paths(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe(tmp_path, tiny_model("llama"), [row_of("one?")], template="mine.jinja")
+    made = resolved(recipe)
+    assert made.data.date is not None
+    assert len(made.data.date) == 10
+    assert made.data.template == str(tmp_path / "mine.jinja")
+    assert resolved(made) == made
+    dated = resolved(make_recipe(tmp_path, tiny_model("llama"), [row_of("one?")], date="2024-01-31"))
+    assert dated.data.date == "2024-01-31"
+    assert dated.data.template == "auto"
+
+
+def test_split_notes_speak_of_equal_rows(tmp_path: Path) -> None:
+    rows = made_rows(3)
+    part = part_of(store_of(tmp_path / "s", [*rows, rows[0]]), 4)
+    split: Split = split_rows(part, None, share=0.0, seed=0, pad_id=0)
+    assert split.repeated_rows == 1
+    assert "1 training rows are equal to another one" in next(iter(split_notes(split)))[0]
+
+
+def test_rows_made_in_memory_are_the_same(tmp_path: Path, contract: PromptContract) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?"), row_of("two?")])
+    made = token_rows(READING.reader().rows(path), contract, length=128, skips_refused=False, tally=Tally())
+    rows = RowSet(prepared(path, contract=contract).prepared.store)
+    for (number, row), stored in zip(made, rows, strict=True):
+        assert row.ids.tolist() == stored.ids.tolist()
+        assert row.place == stored.place
+        assert number in (0, 1)
