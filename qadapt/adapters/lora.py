@@ -5,8 +5,9 @@ Beside PEFT's two files stand the facts of `facts.py`: which base, how it was he
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +83,16 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, *, facts: AdapterFacts, beside: Mapping[str, object] | None = None
+) -> None:
     """Writes the adapter as a plain PEFT folder with its facts, whole or not at all.
+
+    Args:
+        model: The base with the adapter.
+        folder: The adapter's folder.
+        facts: What it was trained on.
+        beside: JSON files to stand beside it, by name.
 
     Raises:
         BadOutput: The place is read-only or full.
@@ -95,6 +104,8 @@ def save_adapter(model: PeftModel, folder: Path, *, facts: AdapterFacts) -> None
         shutil.rmtree(building, ignore_errors=True)
         model.save_pretrained(str(building), save_embedding_layers=False)
         write_facts(facts, building)
+        for name, values in (beside or {}).items():
+            (building / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         building.replace(folder)
     except (OSError, SafetensorError) as error:
