@@ -56,8 +56,8 @@ class StageAdvanced(Event):
 class Planned(Event):
     """How the step is placed in memory, with the predicted bytes of each category at the peak.
 
-    `recompute` is `all`, `none`, or how many of the first layers. Of a packed micro-batch `micro_batch` is how
-    many of the longest rows would fill it.
+    `recompute` is `all`, `none`, or how many of the first layers. If rows are packed, `micro_batch` is how
+    many of the longest fill one.
     """
 
     micro_batch: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.cli.export import result_values, show_export
+from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadModel, BadOutput
 from qadapt.events import Evaluated, Event, Exported, StageAdvanced, StageStarted, StepDone
 from qadapt.export import merged_rows, staging
@@ -110,6 +112,25 @@ def test_licence_that_is_not_stated_is_not_guessed(tmp_path, text):
     if text is not None:
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
     assert licence_of(tmp_path) is None
+
+
+def test_folder_speaks_as_the_adapter_was_trained(parts, tmp_path):
+    template = tmp_path / "mine.jinja"
+    text = "{% for turn in messages %}{{ turn.content }}<|start_header_id|>{% endfor %}"
+    template.write_text(text, encoding="utf-8")
+    contract = load_contract(parts[0], template=str(template))
+    adapter = tmp_path / "adapter"
+    shutil.copytree(parts[1], adapter)
+    (adapter / CONTRACT_FILE).write_text(json.dumps(contract.facts()), encoding="utf-8")
+    export((parts[0], adapter), tmp_path / "out")
+    exported = load_contract(tmp_path / "out")
+    assert exported.template.texts == {"default": text}
+    ends = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    assert set(ends) == contract.end_ids, "what closes an answer ends it for every tool"
+    (adapter / CONTRACT_FILE).write_text(json.dumps(load_contract(parts[0]).facts()), encoding="utf-8")
+    export((parts[0], adapter), tmp_path / "own")
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "own" / name).read_bytes() == (parts[0] / name).read_bytes()
 
 
 def test_existing_target_is_kept(parts, tmp_path):

@@ -210,7 +210,10 @@ REFUSED: list[tuple[dict[str, object], str]] = [
         {"messages": [{"role": "critic", "content": "a"}, *TURNS]},
         "the role 'critic' is not one of system, developer",
     ),
-    ({"conversations": [{"from": "function_call", "value": "f()"}]}, "`value` is no call of a tool but str"),
+    (
+        {"conversations": [{"from": "function_call", "value": "f()"}]},
+        "`value` is no call of a tool in JSON: 'f()'",
+    ),
     ({"conversations": [{"from": "function_call", "value": "[]"}]}, "`value` holds no call of a tool"),
     ({"conversations": [{"from": "wizard", "value": "x"}]}, "the role 'wizard'"),
     ({"conversations": [{"from": "human"}]}, "message 1: a message has `from` and `value`"),
@@ -259,6 +262,22 @@ def test_what_a_conversation_cannot_hold_is_refused_by_name(tmp_path: Path, row:
     problem = problem_of(write_rows(tmp_path / "row.jsonl", row))
     assert said in problem
     assert "row.jsonl, line 1" in problem
+
+
+def test_what_stands_beside_a_question_is_put_in_or_left_out_as_asked(tmp_path: Path) -> None:
+    row = {"question": "two plus two?", "context": "By hand.", "answer": "four"}
+    assert read_row(tmp_path, row, form="question-answer") == ASKED
+    columns = {"instruction": "question", "input": "context", "output": "answer"}
+    expected = (Message("user", "two plus two?\n\nBy hand."), ASKED[1])
+    assert read_row(tmp_path, row, columns=columns) == expected
+
+
+def test_a_system_prompt_may_stand_beside_the_turns(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be short."}
+    expected = (Message("system", "Be short."), *ASKED)
+    for key in ("system", "system_prompt"):
+        assert read_row(tmp_path, {"messages": TURNS, key: "Be short."}) == expected
+        assert read_row(tmp_path, {"messages": [system, *TURNS], key: "Be short."}) == expected
 
 
 def test_a_stated_format_decides_between_several(tmp_path: Path) -> None:

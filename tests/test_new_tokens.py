@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapt.adapters.lora import Lora, attach_lora, load_lora, save_adapter, trainable, without_adapter
 from qadapt.adapters.new_rows import new_rows_of
+from qadapt.data.conversation import Conversation, Message
 from qadapt.data.new_tokens import absent_ids
 from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import tokens_of
@@ -309,19 +309,28 @@ def test_a_tied_head_that_lies_in_the_files_gets_the_rows_too(tiny_model: TinyMo
     assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
 
 
-def test_a_new_token_that_ends_answers_ends_them_in_the_merged_model(
+def test_chatml_on_a_base_without_it_is_trained_saved_and_exported(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    folder = tiny_model("llama")
-    model, contract = adapted(folder, FEW), load_contract(folder, new_tokens=FEW)
-    told = dataclasses.replace(facts(), new_tokens=FEW, end_ids=(contract.new_ids[2],))
-    save_adapter(model, tmp_path / "adapter", facts=told, tokenizer=contract.tokenizer)
-    merged(folder, tmp_path / "adapter", tmp_path / "out")
-    before, after = (
-        json.loads((place / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-        for place in (folder, tmp_path / "out")
-    )
-    assert after == [*before, contract.new_ids[2]]
+    marks = ("<|im_start|>", "<|im_end|>")
+    recipe = make_recipe(tmp_path / "run", tiny_model("llama"), ("<tool>",), steps=2)
+    values = recipe.model_dump()
+    values["data"] |= {"new_tokens": (*marks, "<tool>"), "template": "chatml"}
+    events = list(train(check_recipe(values, origin="the test")))
+    assert not only(Warned, events), [event.message for event in only(Warned, events)]
+    runs = str(tmp_path / "run/runs")
+    contract = load("first", folder=runs).contract
+    list(export("first", folder=runs))
+    run = tmp_path / "run/runs/first"
+    ends = json.loads((run / "export/merged-fp16/generation_config.json").read_text(encoding="utf-8"))
+    assert contract.new_ids[1] in contract.end_ids and set(ends["eos_token_id"]) == contract.end_ids
+    turns = [{"role": "user", "content": "say 7"}, {"role": "assistant", "content": "<tool>7"}]
+    for folder in (run / "adapter", run / "export/merged-fp16"):
+        ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, return_dict=False)
+        assert ids == list(
+            contract.encode(Conversation(tuple(Message(**turn) for turn in turns), "here")).ids
+        ), folder.name
+        assert set(contract.new_ids) < set(ids)
 
 
 ROWS = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
@@ -358,10 +367,10 @@ def test_rows_that_would_merge_wrong_are_refused_by_name(tiny_model: TinyModel, 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (("<tool>", "<a>", "<tool>"), "names '<tool>' twice"),
-        (("<tool>", "<|eot_id|>"), r"'<\|eot_id\|>', which is token \d+ of this model already"),
-        (("<tool>", "a"), "'a', which is token"),
-        (("<tool>", " "), "which is white space"),
+        (("<tool>", "<a>", "<tool>"), "'<tool>' is given twice"),
+        (("<tool>", "<|eot_id|>"), r"'<\|eot_id\|>' is in the model's vocabulary already, as \d+"),
+        (("<tool>", "a"), "'a' is in the model's vocabulary already"),
+        (("<tool>", " "), "begins or ends with white space"),
     ],
 )
 def test_new_tokens_that_are_not_new_are_refused_by_name(

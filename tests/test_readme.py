@@ -38,6 +38,11 @@ def problem_of(arguments: list[str]) -> str | None:
     command = group.commands.get(arguments[0])
     if command is None:
         return f"no command {arguments[0]}"
+    if isinstance(command, typer.core.TyperGroup):
+        inner = command.commands.get(arguments[1]) if len(arguments) > 1 else None
+        if inner is None:
+            return f"no command {' '.join(arguments[:2])}"
+        arguments, command = [" ".join(arguments[:2]), *arguments[2:]], inner
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     unknown = [
         word for word in arguments[1:] if word.startswith("-") and word.partition("=")[0] not in options
@@ -93,6 +98,8 @@ def test_the_table_of_cards_is_what_the_estimate_says() -> None:
 def test_a_wrong_command_would_be_found() -> None:
     assert problem_of(["estimat", "x"]) == "no command estimat"
     assert problem_of(["train", "x", "--fastest"]) == "no option --fastest of train"
+    assert problem_of(["data", "chek", "x"]) == "no command data chek"
+    assert problem_of(["data", "check", "x", "--fastest"]) == "no option --fastest of data check"
     assert problem_of(["train", "quickstart-smollm2-135m", "train.steps=2"]) is None
     found = commands(
         "Text `qadapt plan x`.\n```sh\n$ qadapt train a  # why\npython tools/demo\n```\n", "qadapt"

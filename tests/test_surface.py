@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import typer
@@ -24,6 +25,8 @@ COMMANDS = {
         "--max --all-cards --exact --plot --models --cards --json"
     ),
     "plan": "recipe overrides --card --vram --supervised --json",
+    "data check": "recipe overrides --ids --whole --html --rows --json",
+    "data preview": "recipe overrides --rows --row --ids --whole",
     "train": "recipe overrides --quiet --plain",
     "resume": "run --folder --quiet --plain",
     "watch": "run --folder --once --json",
@@ -95,12 +98,17 @@ HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerat
 
 
 def command_words() -> dict[str, list[str]]:
-    """Every command with the names of its arguments and options."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, typer.core.TyperGroup)
-    return {
-        name: [parameter.opts[0] for parameter in command.params] for name, command in group.commands.items()
-    }
+    """Every command with the names of its arguments and options; a group's commands after its name."""
+
+    def words(group: object, before: str) -> Iterator[tuple[str, list[str]]]:
+        assert isinstance(group, typer.core.TyperGroup)
+        for name, command in group.commands.items():
+            if isinstance(command, typer.core.TyperGroup):
+                yield from words(command, f"{before}{name} ")
+            else:
+                yield f"{before}{name}", [parameter.opts[0] for parameter in command.params]
+
+    return dict(words(typer.main.get_command(app), ""))
 
 
 def modules_after(code: str) -> set[str]:

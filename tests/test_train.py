@@ -254,6 +254,8 @@ def test_measured_memory_agrees_with_the_prediction_where_it_is_exact(
 def test_a_finished_run_loads_with_its_adapter(tmp_path: Path, tiny_model: TinyModel) -> None:
     list(train(make_recipe(tmp_path, tiny_model("llama"), steps=8)))
     tuned = load("first", folder=str(tmp_path / "runs"), device="cpu")
+    trained_under = json.loads((tmp_path / "runs/first/adapter/qadapt.json").read_text(encoding="utf-8"))
+    assert tuned.contract.fingerprint == trained_under["prompt_fingerprint"]
     prompt = tuned.contract.prompt_ids([{"role": "user", "content": "say 3"}])
     ids = torch.tensor([prompt])
     with torch.inference_mode():

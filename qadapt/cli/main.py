@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from qadapt.cli.data import data
 from qadapt.cli.doctor import doctor
 from qadapt.cli.estimate import estimate, plan
 from qadapt.cli.evaluate import evaluate
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 for command in (estimate, plan, train, resume, watch, evaluate, export, recipes, doctor):
     app.command()(command)
+app.add_typer(data)
 
 
 @app.callback()

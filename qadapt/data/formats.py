@@ -42,6 +42,13 @@ _UNSUPPORTED = {
     "audio": "sounds",
     "audios": "sounds",
 }
+_BESIDE: dict[Format, tuple[str, ...]] = {
+    "alpaca": ("context",),
+    "prompt-completion": ("context", "input"),
+    "question-answer": ("context", "input"),
+}
+"""Columns beside a question that often belong to it."""
+_SYSTEM = ("system", "system_prompt")
 _OF_TEXTS = ("alpaca", "prompt-completion", "question-answer")
 _TOOLS = ("tools", "functions")
 _UNSUPPORTED_ROWS: dict[tuple[str, ...], str] = {
@@ -108,7 +115,21 @@ def recognise(row: object, *, place: str) -> Format:
             cure="Name its columns in data.columns, such as data.columns={prompt: question_text}; or correct "
             "the row.",
         )
+    _check_context(row, fitting[0], place=place)
     return fitting[0]
+
+
+def _check_context(row: Mapping[Any, Any], form: Format, *, place: str) -> None:
+    """Refuses to guess whether what stands beside a question belongs to it; a stated format says no."""
+    beside = next((key for key in _BESIDE.get(form, ()) if key in row), None)
+    if beside is not None:
+        asked, answered = next(way for way in _KEYS[form] if all(key in row for key in way))
+        raise BadData(
+            f"{place}: the row has `{beside}` beside `{asked}`; whether it is part of the question cannot be "
+            "told.",
+            cure=f"To put it there, set data.columns={{instruction: {asked}, input: {beside}, output: "
+            f"{answered}}}; to leave it out, state data.format={form}.",
+        )
 
 
 def read_row(row: object, form: Format, *, place: str) -> Row:
@@ -196,14 +217,16 @@ def _history(row: Mapping[Any, Any], *, place: str) -> tuple[Message, ...]:
 
 def _with_system(row: Mapping[Any, Any], messages: tuple[Message, ...], *, place: str) -> tuple[Message, ...]:
     """The messages after the row's own system prompt, if it has one beside them."""
-    if not row.get("system"):
+    given = {key: text_of(row[key], key, place=place) for key in _SYSTEM if row.get(key)}
+    stated = {message.content for message in messages if message.role == "system"}
+    if not given or stated == set(given.values()):
         return messages
-    prompt = text_of(row["system"], "system", place=place)
-    if any(message.role == "system" for message in messages):
+    if stated or len(set(given.values())) > 1:
+        places = [f"`{key}`" for key in given] + ["a message"] * bool(stated)
         raise BadData(
-            f"{place}: there are two system prompts, in `system` and in a message.", cure="Keep one of them."
+            f"{place}: there are two system prompts, in {' and in '.join(places)}.", cure="Keep one of them."
         )
-    return Message("system", prompt), *messages
+    return Message("system", next(iter(given.values()))), *messages
 
 
 def _tools(row: Mapping[Any, Any], *, place: str) -> tuple[Mapping[str, Any], ...]:

@@ -113,7 +113,7 @@ def calls_of(value: object, key: str, *, place: str) -> tuple[Mapping[str, Any],
 def _call(value: object, key: str, place: str) -> Mapping[str, Any]:
     call = parsed(value, "{")
     if not isinstance(call, Mapping):
-        raise BadData(f"{place}: `{key}` is no call of a tool but {kind_of(call)}.", cure=CORRECT)
+        raise BadData(f"{place}: `{key}` is no call of a tool in JSON: {shown(call)}.", cure=CORRECT)
     if call.get("type") not in (None, "function"):
         raise BadData(
             f"{place}: the call is of the type {shown(call['type'])}; only functions are supported.",

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from qadapt.engine.target import HAS_VARLEN, TYPES, capability_for
 from qadapt.errors import Unsupported
 from qadapt.plan.attention import attention_kernel, document_kernel
+from qadapt.shape import shape_from_config
 
 if HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
@@ -197,6 +198,21 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     groups = query.shape[1] // key.shape[1]
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def kernel_problem(model: PreTrainedModel) -> str | None:
+    """Why packed rows of a model will not go through the kernel that is meant for its card; None if they do.
+
+    To be asked once before training, as it compares numbers on a card.
+    """
+    shape = shape_from_config(model.config.to_dict(), name=model.config.model_type)
+    meant = document_kernel(
+        TYPES[model.dtype],
+        capability=capability_for(next(model.parameters())),
+        head_width=shape.head_width,
+        has_softcap=shape.attention_softcap is not None,
+    )
+    return varlen_problem(model.device, model.dtype) if meant == "varlen" else None
 
 
 @lru_cache

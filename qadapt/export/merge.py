@@ -18,6 +18,7 @@ from qadapt.export.adapter import Adapter, TokenRows
 from qadapt.export.card import CardFacts
 from qadapt.export.folder import TOKENIZER, Vocabulary, write_other_files
 from qadapt.export.merged_rows import FLOATS, BaseForm, MergedRows
+from qadapt.export.prompt_files import write_prompt_files
 from qadapt.export.staging import new_folder
 from qadapt.model.folder import check_config, read_config
 from qadapt.model.shards import TensorEntry, write_shards
@@ -99,6 +100,7 @@ def merge(
             write_other_files(
                 model_folder, folder, form=form, base=base, card=writing.card, vocabulary=vocabulary
             )
+            write_prompt_files(adapter_folder, folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     yield Exported(form=form, base=base, folder=str(target), bytes=size, seconds=time.monotonic() - started)
 

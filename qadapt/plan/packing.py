@@ -88,7 +88,7 @@ def choose_way(shape: ModelShape, padded: Way, packed: Way, *, card: Card | None
         return packed_plan(shape, packed, padded.passes, card=card, faster=before / after)
     word = "faster" if after < before else "slower"
     reason = (
-        f"rows are filled up: packed, a step would take {_compared(packed.passes, padded.passes)} and be "
+        f"rows are filled up: packing would take {_compared(packed.passes, padded.passes)}, and be "
         f"{abs(1 - after / before):.0%} {word}."
     )
     return dataclasses.replace(padded.plan, reasons=(*padded.plan.reasons, reason))
@@ -99,16 +99,16 @@ def packed_plan(
 ) -> Plan:
     """A packed plan with what packing saves and what it costs."""
     gain = f"; {faster:.1f} times as fast" if faster is not None else ""
-    saved = f"packing: {_compared(packed.passes, padded)} a step{gain}."
+    saved = f"packing: {_compared(packed.passes, padded)}{gain}."
     return dataclasses.replace(
         packed.plan, reasons=(*packed.plan.reasons, saved, _price(shape, packed.plan.setting, card=card))
     )
 
 
 def _compared(packed: Passes, padded: Passes) -> str:
-    """`3.1 instead of 16 forward passes, 41 % fewer tokens`."""
+    """`3.1 instead of 16 forward passes a step, 41% fewer tokens`."""
     fewer = 1 - packed.tokens / padded.tokens
-    return f"{packed.count:.3g} instead of {padded.count:.3g} forward passes, {fewer:.0%} fewer tokens"
+    return f"{packed.count:.3g} instead of {padded.count:.3g} forward passes a step, {fewer:.0%} fewer tokens"
 
 
 def _price(shape: ModelShape, setting: Setting, *, card: Card | None) -> str:

@@ -33,6 +33,7 @@ from qadapt.engine.target import Target, kernels_of, on_target, target_functions
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
 from qadapt.plan.attention import NEW_CARD
+from qadapt.plan.packing import check_packable
 from qadapt.plan.setting import ALLOCATION_BYTES, Setting
 from qadapt.plan.trace import TraceEvent
 from qadapt.plan.workspace import blas_workspace_bytes
@@ -73,8 +74,10 @@ def dry_run(
         steps: Optimizer steps in a row; more than one shows an allocator what comes back.
 
     Raises:
-        QadaptError: The model cannot be built, or an adapter does not suit it.
+        QadaptError: The model cannot be built, an adapter does not suit it, or its rows cannot be packed.
     """
+    if setting.packed:
+        check_packable(str(values.get("model_type")))
     target = Target((capability or NEW_CARD) if setting.device == "cuda" else None)
     batch = batch or batch_of(setting)
     experts = "eager" if batch.expert_tokens else None

@@ -1,0 +1,136 @@
+"""`qadapt data check` and `qadapt data preview`: what the model will see of the rows, before any training."""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from qadapt.cli.screen import console, error_console
+
+if TYPE_CHECKING:
+    from qadapt.events import Event
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Fields of the recipe to change."),
+]
+IdsOption = Annotated[bool, typer.Option("--ids", help="Show the number of every token behind it.")]
+WholeOption = Annotated[bool, typer.Option("--whole", help="Show every token, however long a row is.")]
+EXAMPLES = 2
+PAGE_ROWS = 20
+PREVIEWED = 5
+
+data = typer.Typer(
+    name="data",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at the rows as the model will see them: `qadapt data check my.yaml`.",
+)
+Result = TypeVar("Result")
+
+
+@data.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    ids: IdsOption = False,
+    whole: WholeOption = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one page into this .html.")] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", "-n", min=0, help="Rows to show; default: 2, on a page 20."),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as JSON (schemas/data.schema.json).")
+    ] = False,
+) -> None:
+    """Prepares the rows as a run would and says what they come to; loads no weights.
+
+    Numbers, lengths, what is cut, left out or repeated, how full the steps are, how long the run will take;
+    and rows in colour: learned, context, special tokens. The prepared rows are kept for the run.
+
+    Exit code 0 if the run could begin, whatever there is to know; 2 if it could not.
+
+    Examples: `qadapt data check my.yaml`, `qadapt data check my.yaml data.length=1024 --html rows.html`.
+    """
+    from qadapt.recipe_file import read_recipe
+    from qadapt.view.data_page import check_page, write_page
+
+    checked = read_recipe(recipe, overrides or [])
+    if html is not None:
+        check_page(html)
+    with error_console().status("starting"):
+        from qadapt.data_check import MOST_PAGE_TOKENS, MOST_TOKENS, check_data
+    most_tokens = None if whole else MOST_TOKENS if html is None else MOST_PAGE_TOKENS
+    shown = rows if rows is not None else EXAMPLES if html is None else PAGE_ROWS
+    report = _watched(check_data(checked, examples=shown, most_tokens=most_tokens))
+    if html is not None:
+        write_page(html, report)
+    if json:
+        from qadapt.view.data_record import data_record
+
+        typer.echo(json_text.dumps(data_record(report), indent=2))
+        return
+    from qadapt.view.data_report import DataReportView
+
+    screen_rows = report if html is None else report.without_examples()
+    console().print(DataReportView(screen_rows, shows_ids=ids))
+    if html is not None:
+        console().print(f"The rows are in {html}.", markup=False, soft_wrap=True)
+
+
+@data.command()
+def preview(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", "-n", min=1, help="So many rows; default: 5, or one with --row."),
+    ] = None,
+    row: Annotated[int | None, typer.Option(min=1, help="Begin with this row, from 1.")] = None,
+    ids: IdsOption = False,
+    whole: WholeOption = False,
+) -> None:
+    """Shows the first rows as the model will see them; reads no more of the data than that.
+
+    A row that would be left out says why.
+
+    Examples: `qadapt data preview my.yaml -n 3`, `qadapt data preview my.yaml --row 17 --ids`.
+    """
+    from qadapt.recipe_file import read_recipe
+
+    checked = read_recipe(recipe, overrides or [])
+    with error_console().status("starting"):
+        from qadapt.data_check import MOST_TOKENS, preview_rows
+    most_tokens = None if whole else MOST_TOKENS
+    count = rows if rows is not None else PREVIEWED if row is None else 1
+    shown = _watched(preview_rows(checked, first=row or 1, count=count, most_tokens=most_tokens))
+    from qadapt.view.data_rows import RowsView
+
+    console().print(RowsView(shown, shows_ids=ids))
+
+
+def _watched(work: Generator[Event, None, Result]) -> Result:
+    """Goes through the events; their stages stand on a terminal while they last."""
+    from qadapt.events import StageAdvanced, StageStarted
+
+    screen = error_console()
+    with screen.status("reading the rows") as status:
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as done:
+                result: Result = done.value
+                return result
+            if isinstance(event, StageStarted):
+                status.update(f"{event.stage} ...")
+            elif isinstance(event, StageAdvanced):
+                share = f"{event.done / event.total:.0%}" if event.total else f"{event.done:,} {event.unit}"
+                status.update(f"{event.stage}: {share}")

@@ -1,0 +1,324 @@
+"""A recipe in, what the model will see out: the rows of a run as it would train on them, without its weights.
+
+`check_data` prepares the rows as a run does and counts; `preview_rows` reads only the first rows, so it is
+quick however many there are. Nothing is loaded onto a device. Knows no screen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+
+from qadapt.data.check import (
+    DataReport,
+    Finding,
+    Forecast,
+    Layout,
+    ShownRow,
+    histogram,
+    length_facts,
+    looked_at,
+    occurrences,
+    step_layout,
+)
+from qadapt.data.conversation import Row
+from qadapt.data.cutting import Cut, cut
+from qadapt.data.encoding import Encoded
+from qadapt.data.held_out import repeated_rows
+from qadapt.data.pieces import Alphabet, row_pieces
+from qadapt.data.prepared import read_sources
+from qadapt.data.prompt import PromptContract
+from qadapt.data.rows import Rows
+from qadapt.data.tokens import Tokens
+from qadapt.errors import BadData, BadRecipe, DoesNotFit, QadaptError
+from qadapt.events import Event, StageStarted, Warned
+from qadapt.material import (
+    Material,
+    contract_of,
+    order_of,
+    prepare,
+    reading_of,
+    step_count,
+    training_sources,
+)
+from qadapt.model.source import find_model
+from qadapt.recipe import Recipe
+from qadapt.run_parts import make_plan
+from qadapt.stage import with_progress
+
+MOST_TOKENS = 300
+"""So many tokens of a row are shown on a screen; the middles of longer turns are left out."""
+MOST_PAGE_TOKENS = 20_000
+"""So many on a page."""
+MOST_READ_AGAIN = 5000
+"""Examples are among so many first rows: they are read again to tell how they were cut."""
+
+_NOTES = {
+    "control tokens": "its contents hold control tokens of the template",
+    "reasoning left out": "the template leaves out reasoning of earlier answers",
+    "content left out": "the template leaves out some content",
+    "tools left out": "the template leaves out descriptions of tools",
+}
+
+
+def check_data(
+    recipe: Recipe, *, examples: int = 2, most_tokens: int | None = MOST_TOKENS
+) -> Generator[Event, None, DataReport]:
+    """Prepares the rows as a run does and counts what a user should know before training.
+
+    Args:
+        recipe: The recipe.
+        examples: So many rows to look at: 2 are the first and a long one, more are the first ones.
+        most_tokens: Leave out the middle of longer ones; None: show all.
+
+    Raises:
+        QadaptError: The rows, the base or the template cannot be used.
+    """
+    findings: list[Finding] = []
+    material = yield from _noted(
+        prepare(recipe, revision=recipe.model.revision, needs_weights=False), findings
+    )
+    yield StageStarted(stage="counting")
+    rows, tallies = material.rows, [part.tally for part in material.parts]
+    forecast, micro_batch = _forecast(recipe, material)
+    report = DataReport(
+        name=recipe.run.name,
+        model=recipe.model.source,
+        length=recipe.data.length,
+        rows=len(rows.train),
+        held_out_rows=len(rows.held_out),
+        tokens=rows.tokens,
+        supervised_tokens=rows.supervised_tokens,
+        lengths=length_facts(rows.train.lengths),
+        histogram=histogram(rows.train.lengths),
+        layout=_layout(recipe, rows, micro_batch=micro_batch),
+        pass_rows=order_of(recipe, rows).pass_rows,
+        rows_per_step=recipe.train.rows_per_step,
+        steps=step_count(recipe, rows),
+        forecast=forecast,
+        duplicates=sum(repeated_rows(part.prepared.store.hashes()) for part in material.parts),
+        formats=_summed(part.formats for part in material.parts),
+        skipped_rows=sum(part.malformed_rows + part.tally.refused_rows for part in material.parts),
+        cut=_summed({how: found.count for how, found in tally.cut.items()} for tally in tallies),
+        left_out=_summed({why: found.count for why, found in tally.left_out.items()} for tally in tallies),
+        notes=_summed({note: found.count for note, found in tally.notes.items()} for tally in tallies),
+        prompt=_prompt_lines(material.contract),
+        new_tokens=_new_tokens(material),
+        examples=_examples(recipe, material, count=examples, most_tokens=most_tokens),
+    )
+    return replace(report, findings=(*findings, *_own_findings(report)))
+
+
+def _noted(
+    events: Generator[Event, None, Material], findings: list[Finding]
+) -> Generator[Event, None, Material]:
+    """The events, their warnings noted, and their result."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as done:
+            material: Material = done.value
+            return material
+        if isinstance(event, Warned):
+            findings.append(Finding(event.message, event.cure))
+        yield event
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)
+
+
+def _layout(recipe: Recipe, rows: Rows, *, micro_batch: int) -> Layout:
+    order = order_of(recipe, rows)
+    steps = looked_at(step_count(recipe, rows), rows_per_step=recipe.train.rows_per_step)
+    taken = np.array([order.rows_of_step(step) for step in range(steps)])
+    return step_layout(rows.train.lengths[taken], micro_batch=micro_batch, longest=rows.longest)
+
+
+def _forecast(recipe: Recipe, material: Material) -> tuple[Forecast, int]:
+    """What the run will take, as far as it can be told; and the micro-batch, 1 where it cannot."""
+    try:
+        plan = make_plan(recipe, material)
+    except DoesNotFit as error:
+        return Forecast(problem=error.problem, cure=error.cure), 1
+    except QadaptError as error:
+        return Forecast(problem=error.problem), 1
+    forecast = Forecast(
+        device=plan.device,
+        peak_bytes=plan.predicted_peak_bytes,
+        budget_bytes=plan.budget_bytes,
+        problem="nobody has measured this device",
+    )
+    return forecast, plan.micro_batch
+
+
+def _new_tokens(material: Material) -> dict[str, int]:
+    """How often each of the recipe's new tokens occurs in the training rows."""
+    ids = material.contract.new_ids
+    found = occurrences(material.rows.train, ids) if ids else {}
+    return {str(material.contract.tokenizer.convert_ids_to_tokens(token)): found[token] for token in ids}
+
+
+def _own_findings(report: DataReport) -> Iterator[Finding]:
+    if never := [token for token, count in report.new_tokens.items() if not count]:
+        yield Finding(
+            f"In no training row occurs the new token {', '.join(never)}: it would learn nothing.",
+            "Use it in the rows, or take it out of data.new_tokens.",
+        )
+    if report.forecast.cure:
+        yield Finding(report.forecast.problem, report.forecast.cure)
+
+
+def _prompt_lines(contract: PromptContract) -> tuple[tuple[str, str], ...]:
+    """The facts of the contract for people."""
+    facts, names = contract.facts(), contract.tokenizer.convert_ids_to_tokens
+    source = {"auto": "the model's own", "chatml": "ChatML"}.get(facts["source"], "a file")
+    day = f", its day {facts['date']}" if facts["date"] is not None else ""
+    learn = facts["learn"] if isinstance(facts["learn"], str) else ", ".join(facts["learn"])
+    bos = facts["special_tokens"].get("bos_token")
+    ends = ", ".join(str(name) for name in names(sorted(contract.end_ids)))
+    has_template = facts["template"] is not None
+    return (
+        ("template", f"{source if has_template else 'none'}{day}; contract {contract.fingerprint[:12]}"),
+        (
+            "learned",
+            {"answers": "every answer", "last": "the last answer", "all": "every token"}.get(learn, learn),
+        ),
+        (
+            "begins",
+            f"{bos} before raw text" if facts["starts_with_bos"] else "nothing is put before raw text",
+        ),
+        ("ends", ends or "no end token is known"),
+    )
+
+
+def _examples(
+    recipe: Recipe, material: Material, *, count: int, most_tokens: int | None
+) -> tuple[ShownRow, ...]:
+    """The first training rows; of two, the second is the longest of those near the start."""
+    train = material.rows.train
+    chosen = list(range(min(count, len(train))))
+    if count == 2 and len(train) > 2:
+        chosen = sorted({0, int(train.lengths[:MOST_READ_AGAIN].argmax())})
+    viewer = Viewer(material.contract, length=recipe.data.length, most_tokens=most_tokens)
+    numbers = train.numbers()[chosen].tolist()
+    read = _read_again(recipe, numbers)
+    return tuple(
+        viewer.tokens(
+            train[index], number=number + 1, note=viewer.note(read[number]) if number in read else ""
+        )
+        for index, number in zip(chosen, numbers, strict=True)
+    )
+
+
+def _read_again(recipe: Recipe, numbers: Sequence[int]) -> dict[int, Row]:
+    """The rows of those numbers as they stand in the sources; the store does not keep how each was cut."""
+    wanted = {number for number in numbers if number < 2 * MOST_READ_AGAIN}
+    rows = read_sources(training_sources(recipe), reading_of(recipe).reader())
+    until = islice(rows, max(wanted, default=-1) + 1)
+    return {number: row for number, row in enumerate(until) if number in wanted}
+
+
+def preview_rows(
+    recipe: Recipe, *, first: int, count: int, most_tokens: int | None = MOST_TOKENS
+) -> Generator[Event, None, tuple[ShownRow, ...]]:
+    """Some rows of the recipe's sources in their order, and why any of them would be left out.
+
+    Args:
+        recipe: The recipe.
+        first: The first row, from 1.
+        count: So many rows, or as many as there are.
+        most_tokens: Leave out the middle of longer ones; None: show all.
+
+    Raises:
+        BadRecipe: There are fewer rows than `first`.
+        QadaptError: The rows before, the base or the template cannot be used.
+    """
+    yield StageStarted(stage="reading the rows")
+    rows = read_sources(training_sources(recipe), reading_of(recipe).reader())
+    chosen = list(islice(rows, first - 1, first - 1 + count))
+    if not chosen:
+        raise BadRecipe(f"There is no row {first}.", cure="Give a smaller number; rows count from 1.")
+    source, revision = recipe.model.source, recipe.model.revision
+    files = yield from with_progress(
+        "finding the base",
+        lambda report: find_model(source, revision=revision, report=report, needs_weights=False),
+    )
+    contract = contract_of(recipe, files.folder)
+    viewer = Viewer(contract, length=recipe.data.length, most_tokens=most_tokens)
+    return tuple(viewer.row(row, number=number) for number, row in enumerate(chosen, start=first))
+
+
+class Viewer:
+    """Makes rows to be looked at.
+
+    Args:
+        contract: How rows become tokens.
+        length: Longest row in tokens.
+        most_tokens: Leave out the middle of longer ones; None: show all.
+    """
+
+    def __init__(self, contract: PromptContract, *, length: int, most_tokens: int | None) -> None:
+        self._contract, self._length, self._most_tokens = contract, length, most_tokens
+        self._alphabet = alphabet_of(contract)
+
+    def row(self, row: Row, *, number: int) -> ShownRow:
+        """A row as it would be trained on, or whole if it would be left out, and why; of pieces the first."""
+        try:
+            encoded = self._contract.encode(row)
+        except BadData as error:
+            return ShownRow(number, row.place, 0, 0, (), f"refused: {error.problem}")
+        made = cut(encoded, self._length)
+        tokens = made.rows[0] if made.rows else Tokens(encoded.ids, encoded.supervised, encoded.place)
+        return self.tokens(tokens, number=number, note=_note(encoded, made, self._length))
+
+    def note(self, row: Row) -> str:
+        """How a row is cut, and what its contents hold."""
+        encoded = self._contract.encode(row)
+        return _note(encoded, cut(encoded, self._length), self._length)
+
+    def tokens(self, row: Tokens, *, number: int, note: str = "") -> ShownRow:
+        """A row that has been cut."""
+        pieces = row_pieces(row, self._alphabet, most=self._most_tokens)
+        return ShownRow(number, row.place, len(row), row.supervised_count, pieces, note)
+
+
+def _note(encoded: Encoded, made: Cut, length: int) -> str:
+    """What became of a row, in words; empty if nothing did."""
+    left = sum(len(row) for row in made.rows)
+    lost = f"{len(encoded) - left:,} of {len(encoded):,} tokens left out"
+    why = {
+        "truncated": f"nothing to learn within {length:,} tokens",
+        "empty answers": "only empty answers",
+        "no learned turn": "no turn that is learned",
+    }
+    how = {
+        "whole": "",
+        "turns": f"whole turns left out at the end: {lost}",
+        "inside": f"cut inside an answer, whose end is not learned: {lost}",
+        "pieces": f"split into {len(made.rows)} pieces, all of them kept",
+        "nothing": f"LEFT OUT: {why.get(made.why, made.why)}",
+    }
+    notes = (how[made.how], *(_NOTES.get(note, note) for note in sorted(encoded.notes)))
+    return "; ".join(note for note in notes if note)
+
+
+def alphabet_of(contract: PromptContract) -> Alphabet:
+    """How the contract's tokens are written."""
+    tokenizer = contract.tokenizer
+    backend = tokenizer.backend_tokenizer
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(backend.decode(list(ids), skip_special_tokens=False))
+
+    def spelled(token: int) -> str:
+        return backend.id_to_token(token) or f"token {token}"
+
+    return Alphabet(decode, frozenset(tokenizer.added_tokens_decoder), spelled)
