@@ -231,6 +231,8 @@ def test_the_peak_of_a_real_step_is_met_for_every_family(
         {"supervised_share": 1.0, "recompute": 1},
         {"double_quant": False, "rank": 37},
         {"quantization": "none", "rows": 1, "length": 700, "supervised_share": 0.05},
+        {"new_tokens": 30, "quantization": "none"},
+        {"new_tokens": 30, "recompute": "none", "dropout": 0.1},
     ],
 )
 def test_the_peak_of_a_real_step_is_met_for_every_setting(
