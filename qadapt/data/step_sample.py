@@ -30,12 +30,16 @@ class StepSample:
         rows: The training rows.
         order: Which of them a step takes.
         steps: Steps of the run.
+
+    Attributes:
+        steps: How many are looked at.
     """
 
     def __init__(self, rows: RowSet, order: Order, *, steps: int) -> None:
         whole_pass = -(-order.pass_rows // order.rows_per_step)
         count = min(steps, whole_pass)
         looked_at = max(1, min(count, MOST_STEPS, MOST_ROWS // order.rows_per_step))
+        self.steps = looked_at
         numbers = [step * count // looked_at for step in range(looked_at)]
         chosen = [np.asarray(order.rows_of_step(number)) for number in numbers]
         self._lengths = [rows.lengths[each].tolist() for each in chosen]
@@ -63,7 +67,7 @@ class StepSample:
             for learned, step in zip(self._learned, bins, strict=True)
             for members in step
         ]
-        steps = len(self._lengths)
+        steps = self.steps
         return Passes(
             count=len(head) / steps,
             tokens=sum(map(sum, self._lengths)) / steps,
@@ -81,7 +85,7 @@ class StepSample:
                 count += 1
                 tokens += rows * longest
                 pairs += rows * longest**2
-        steps = len(self._lengths)
+        steps = self.steps
         return Passes(count / steps, tokens / steps, pairs / steps, self._head_share(size) * tokens / steps)
 
     def _head_share(self, size: int) -> float:
