@@ -30,16 +30,12 @@ class StepSample:
         rows: The training rows.
         order: Which of them a step takes.
         steps: Steps of the run.
-
-    Attributes:
-        steps: How many are looked at.
     """
 
     def __init__(self, rows: RowSet, order: Order, *, steps: int) -> None:
         whole_pass = -(-order.pass_rows // order.rows_per_step)
         count = min(steps, whole_pass)
         looked_at = max(1, min(count, MOST_STEPS, MOST_ROWS // order.rows_per_step))
-        self.steps = looked_at
         numbers = [step * count // looked_at for step in range(looked_at)]
         chosen = [np.asarray(order.rows_of_step(number)) for number in numbers]
         self._lengths = [rows.lengths[each].tolist() for each in chosen]
