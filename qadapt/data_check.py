@@ -11,17 +11,13 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
-
 from qadapt.data.check import (
     DataReport,
     Finding,
     Forecast,
-    Layout,
     ShownRow,
     histogram,
     length_facts,
-    looked_at,
     occurrences,
     step_layout,
 )
@@ -32,10 +28,11 @@ from qadapt.data.held_out import repeated_rows
 from qadapt.data.pieces import Alphabet, row_pieces
 from qadapt.data.prepared import read_sources
 from qadapt.data.prompt import PromptContract
-from qadapt.data.rows import Rows
+from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens
-from qadapt.errors import BadData, BadRecipe, DoesNotFit, QadaptError
+from qadapt.errors import BadData, BadRecipe, DoesNotFit, NoClosedForm
 from qadapt.events import Event, StageStarted, Warned
+from qadapt.hardware.cards import Card
 from qadapt.material import (
     Material,
     contract_of,
@@ -46,8 +43,12 @@ from qadapt.material import (
     training_sources,
 )
 from qadapt.model.source import find_model
+from qadapt.plan.fit import Plan
+from qadapt.plan.setting import Setting
+from qadapt.plan.speed import micro_batch_seconds
 from qadapt.recipe import Recipe
-from qadapt.run_parts import make_plan
+from qadapt.run_parts import padded_question, plan_rows, step_sample
+from qadapt.shape import ModelShape
 from qadapt.stage import with_progress
 
 MOST_TOKENS = 300
@@ -84,7 +85,8 @@ def check_data(
     )
     yield StageStarted(stage="counting")
     rows, tallies = material.rows, [part.tally for part in material.parts]
-    forecast, micro_batch = _forecast(recipe, material)
+    sample = step_sample(recipe, material)
+    plan, forecast = _forecast(recipe, material, sample)
     report = DataReport(
         name=recipe.run.name,
         model=recipe.model.source,
@@ -95,11 +97,12 @@ def check_data(
         supervised_tokens=rows.supervised_tokens,
         lengths=length_facts(rows.train.lengths),
         histogram=histogram(rows.train.lengths),
-        layout=_layout(recipe, rows, micro_batch=micro_batch),
+        layout=step_layout(sample, micro_batch=plan.setting.rows if plan else 1, longest=rows.longest),
         pass_rows=order_of(recipe, rows).pass_rows,
         rows_per_step=recipe.train.rows_per_step,
         steps=step_count(recipe, rows),
         forecast=forecast,
+        is_packed=plan is not None and plan.setting.packed,
         duplicates=sum(repeated_rows(part.prepared.store.hashes()) for part in material.parts),
         formats=_summed(part.formats for part in material.parts),
         skipped_rows=sum(part.malformed_rows + part.tally.refused_rows for part in material.parts),
@@ -135,28 +138,39 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def _layout(recipe: Recipe, rows: Rows, *, micro_batch: int) -> Layout:
-    order = order_of(recipe, rows)
-    steps = looked_at(step_count(recipe, rows), rows_per_step=recipe.train.rows_per_step)
-    taken = np.array([order.rows_of_step(step) for step in range(steps)])
-    return step_layout(rows.train.lengths[taken], micro_batch=micro_batch, longest=rows.longest)
-
-
-def _forecast(recipe: Recipe, material: Material) -> tuple[Forecast, int]:
-    """What the run will take, as far as it can be told; and the micro-batch, 1 where it cannot."""
+def _forecast(recipe: Recipe, material: Material, sample: StepSample) -> tuple[Plan | None, Forecast]:
+    """The plan of the run and what it will take, as far as that can be told."""
     try:
-        plan = make_plan(recipe, material)
+        question = padded_question(recipe, material)
+        plan = plan_rows(question, sample, packing=recipe.data.packing)
     except DoesNotFit as error:
-        return Forecast(problem=error.problem, cure=error.cure), 1
-    except QadaptError as error:
-        return Forecast(problem=error.problem), 1
-    forecast = Forecast(
-        device=plan.device,
-        peak_bytes=plan.predicted_peak_bytes,
+        return None, Forecast(problem=error.problem, cure=error.cure)
+    except NoClosedForm as error:
+        return None, Forecast(problem=error.problem)
+    seconds = step_seconds(question.closed, plan.setting, sample, card=question.target.card)
+    return plan, Forecast(
+        device=question.target.name,
+        peak_bytes=plan.estimate.peak_allocated_bytes,
         budget_bytes=plan.budget_bytes,
-        problem="nobody has measured this device",
+        seconds_per_step=seconds,
+        problem="" if seconds is not None else "nobody has measured this device",
     )
-    return forecast, plan.micro_batch
+
+
+def step_seconds(
+    shape: ModelShape, setting: Setting, sample: StepSample, *, card: Card | None
+) -> float | None:
+    """Seconds of an average step, its rows as they are; None where the card's speed is unknown.
+
+    Args:
+        shape: The model.
+        setting: As planned.
+        sample: How the rows of steps lie.
+        card: The card; error: `plan/speed.py`.
+    """
+    passes = sample.packed(setting.tokens) if setting.packed else sample.filled_up(setting.rows)
+    each = micro_batch_seconds(shape, setting, card, work=passes.work)
+    return None if each is None else passes.count * each
 
 
 def _new_tokens(material: Material) -> dict[str, int]:

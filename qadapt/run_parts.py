@@ -19,15 +19,19 @@ from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.adapters.new_rows import new_rows_of
 from qadapt.cache import ignore
 from qadapt.data.batches import widest_share
+from qadapt.data.step_sample import StepSample
+from qadapt.engine.documents import kernel_problem
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun
-from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted
+from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.material import Material, order_of, step_count
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model
-from qadapt.planning import AdapterType, ComputeType, ask_of
+from qadapt.plan.fit import Plan
+from qadapt.plan.packing import PACKABLE, Way, check_packable, choose_way, packed_plan
+from qadapt.planning import AdapterType, ComputeType, Question, ask_of
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
 from qadapt.shape import ModelShape, find_shape, table_rows
@@ -61,6 +65,33 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         BadRecipe: The recipe asks for something this device or model has not.
         DoesNotFit: No setting fits; the cure lists the cheapest changes.
     """
+    padded = padded_question(recipe, material)
+    sample = step_sample(recipe, material)
+    plan = plan_rows(padded, sample, packing=recipe.data.packing)
+    return StoredPlan(
+        steps=step_count(recipe, material.rows),
+        device=plan.setting.device,
+        micro_batch=plan.setting.rows,
+        recompute=plan.setting.recompute,
+        compute_dtype=plan.setting.compute_dtype,
+        adapter_dtype=plan.setting.adapter_dtype,
+        optimizer=plan.setting.optimizer,
+        predicted=plan.estimate.categories,
+        predicted_peak_bytes=plan.estimate.peak_allocated_bytes,
+        budget_bytes=plan.budget_bytes,
+        reasons=tuple(plan.reasons),
+        revision=material.files.revision,
+        ingredients=material.ingredients,
+        packed=plan.setting.packed,
+    )
+
+
+def padded_question(recipe: Recipe, material: Material) -> Question:
+    """What a run asks of its plan, its rows as they are and filled up.
+
+    Raises:
+        BadRecipe: The recipe asks for something this device or model has not.
+    """
     device, rows = choose_device(recipe.memory.device), material.rows
     compute_dtype = choose_compute_dtype(recipe.memory.compute_dtype, device)
     adapter_dtype = choose_adapter_dtype(recipe.adapter.dtype, compute_dtype)
@@ -70,24 +101,57 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         shape=_shape_with_room(material),
         types=(cast(ComputeType, compute_dtype), cast(AdapterType, adapter_dtype)),
     )
-    steps = step_count(recipe, rows)
-    share = widest_share(rows.train, steps=min(steps, SHARE_STEPS), order=order_of(recipe, rows))
-    plan = question.changed({"length": rows.longest, "supervised_share": share}).plan()
-    return StoredPlan(
-        steps=steps,
-        device=device.type,
-        micro_batch=plan.setting.rows,
-        recompute=plan.setting.recompute,
-        compute_dtype=compute_dtype,
-        adapter_dtype=adapter_dtype,
-        optimizer=plan.setting.optimizer,
-        predicted=plan.estimate.categories,
-        predicted_peak_bytes=plan.estimate.peak_allocated_bytes,
-        budget_bytes=plan.budget_bytes,
-        reasons=tuple(plan.reasons),
-        revision=material.files.revision,
-        ingredients=material.ingredients,
-    )
+    steps = min(step_count(recipe, rows), SHARE_STEPS)
+    share = widest_share(rows.train, steps=steps, order=order_of(recipe, rows))
+    return question.changed({"length": rows.longest, "supervised_share": share, "packed": False})
+
+
+def step_sample(recipe: Recipe, material: Material) -> StepSample:
+    """How the rows of the run's steps lie."""
+    rows = material.rows
+    return StepSample(rows.train, order_of(recipe, rows), steps=step_count(recipe, rows))
+
+
+def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["auto"]) -> Plan:
+    """The fastest plan for rows as they are, filled up or packed; packing changes no result.
+
+    Args:
+        padded: The question for rows that are filled up to the longest.
+        sample: How the rows of steps lie.
+        packing: The recipe's `data.packing`.
+
+    Raises:
+        Unsupported: Rows are to be packed, and the model's cannot be.
+        DoesNotFit: No setting fits; the cure lists the cheapest changes.
+    """
+    shape, card, length = padded.closed, padded.target.card, padded.setting.length
+    if packing is False:
+        return padded.plan()
+    if shape.family not in PACKABLE and packing == "auto":
+        plan, reason = padded.plan(), f"rows are filled up: nothing shows that {shape.family} can pack them."
+        return replace(plan, reasons=(*plan.reasons, reason))
+    check_packable(shape.family)
+    packed = _packed_plan(padded, sample)
+    way = Way(packed, sample.packed(packed.setting.rows * length))
+    if packing is True:
+        return packed_plan(shape, way, sample.filled_up(packed.setting.rows), card=card)
+    plan = padded.plan()
+    return choose_way(shape, Way(plan, sample.filled_up(plan.setting.rows)), way, card=card)
+
+
+def _packed_plan(padded: Question, sample: StepSample) -> Plan:
+    """The fastest packed plan, for the most learned tokens and documents that a micro-batch has there.
+
+    How many are learned at once depends on how many rows a micro-batch holds, which is what is planned: the
+    share is raised until it is enough for the plan it gives.
+    """
+    length, share, rows = padded.setting.length, 0.0, 1
+    while (needed := sample.packed(rows * length).most_head_tokens / (rows * length)) > share:
+        share = needed
+        changes: dict[str, object] = {"supervised_share": share, "documents": padded.rows_per_step}
+        plan = padded.changed({"packed": True, **changes}).plan()
+        rows = plan.setting.rows
+    return plan
 
 
 def _shape_with_room(material: Material) -> ModelShape:
@@ -138,6 +202,12 @@ def place_base(
         device=choose_device(plan.device),
     )
     set_recompute(base, plan.recompute)
+    if plan.packed and (problem := kernel_problem(base)) is not None:
+        yield Warned(
+            message=f"Packed rows are attended to one document after another, which is slower: the kernel "
+            f"for many at once cannot be used on this card: {problem}.",
+            cure="The numbers are the same; data.packing=false fills rows up instead.",
+        )
     yield BaseLoaded(resident_bytes=base.get_memory_footprint(), seconds=time.monotonic() - start)
     return base
 
@@ -177,6 +247,7 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
     return LoopSettings(
         steps=plan.steps,
         micro_batch=plan.micro_batch,
+        packed=plan.packed,
         learning_rate=section.learning_rate,
         schedule=section.schedule,
         warmup_steps=section.warmup_steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from template_families import family_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from qadapt.data.batches import micro_batches
 from qadapt.data.check import (
     DataReport,
     Finding,
@@ -24,13 +26,20 @@ from qadapt.data.check import (
     ShownRow,
     histogram,
     length_facts,
-    looked_at,
     occurrences,
     step_layout,
 )
+from qadapt.data.order import Order
 from qadapt.data.pieces import Alphabet, Gap, Piece, byte_names, row_pieces
+from qadapt.data.rows import RowSet
+from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.data_check import step_seconds
 from qadapt.errors import BadOutput, BadRecipe
+from qadapt.hardware.cards import find_card
+from qadapt.plan import speed
+from qadapt.plan.setting import Setting
+from qadapt.shape import find_shape
 from qadapt.view.data_page import check_page, data_page, write_page
 from qadapt.view.data_report import DataReportView, limit_place
 from qadapt.view.data_rows import RowsView
@@ -168,31 +177,48 @@ def test_occurrences_are_counted_in_every_row() -> None:
     assert occurrences(rows, [7, 9, 3]) == {7: 3, 9: 1, 3: 0}
 
 
+def sample_of(lengths: Sequence[int], *, rows_per_step: int) -> StepSample:
+    rows = RowSet([tokens_of([1] * length, [1] * length, place="") for length in lengths])
+    order = Order(rows.lengths, rows_per_step=rows_per_step, kind="given")
+    return StepSample(rows, order, steps=len(lengths) // rows_per_step)
+
+
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (5, 2), (7, 7), (6, 3)])
 def test_padding_is_what_micro_batches_would_have(rows: int, size: int) -> None:
-    from qadapt.data.batches import micro_batches
-
-    random = np.random.default_rng(0)
-    lengths = random.integers(2, 50, (4, rows))
-    layout = step_layout(lengths, micro_batch=size, longest=int(lengths.max()))
-    computed = tokens = 0
-    for step in lengths.tolist():
-        batch = [tokens_of([1] * length, [1] * length, place="") for length in step]
-        made = micro_batches(batch, size=size, pad_id=0)
-        assert len(made) == layout.padded_passes
+    lengths = np.random.default_rng(0).integers(2, 50, 4 * rows).tolist()
+    layout = step_layout(sample_of(lengths, rows_per_step=rows), micro_batch=size, longest=max(lengths))
+    computed = tokens = passes = 0
+    for first in range(0, len(lengths), rows):
+        step = [tokens_of([1] * length, [1] * length, place="") for length in lengths[first : first + rows]]
+        made = micro_batches(step, size=size, pad_id=0)
+        passes += len(made)
         computed += sum(each.input_ids.numel() for each in made)
         tokens += sum(each.tokens for each in made)
+    assert layout.steps == 4
+    assert layout.padded_passes == passes / 4
     assert layout.padding_share == pytest.approx(1 - tokens / computed, abs=1e-12)
     assert layout.packed_passes <= layout.padded_passes
-    assert layout.packed_share == pytest.approx(
-        tokens / (layout.packed_passes * 4 * layout.capacity_tokens), abs=1e-12
-    )
+    room = layout.packed_passes * 4 * layout.capacity_tokens
+    assert layout.packed_share == pytest.approx(tokens / room, abs=1e-12)
 
 
-def test_of_a_long_run_the_first_steps_are_looked_at() -> None:
-    assert looked_at(10, rows_per_step=16) == 10
-    assert looked_at(10**9, rows_per_step=16) == 2000
-    assert looked_at(10**9, rows_per_step=10**7) == 1
+def test_the_time_of_rows_of_one_length_is_what_the_plan_says_of_such_rows() -> None:
+    shape, card = find_shape("Llama-3.1-8B"), find_card("RTX 4090")
+    setting = Setting(rows=3, length=64, supervised_share=63 / 64)
+    sample = sample_of([64] * 16, rows_per_step=8)
+    expected = speed.step_seconds(shape, setting, rows_per_step=8, card=card)
+    assert step_seconds(shape, setting, sample, card=card) == pytest.approx(expected, rel=0.02)
+    assert step_seconds(shape, setting, sample, card=None) is None
+    packed = step_seconds(shape, replace(setting, packed=True), sample, card=card)
+    assert packed is not None
+    assert expected is not None
+    assert packed <= expected * 1.02
+
+
+def test_a_known_time_is_said_for_the_whole_run() -> None:
+    forecast = Forecast("RTX 4090", 2**30, 2**33, 30.0)
+    said = " ".join(printed(DataReportView(replace(report(), forecast=forecast)), width=200).split())
+    assert "about 16 min 00 s, 30 s a step" in said
 
 
 def test_what_prints_nothing_or_steers_is_named() -> None:
@@ -242,7 +268,7 @@ def report(*, length: int = 128, findings: tuple[Finding, ...] = (), packed: boo
         supervised_tokens=2000,
         lengths=length_facts(lengths),
         histogram=histogram(lengths),
-        layout=step_layout(lengths.reshape(16, 8), micro_batch=2, longest=128),
+        layout=step_layout(sample_of(lengths.tolist(), rows_per_step=8), micro_batch=2, longest=128),
         pass_rows=128,
         rows_per_step=8,
         steps=32,

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from test_packing import loss_and_gradient, rows
 from test_train import adapted, changed, make_recipe, only
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
-from qadapt.data.batches import MicroBatch
+from qadapt.batch_shape import packed_shape
+from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
+from qadapt.engine.documents import documents_of, kernel_problem
 from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
@@ -25,6 +28,7 @@ from qadapt.train.step import evaluate_loss, train_step
 
 if TYPE_CHECKING:
     from conftest import TinyModel
+    from peft import PeftModel
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +100,50 @@ def test_a_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -
     assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)
     reserved = reserved_range(dry.trace)
     assert reserved.low_bytes * 0.95 <= torch.cuda.max_memory_reserved() <= reserved.high_bytes * 1.05
+
+
+def on_the_card(folder: Path, compute: str) -> PeftModel:
+    base = load_base(
+        folder, quantization="nf4", double_quant=True, dtype=DTYPES[compute], device=torch.device("cuda")
+    )
+    set_recompute(base, "all")
+    return attach_lora(base, Lora(rank=16, alpha=16), dtype=torch.float32, seed=0).train()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_packed_step_on_the_card_is_the_padded_one(family: str, tiny_model: TinyModel) -> None:
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    model = on_the_card(tiny_model(family), compute)
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert kernel_problem(model.get_base_model()) is None
+    packed = loss_and_gradient(model, packed_batches(rows(), capacity=150))
+    padded = loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))
+    assert packed[0] == pytest.approx(padded[0], rel=1e-2)  # 16 bits
+    for name, value in padded[1].items():
+        difference = (packed[1][name] - value).norm() / value.norm()
+        assert difference < 0.1, name  # 16 bits
+
+
+def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama", layers=6, width=512, vocabulary=8192, context=2048)
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    setting = Setting(
+        rows=2, length=2048, compute_dtype=compute, adapter_dtype="fp32", optimizer="adamw",
+        accumulates=False, packed=True, supervised_share=0.25,
+    )  # fmt: skip
+    shape = packed_shape((2048, 1000, 500, 300, 248), supervised_tokens=1024)
+    capability = capability_of(torch.device("cuda"))
+    dry = dry_run(find_config(str(folder)).values, setting, capability=capability, batch=shape, steps=2)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before_bytes = torch.cuda.memory_allocated()
+    model = on_the_card(folder, compute)
+    optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
+    ids, positions = torch.randint(3, 8000, (1, 4096)), torch.arange(0, 4096, 4)
+    batch = MicroBatch(ids, positions, ids[:, positions], 4096, 1024, documents_of(shape.documents))
+    for _ in range(2):
+        train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
+    evaluate_loss(model, [batch])
+    peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,23 +11,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import adapter_of, assert_same, changed, make_recipe, only
 from torch import Tensor
 from torch.nn import functional
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import MicroBatch, concatenate, micro_batches, packed_batches
+from qadapt.data.order import Order
 from qadapt.data.packing import pack
+from qadapt.data.rows import RowSet
+from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import Unsupported
+from qadapt.events import Evaluated, MemoryMeasured, Planned, StepDone
+from qadapt.hardware.cards import Card, find_card
+from qadapt.hardware.target import find_target
 from qadapt.model.generate import generate
 from qadapt.model.load import load_base
-from qadapt.plan.packing import PACKABLE
-from qadapt.plan.setting import Recompute
-from qadapt.shape import FAMILIES
+from qadapt.plan.packing import PACKABLE, check_packable
+from qadapt.plan.setting import Recompute, Setting
+from qadapt.planning import Question
+from qadapt.recipe import Recipe
+from qadapt.run import resume, train
+from qadapt.run_parts import plan_rows
+from qadapt.shape import FAMILIES, find_shape
+from qadapt.train.dryrun import dry_run
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
+from qadapt.train.stored_plan import read_plan
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -275,3 +290,157 @@ def test_an_architecture_with_attention_of_its_own_is_refused_by_name() -> None:
     config = FalconConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(Unsupported, match="falcon cannot be packed"), isolating(FalconForCausalLM(config)):
         pass
+
+
+# --- the plan ---------------------------------------------------------------------------------------------
+
+LLAMA = find_shape("Llama-3.1-8B")
+CARD = find_card("RTX 4090")
+
+
+def sample(lengths: list[int], *, rows_per_step: int = 16, steps: int = 20) -> StepSample:
+    chosen = RowSet(rows(tuple(lengths), share=0.4))
+    return StepSample(chosen, Order(chosen.lengths, rows_per_step=rows_per_step), steps=steps)
+
+
+def drawn_lengths(shortest: int, longest: int, *, count: int = 320) -> list[int]:
+    draw = torch.Generator().manual_seed(0)
+    return [longest, *torch.randint(shortest, longest, (count - 1,), generator=draw).tolist()]
+
+
+def question(card: Card, length: int) -> Question:
+    setting = Setting(length=length, supervised_share=0.6)
+    target = find_target(card.name, None)
+    return Question(LLAMA, setting, target, 16, frozenset({"micro_batch", "recompute"}))
+
+
+def test_a_sample_says_what_the_micro_batches_of_the_run_are() -> None:
+    lengths = drawn_lengths(5, 90, count=60)
+    chosen = RowSet(rows(tuple(lengths), share=0.4))
+    order = Order(chosen.lengths, rows_per_step=7)
+    steps = [[chosen[index] for index in order.rows_of_step(step)] for step in range(9)]
+    looked = StepSample(chosen, order, steps=9)
+    made = [packed_batches(step, capacity=180) for step in steps]
+    packed, batches = looked.packed(180), [batch for step in made for batch in step]
+    assert packed.count == len(batches) / 9
+    assert packed.tokens == sum(batch.tokens for batch in batches) / 9
+    assert packed.most_head_tokens == max(len(batch.positions) for batch in batches)
+    assert packed.most_documents == max(len(batch.documents.lengths) for batch in batches)  # type: ignore[union-attr]
+    made = [micro_batches(step, size=3, pad_id=0) for step in steps]
+    padded, batches = looked.filled_up(3), [batch for step in made for batch in step]
+    assert padded.count == len(batches) / 9
+    assert padded.tokens == sum(batch.input_ids.numel() for batch in batches) / 9
+    assert padded.pairs == sum(batch.input_ids.numel() * batch.input_ids.shape[1] for batch in batches) / 9
+    assert padded.head_tokens == pytest.approx(sum(batch.targets.numel() for batch in batches) / 9)
+
+
+def test_rows_of_unequal_length_are_packed_and_the_reasons_say_what_it_saves() -> None:
+    plan = plan_rows(question(CARD, 2048), sample(drawn_lengths(20, 2048)), packing="auto")
+    assert plan.setting.packed
+    saved, price = plan.reasons[-2:]
+    assert re.fullmatch(
+        r"packing: [\d.]+ instead of [\d.]+ forward passes a step, \d+% fewer tokens; [\d.]+ times as fast\.",
+        saved,
+    )
+    assert price.startswith(
+        "documents are kept apart: one kernel attends to all documents, compared with one"
+    )
+    assert plan.estimate.fits(plan.budget_bytes)
+
+
+def test_rows_of_one_length_are_filled_up_and_the_reasons_say_why() -> None:
+    asked = question(CARD, 2048)
+    plan = plan_rows(asked, sample([2048] * 320), packing="auto")
+    assert not plan.setting.packed
+    assert plan.reasons[:-1] == asked.plan().reasons
+    assert plan.reasons[-1].startswith("rows are filled up: packing would take")
+    assert "0% fewer tokens" in plan.reasons[-1]
+
+
+def test_packing_is_as_the_recipe_says_where_it_says() -> None:
+    asked, even, uneven = question(CARD, 2048), sample([2048] * 320), sample(drawn_lengths(20, 2048))
+    assert plan_rows(asked, even, packing=True).setting.packed
+    assert plan_rows(asked, uneven, packing=False) == asked.plan()
+
+
+def test_a_packed_plan_has_room_for_the_micro_batch_that_learns_the_most() -> None:
+    looked = sample(drawn_lengths(20, 2048))
+    for card in ("RTX 3060 12GB", "RTX 4090", "A100 80GB"):
+        setting = plan_rows(question(find_card(card), 2048), looked, packing=True).setting
+        most = looked.packed(setting.tokens)
+        assert most.most_head_tokens <= setting.supervised_tokens
+        assert most.most_documents <= setting.documents
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "words"),
+    [
+        ("gemma-2-2b", "RTX 4090", "a soft cap has no fused kernel"),
+        ("Llama-3.2-1B", "T4", "one document after another"),
+    ],
+)
+def test_a_slower_way_to_keep_documents_apart_is_named_with_its_price(
+    model: str, card: str, words: str
+) -> None:
+    types = ("fp16", "fp32") if card == "T4" else ("bf16", "bf16")
+    setting = Setting(length=512, compute_dtype=types[0], adapter_dtype=types[1])  # type: ignore[arg-type]
+    asked = Question(find_shape(model), setting, find_target(card, None), 16, frozenset({"micro_batch"}))
+    price = plan_rows(asked, sample(drawn_lengths(9, 512)), packing=True).reasons[-1]
+    assert words in price
+    assert re.search(r"it takes [\d.]+ [KMG]iB (more|less) than the same tokens filled up", price)
+
+
+@pytest.mark.parametrize("family", ["falcon", "mamba", "qwen3_next"])
+def test_an_architecture_that_is_not_shown_is_refused_by_name(family: str) -> None:
+    with pytest.raises(Unsupported, match=f"rows of {family} cannot be packed"):
+        check_packable(family)
+    with pytest.raises(Unsupported, match=f"rows of {family} cannot be packed"):
+        dry_run({"model_type": family}, Setting(packed=True))
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+def packed_recipe(folder: Path, model: Path, *, packing: bool, **train_fields: Any) -> Recipe:
+    folder.mkdir(exist_ok=True)
+    recipe = changed(make_recipe(folder, model, **train_fields), "data", packing=packing)
+    return changed(recipe, "adapter", dropout=0.0)  # packed rows draw other masks
+
+
+def test_a_packed_run_learns_what_the_run_without_packing_learns(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    runs = {
+        packing: list(train(packed_recipe(tmp_path / str(packing), tiny_model("gemma2"), packing=packing)))
+        for packing in (True, False)
+    }
+    assert only(Planned, runs[True])[0].packed and not only(Planned, runs[False])[0].packed
+    for kind in (StepDone, Evaluated):
+        packed, padded = ([event.loss for event in only(kind, runs[each])] for each in (True, False))
+        assert packed == pytest.approx(padded, rel=1e-4)  # fp32, six updates
+    for event in only(MemoryMeasured, runs[True]):
+        assert event.peak_bytes <= only(Planned, runs[True])[0].predicted_peak_bytes * 1.03
+    assert [step.tokens for step in only(StepDone, runs[True])] == [
+        step.tokens for step in only(StepDone, runs[False])
+    ]
+
+
+def test_a_packed_run_goes_on_bit_for_bit(tmp_path: Path, tiny_model: TinyModel) -> None:
+    list(train(packed_recipe(tmp_path / "straight", tiny_model("llama"), packing=True)))
+    events = train(packed_recipe(tmp_path / "broken", tiny_model("llama"), packing=True))
+    for event in events:
+        if isinstance(event, StepDone) and event.step == 5:  # after the checkpoint of step 3
+            break
+    events.close()  # type: ignore[attr-defined]
+    resumed = list(resume("first", folder=str(tmp_path / "broken/runs")))
+    assert only(Planned, resumed)[0].packed
+    assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(tmp_path / "broken/runs/first"))
+
+
+def test_a_plan_from_before_packing_is_of_a_run_without_it(tmp_path: Path, tiny_model: TinyModel) -> None:
+    list(train(packed_recipe(tmp_path, tiny_model("llama"), packing=True, steps=1, evaluate_every=None)))
+    path = tmp_path / "runs/first/plan.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    assert values.pop("packed") is True
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert not read_plan(path).packed

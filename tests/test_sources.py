@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from row_files import ASKED, PAIR, TURNS, contents, documents, problem_of, texts, write_rows
@@ -480,6 +480,7 @@ NUMBERS = st.floats(allow_nan=False) | st.integers(-(10**30), 10**30)
 @given(
     st.lists(VALUES | NUMBERS, max_size=6), st.integers(0, 40), st.integers(1, 9), st.sampled_from([None, 1])
 )
+@example([float("inf"), float("nan")], 0, 1, None)
 def test_a_list_of_json_is_read_the_same_in_any_pieces(
     tmp_path_factory: pytest.TempPathFactory, values: list[object], cut: int, chunk: int, indent: int | None
 ) -> None:

@@ -1,25 +1,27 @@
 """What the rows of a run come to, in numbers: how long, how much is learned, what says the same twice.
 
 Pure functions over arrays and row sets; the report of `qadapt data check` is made of what they give. Knows no
-file, no template, no screen. Numbers about steps are taken from the run's own order of rows; of long runs the
-first steps are looked at (`looked_at`), and the report says so.
+file, no template, no screen. Numbers about steps are of a sample of them (`step_sample.py`), and the report
+says how many it looked at.
 
-Legend: N rows, S steps, R rows of a step.
+Legend: N rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qadapt.data.packing import pack
 from qadapt.data.pieces import Gap, Piece
 from qadapt.data.tokens import Tokens
 
-MOST_STEPS, MOST_STEP_ROWS = 2000, 100_000
+if TYPE_CHECKING:
+    from qadapt.data.step_sample import StepSample
+
 MOST_BINS = 12
 Lengths = NDArray[np.integer]
 
@@ -89,58 +91,46 @@ def occurrences(rows: Iterable[Tokens], ids: Sequence[int]) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of the steps lie in memory, filled up and packed.
+    """How the rows of an average step lie in memory, filled up and packed.
 
     Attributes:
-        steps: So many first steps were looked at.
+        steps: So many steps of the first pass were looked at.
         micro_batch: Rows of one forward pass where rows are filled up.
         padding_share: Of what is computed there: tokens up to the longest of each micro-batch.
         padded_passes: Forward passes of a step there.
         capacity_tokens: The most tokens of one forward pass where rows are packed.
-        packed_passes: Forward passes of a step there, on average.
-        packed_share: Of that capacity that holds tokens, on average.
+        packed_passes: Forward passes of a step there.
+        packed_share: Of that capacity that holds tokens.
     """
 
     steps: int
     micro_batch: int
     padding_share: float
-    padded_passes: int
+    padded_passes: float
     capacity_tokens: int
     packed_passes: float
     packed_share: float
 
 
-def step_layout(lengths: Lengths, *, micro_batch: int, longest: int) -> Layout:
+def step_layout(sample: StepSample, *, micro_batch: int, longest: int) -> Layout:
     """How the rows of some steps lie in memory: micro-batches by length, and bins by best-fit decreasing.
 
     Args:
-        lengths: Of the rows of each step, (S, R).
+        sample: Of the run's steps.
         micro_batch: Rows of one forward pass; packed, so many times `longest` tokens.
         longest: The longest row of the run.
     """
-    steps, rows = lengths.shape
-    passes = -(-rows // micro_batch)
-    by_length = -np.sort(-lengths.astype(np.int64), axis=1)
-    sizes = np.full(passes, micro_batch)
-    sizes[-1] = rows - (passes - 1) * micro_batch
-    filled_up = int((by_length[:, ::micro_batch] * sizes).sum())
-    tokens = int(by_length.sum())
     capacity = micro_batch * longest
-    bins = sum(len(pack(step, capacity)) for step in by_length.tolist())
+    padded, packed = sample.filled_up(micro_batch), sample.packed(capacity)
     return Layout(
-        steps=steps,
+        steps=sample.steps,
         micro_batch=micro_batch,
-        padding_share=1 - tokens / filled_up,
-        padded_passes=passes,
+        padding_share=1 - packed.tokens / padded.tokens,
+        padded_passes=padded.count,
         capacity_tokens=capacity,
-        packed_passes=bins / steps,
-        packed_share=tokens / (bins * capacity),
+        packed_passes=packed.count,
+        packed_share=packed.tokens / (packed.count * capacity),
     )
-
-
-def looked_at(steps: int, *, rows_per_step: int) -> int:
-    """How many of a run's steps are looked at: enough for shares to a percent, few enough for a second."""
-    return max(1, min(steps, MOST_STEPS, MOST_STEP_ROWS // rows_per_step))
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,7 @@ def _is_cut(error: json.JSONDecodeError) -> bool:
         return len(rest) < 6
     return any(
         word.startswith(rest)
-        for word in ("true", "false", "null", "NaN", "-Infinity", ".", "e-", "E-", "e+", "E+")
+        for word in ("true", "false", "null", "NaN", "Infinity", "-Infinity", ".", "e-", "E-", "e+", "E+")
     )
 
 

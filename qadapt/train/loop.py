@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.data.batches import MicroBatch, micro_batches
+from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
@@ -39,10 +39,14 @@ MEMORY_EVERY = 10
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each."""
+    """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each.
+
+    `packed` micro-batches have room for `micro_batch` of the longest rows.
+    """
 
     steps: int
     micro_batch: int
+    packed: bool
     learning_rate: float
     schedule: str
     warmup_steps: int
@@ -95,6 +99,7 @@ class Loop:
         self.progress = Progress()
         self._memory = MemoryMeter(model, optimizer)
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
+        self._longest = rows.longest
         self._device = next(model.parameters()).device
         self._scaler: torch.amp.GradScaler | None = None
 
@@ -164,7 +169,10 @@ class Loop:
         return self._split([self.rows.train[index] for index in self.order.rows_of_step(step)])
 
     def _split(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
-        return micro_batches(rows, size=self.settings.micro_batch, pad_id=self.rows.pad_id)
+        size = self.settings.micro_batch
+        if self.settings.packed:
+            return packed_batches(rows, capacity=size * self._longest)
+        return micro_batches(rows, size=size, pad_id=self.rows.pad_id)
 
     def _is_watched(self, step: int) -> bool:
         is_known = step in (1, self.settings.steps, self._longest_step)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qadapt.data.check import DataReport, Finding, Histogram
+from qadapt.plan.speed import TIME_SPAN
 from qadapt.units import format_bytes, format_seconds
 from qadapt.view.data_rows import Look, RowsView
 from qadapt.view.tables import bar
@@ -154,14 +155,14 @@ def _step_lines(report: DataReport) -> Iterator[Line]:
         f"{report.steps:,} of {counted(report.rows_per_step)}, {passes:,.2f} passes of {per_pass:,.1f} steps",
     )
     layout = report.layout
-    looked = f" (of the first {layout.steps:,} steps)" if layout.steps < report.steps else ""
+    looked = f" (in {layout.steps:,} steps looked at)"
     packed = (
         f"{layout.packed_passes:.1f} forward passes a step, {layout.packed_share:.1%} of their room of "
         f"{layout.capacity_tokens:,} tokens used"
     )
     padded = (
         f"{layout.padding_share:.1%} of what is computed in micro-batches of {layout.micro_batch}, "
-        f"{layout.padded_passes} a step"
+        f"{layout.padded_passes:.1f} a step"
     )
     if report.is_packed:
         yield "packing", f"{packed}{looked}; unpacked, padding would be {padded}"
@@ -181,7 +182,10 @@ def _forecast_lines(report: DataReport) -> Iterator[Line]:
         yield "time", f"unknown: {forecast.problem}"
     else:
         whole = format_seconds(forecast.seconds_per_step * report.steps)
-        yield "time", f"about {whole}, {format_seconds(forecast.seconds_per_step)} a step"
+        yield (
+            "time",
+            f"about {whole}, {format_seconds(forecast.seconds_per_step)} a step; others took {TIME_SPAN}",
+        )
 
 
 def _drawn(report: DataReport, width: int, *, is_ascii: bool) -> Iterator[Text]:
