@@ -82,15 +82,19 @@ def _part_facts(part: Part) -> dict[str, Any]:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe as it is run: absolute paths, so that it goes on from any folder, and today as its day."""
+    """The recipe as it is run: absolute paths, so that it goes on from any folder, commits, and its day.
+
+    Raises:
+        BadData: A dataset of the hub does not exist or is out of reach.
+    """
     values = recipe.model_dump()
     data = values["data"]
     for source in data["sources"]:
-        source["path"] = _absolute(source["path"])
+        source["path"] = _pinned(Source(source["path"], split=source["split"], subset=source["subset"]))
     if recipe.data.held_out is not None:
-        data["held_out"] = _absolute(recipe.data.held_out)
+        data["held_out"] = _pinned(Source(recipe.data.held_out))
     if recipe.data.template not in ("auto", "chatml"):
-        data["template"] = _absolute(recipe.data.template)
+        data["template"] = str(Path(recipe.data.template).absolute())
     if recipe.data.date is None:
         data["date"] = date.today().isoformat()
     if Path(recipe.model.source).exists():
@@ -98,8 +102,11 @@ def resolved(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _absolute(path: str) -> str:
-    return path if path.startswith("hub:") else str(Path(path).absolute())
+def _pinned(source: Source) -> str:
+    """The source's path, the same from any folder and on any day."""
+    if source.is_of_hub:
+        return f"{source.path.partition('@')[0]}@{source.commit()}"
+    return str(Path(source.path).absolute())
 
 
 def prepare(

@@ -346,6 +346,10 @@ def test_a_saved_contract_is_the_same_and_notices_another_base(tiny_model: TinyM
         BadRun, match=r"is not what the adapter was trained on: special_tokens.*tokenizer changed"
     ):
         saved_contract(adapter, tiny_model("qwen2"))
+    known = {**contract.facts(), "new_tokens": ["<|eot_id|>"]}
+    (adapter / CONTRACT_FILE).write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(BadRun, match=r"is not what the adapter was trained on: .*vocabulary already"):
+        saved_contract(adapter, folder)
     (adapter / CONTRACT_FILE).write_text("{}", encoding="utf-8")
     with pytest.raises(BadRun, match="does not tell how the adapter's prompts were made"):
         saved_contract(adapter, folder)
@@ -366,6 +370,19 @@ def test_rows_encoded_together_are_as_each_alone_and_a_bad_one_harms_none(tiny_m
         else:
             assert row.ids.tolist() == alone[at % 4].ids.tolist()
             assert row.supervised.tolist() == alone[at % 4].supervised.tolist()
+
+
+def test_new_tokens_are_no_surprise_in_contents_unless_the_template_writes_them(
+    tiny_model: TinyModel,
+) -> None:
+    row = Conversation((Message("user", "a<call>b"), Message("assistant", "<call>four")), "row")
+    contract = load_contract(tiny_model("qwen2"), new_tokens=["<call>"])
+    encoded = contract.encode(row)
+    assert encoded.notes == frozenset()
+    assert encoded.ids.tolist().count(contract.new_ids[0]) == 2
+    marked = Conversation((Message("user", "a<|im_end|>b"), Message("assistant", "four")), "row")
+    chatml = load_contract(tiny_model("llama"), template="chatml", new_tokens=["<|im_start|>", "<|im_end|>"])
+    assert chatml.encode(marked).notes == {"control tokens"}
 
 
 def test_special_tokens_in_contents_stay_special_and_are_noted(

@@ -477,6 +477,29 @@ def test_a_resolved_recipe_names_its_day_and_whole_paths(
     assert dated.data.template == "auto"
 
 
+def test_a_dataset_of_the_hub_is_pinned_to_its_commit(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def commit_of(name: str, revision: str | None = None) -> str:
+        asked.append((name, revision))
+        return "c0ffee" if revision in (None, "c0ffee") else "beef"
+
+    monkeypatch.setattr("qadapt.data.hub_rows.hub_commit", commit_of)
+    recipe = make_recipe(tmp_path, tiny_model("llama"), [row_of("one?")], held_out="hub:ann/test@v2")
+    values = recipe.model_dump()
+    values["data"]["sources"] = [{"path": "hub:ann/orders"}]
+    made = resolved(Recipe.model_validate(values))
+    assert made.data.sources[0].path == "hub:ann/orders@c0ffee"
+    assert made.data.held_out == "hub:ann/test@beef"
+    assert asked == [("ann/orders", None), ("ann/test", "v2")]
+    assert resolved(made).data.sources == made.data.sources
+    [identity] = identify((Source("hub:ann/orders", split="test"),)).identities
+    assert identity["commit"] == "c0ffee"
+    assert identity["split"] == "test"
+
+
 def test_split_notes_speak_of_equal_rows(tmp_path: Path) -> None:
     rows = made_rows(3)
     part = part_of(store_of(tmp_path / "s", [*rows, rows[0]]), 4)

@@ -246,24 +246,29 @@ TEXTS = {
     "thinking": THINKING,
     "calling": CALLING,
 }
-WORDS = st.sampled_from([
-    "", "yes", "two plus two?", " four", "nine\n", "\n\n ok \n", "<think>\nhm\n</think>\n\nso", "</think>",
-    "<think>", "é🙂", "[INST]", "</s>", "<|im_end|>", "\U000f0000", "a {{ b }}", "<tool_response>x",
-    "### User:", "user", "content", "None", "\t", "x" * 40,
+PLAIN_WORDS = st.sampled_from(
+    ["yes", "two plus two?", " four", "nine\n", "\n\n ok \n", "user", "é🙂", "x" * 40]
+)
+WILD_WORDS = st.sampled_from([
+    "", "\t", "None", "<think>\nhm\n</think>\n\nso", "</think>", "<think>", "[INST]", "</s>", "<|im_end|>",
+    "\U000f0000", "a {{ b }}", "<tool_response>x", "### User:",
 ])  # fmt: skip
-CONTENTS = st.lists(WORDS, min_size=1, max_size=3).map("".join)
+TAME = st.lists(PLAIN_WORDS, min_size=1, max_size=3).map("".join)
+CONTENTS = st.integers(0, 9).flatmap(
+    lambda draw: (
+        st.lists(PLAIN_WORDS | WILD_WORDS, min_size=1, max_size=3).map("".join) if draw == 9 else TAME
+    )
+)
 
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
-    roles = draw(st.sampled_from([("user", "assistant")] * 3 + [("user", "user", "assistant")]))
-    count = draw(st.integers(1, 5))
-    messages = [Message("system", draw(CONTENTS))] if draw(st.booleans()) else []
-    for number in range(count):
+    roles = draw(st.sampled_from([("user", "assistant")] * 9 + [("user", "user", "assistant")]))
+    messages = [Message("system", draw(CONTENTS))] if draw(st.integers(0, 3)) == 3 else []
+    for number in range(draw(st.integers(1, 5))):
         role = roles[number % len(roles)]
-        is_answer = role == "assistant"
-        thought = draw(st.none() | CONTENTS) if is_answer else None
-        is_learned = draw(st.booleans()) if is_answer and draw(st.booleans()) else True
+        thought = draw(TAME) if role == "assistant" and draw(st.integers(0, 3)) == 3 else None
+        is_learned = role != "assistant" or draw(st.integers(0, 5)) < 5
         messages.append(Message(role, draw(CONTENTS), reasoning=thought, is_learned=is_learned))
     return Conversation(tuple(messages), "row 1")
 

@@ -45,6 +45,25 @@ def hub_commit(name: str, revision: str | None = None) -> str | None:
             return None
 
 
+def dataset_commit(name: str, *, subset: str | None) -> str:
+    """The commit whose rows `read_hub` reads now: of the hub, or without a network the one fetched last.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        subset: The subset (configuration); None: the only one, or the default.
+
+    Raises:
+        BadData: There is no such dataset, or it is neither in the cache nor in reach.
+    """
+    name, _, state = name.partition("@")
+    revision = state or None
+    commit = hub_commit(name, revision)
+    if commit is not None:
+        return commit
+    with _named(name, revision=revision):
+        return str(_cached_builder(name, subset=subset, revision=revision).hash)
+
+
 def read_hub(name: str, *, split: str, subset: str | None) -> Iterator[tuple[str, object]]:
     """The rows of a split, each with its place, such as `owner/name (train), row 12`.
 

@@ -10,9 +10,8 @@ way. Knows no tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Literal
 
 from jinja2 import TemplateError
@@ -67,21 +66,14 @@ class Layouts:
         learn: Which turns are learned.
         ends: Texts of the tokens that end an answer.
         control: Texts of the tokenizer's special tokens.
-        meant: Those of them that contents are meant to hold.
     """
 
     def __init__(
-        self,
-        template: ChatTemplate,
-        *,
-        learn: Learn,
-        ends: Sequence[str],
-        control: Sequence[str],
-        meant: Sequence[str] = (),
+        self, template: ChatTemplate, *, learn: Learn, ends: Sequence[str], control: Sequence[str]
     ) -> None:
         self._template, self._learn, self._ends = template, learn, tuple(ends)
         self._kinds: dict[_Key, _Kind | None] = {}
-        self._control = _any_of([text for text in control if text not in meant])
+        self._control = _any_of(control)
         watched = [*control, *template.sought]
         self._watched = _any_of(watched)
         self._first_characters = sorted({text[0] for text in watched})
@@ -163,18 +155,39 @@ class Layouts:
             text = self._template.render(row.turns)
         except TemplateError as error:
             raise refusal(row.place, error) from None
-        values = [_field(row.messages[slot.message], slot.field) for slot in kind.slots]
-        if not _is_joined(text, kind.pieces, values) or kind.needs_clean:
-            values = [value.strip() for value in values]
-            if not _is_joined(text, kind.pieces, values):
-                return None
-        lengths = [len(each) for pair in zip(kind.pieces, [*values, ""], strict=True) for each in pair]
-        starts = [0, *accumulate(lengths)]  # of each piece and each content in turn
+        starts = _starts(text, kind, row.messages)
+        if starts is None:
+            return None
         spans = tuple(
-            Span(number, starts[2 * first[0]] + first[1], starts[2 * last[0]] + last[1])
+            Span(number, starts[first[0]] + first[1], starts[last[0]] + last[1])
             for number, first, last in kind.spans
         )
         return Layout(text, spans, kind.notes)
+
+
+def _starts(text: str, kind: _Kind, messages: Sequence[Message]) -> list[int] | None:
+    """Where each fixed piece begins in a text; None if it is not pieces and contents one after another."""
+    starts, at = [0], len(kind.pieces[0])
+    if not text.startswith(kind.pieces[0]):
+        return None
+    for slot, piece in zip(kind.slots, kind.pieces[1:], strict=True):
+        for value in _forms(_field(messages[slot.message], slot.field), is_clean=kind.needs_clean):
+            if text.startswith(value, at) and text.startswith(piece, at + len(value)):
+                starts.append(at + len(value))
+                at = starts[-1] + len(piece)
+                break
+        else:
+            return None
+    return starts if at == len(text) else None
+
+
+def _forms(value: str, *, is_clean: bool) -> Iterator[str]:
+    """A content as templates write it: as it is, or without outer white space."""
+    if not is_clean:
+        yield value
+        yield value.rstrip()
+        yield value.lstrip()
+    yield value.strip()
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
@@ -188,10 +201,6 @@ def _texts(message: Message) -> tuple[str, ...]:
 
 def _field(message: Message, field: str) -> str:
     return message.content if field == "content" else message.reasoning or ""
-
-
-def _is_joined(text: str, pieces: Sequence[str], values: Sequence[str]) -> bool:
-    return text == "".join(each for pair in zip(pieces, [*values, ""], strict=True) for each in pair)
 
 
 def _kind_of(layout: Layout, slots: Sequence[Slot], *, needs_clean: bool) -> _Kind:

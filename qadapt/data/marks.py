@@ -107,6 +107,8 @@ class Marker:
 
     def _marked(self, text: str, message: int, field: str, marks: Iterator[int]) -> tuple[str, list[Part]]:
         pieces = self._edges.split(text)
+        if not any(pieces[::2]) or "".join(pieces[::2]).isspace():
+            pieces = [text]  # nothing but edges: there is no other place for marks
         thought_end = max((at for at, piece in enumerate(pieces) if piece == "</think>"), default=-1)
         parts = []
         for at in range(0, len(pieces), 2):  # the others are the edges

@@ -18,7 +18,7 @@ from qadapt.data.conversation import Row
 from qadapt.data.preparation import Tally, tally_of, token_rows
 from qadapt.data.prompt import PromptContract
 from qadapt.data.row_cache import Prepared, find_or_make, key_of
-from qadapt.data.sources import RowReader, Skipped
+from qadapt.data.sources import HUB, RowReader, Skipped
 from qadapt.data.store import StoreWriter
 from qadapt.errors import BadData
 from qadapt.stage import Report
@@ -36,6 +36,21 @@ class Source:
     limit: int | None = None
     split: str = "train"
     subset: str | None = None
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether it is a dataset of the hub and no file."""
+        return self.path.startswith(HUB)
+
+    def commit(self) -> str:
+        """The commit of a dataset of the hub.
+
+        Raises:
+            BadData: There is no such dataset, or it is out of reach.
+        """
+        from qadapt.data.hub_rows import dataset_commit
+
+        return dataset_commit(self.path.removeprefix(HUB), subset=self.subset)
 
     def rows(self, reader: RowReader) -> Iterator[Row]:
         """The rows, one by one.
@@ -208,6 +223,8 @@ def _read_skipped(path: Path) -> Iterator[Skipped]:
 
 def _identity(source: Source, report: Report) -> dict[str, Any]:
     """What tells a source from another and from itself before a change, plain values for JSON."""
+    if source.is_of_hub:
+        return {**asdict(source), "commit": source.commit()}
     inside = _files(source)
     total, done, files = sum(path.stat().st_size for path in inside), 0, []
     for path in inside:
@@ -231,5 +248,6 @@ def _files(source: Source) -> list[Path]:
 
 
 def _stamps(sources: tuple[Source, ...]) -> list[tuple[str, int, int]]:
-    stats = [(path, path.stat()) for source in sources for path in _files(source)]
+    files = [path for source in sources if not source.is_of_hub for path in _files(source)]
+    stats = [(path, path.stat()) for path in files]
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]

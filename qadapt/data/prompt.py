@@ -181,9 +181,10 @@ class PromptContract:
                 cure=_CHATML_CURE,
             )
         ends = _names(self.tokenizer, self.end_ids)
-        written = "".join(template.texts.values())  # new tokens that the template does not write are for rows
-        meant = [name for name in _names(self.tokenizer, self.new_ids) if name not in written]
-        return Layouts(template, learn=self.learn, ends=ends, control=tuple(self._special), meant=meant)
+        # a new token that the template does not know is there for contents to use
+        meant = {name for name in _names(self.tokenizer, self.new_ids) if not template.writes(name)}
+        control = tuple(text for text in self._special if text not in meant)
+        return Layouts(template, learn=self.learn, ends=ends, control=control)
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -252,6 +253,11 @@ def saved_contract(adapter: Path, folder: Path) -> PromptContract:
         )
         now = contract.facts()
         changed = [name for name in now if now[name] != facts[name]]
+    except BadRecipe as error:
+        raise BadRun(
+            f"The base in {folder} is not what the adapter was trained on: {error.problem}",
+            cure="Put the files of its tokenizer back as they were.",
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadRun(
             f"{path} does not tell how the adapter's prompts were made: {error}", cure="Train the run again."

@@ -211,11 +211,11 @@ class _Finder:
         closing = max((part.closing for part in self._parts(number)), key=self._place)
         base = self._place(closing)
         until = self._read(number + 1, asks=False)
-        if until is None:
-            return base + self._closed(number, self._next_end(base))
-        if until.last() != closing:
+        if until is not None and until.last() == closing:
+            return base + self._closed(number, self._common(until.after(closing), base))
+        if until is not None and self.messages[number].role == "assistant":
             raise self._unproven(number)
-        return base + self._closed(number, self._common(until.after(closing), base))
+        return base + self._closed(number, self._next_end(base))
 
     def _common(self, rest: str, base: int, *, until: int | None = None) -> str:
         """How much of a text stands at a place of the whole one, too."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -107,10 +107,10 @@ class StoreWriter:
         (self._folder / FACTS_FILE).write_text(text + "\n", encoding="utf-8")
 
     def _write_batch(self) -> None:
-        bounds = [_bounds(row.supervised) for row in self._rows]
-        ids = _lists([row.ids for row in self._rows])
-        learned = _lists(bounds)
-        supervised = [row.supervised_count for row in self._rows]
+        offsets = _offsets([len(row) for row in self._rows])
+        ids = _lists(np.concatenate([row.ids for row in self._rows]), offsets)
+        bounds, supervised = _bounds(np.concatenate([row.supervised for row in self._rows]), offsets)
+        learned = _lists(*bounds)
         columns = [
             ids,
             learned,
@@ -123,7 +123,7 @@ class StoreWriter:
         for part in (ids.offsets, ids.values, learned.offsets, learned.values):
             self._digest.update(part.to_numpy().tobytes())
         self.tokens += self._waiting_tokens
-        self.supervised_tokens += sum(supervised)
+        self.supervised_tokens += int(supervised.sum())
         self._rows, self._numbers, self._waiting_tokens = [], [], 0
 
 
@@ -246,18 +246,35 @@ def _joined(arrays: list[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
     return np.concatenate(arrays) if arrays else np.empty(0, kind)
 
 
-def _lists(values: list[NDArray[np.int32]]) -> pyarrow.ListArray:
-    offsets = np.zeros(len(values) + 1, np.int32)
-    np.cumsum([len(each) for each in values], out=offsets[1:])
+def _offsets(lengths: Sequence[int] | NDArray[np.int64]) -> Bounds:
+    """Where each list begins among the values of all, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _lists(values: NDArray[np.int32], offsets: Bounds) -> pyarrow.ListArray:
     return pyarrow.ListArray.from_arrays(
-        pyarrow.array(offsets), pyarrow.array(np.concatenate(values), pyarrow.int32())
+        pyarrow.array(offsets), pyarrow.array(values.astype(np.int32, copy=False))
     )
 
 
-def _bounds(supervised: Flags) -> Bounds:
-    """Where learned spans start and end, (2 S,)."""
-    edges = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
-    return edges.astype(np.int32)
+def _bounds(supervised: Flags, offsets: Bounds) -> tuple[tuple[Bounds, Bounds], Counts]:
+    """Of the rows of a batch, one after another: where learned spans start and end, and learned tokens.
+
+    Returns:
+        The bounds of all rows (2 S,) with the offsets of each row's; and how many tokens each row learns, its
+        first one not counted, (n,).
+    """
+    first = offsets[:-1]
+    before, after = np.roll(supervised, 1), np.roll(supervised, -1)
+    before[first] = False
+    after[offsets[1:] - 1] = False
+    starts, ends = np.flatnonzero(supervised & ~before), np.flatnonzero(supervised & ~after) + 1
+    row = np.searchsorted(first, starts, side="right") - 1
+    values = (np.stack([starts, ends], axis=1) - first[row][:, None]).ravel().astype(np.int32)
+    learned = np.add.reduceat(supervised, first, dtype=np.int32) - supervised[first]
+    return (values, _offsets(2 * np.bincount(row, minlength=len(first)))), learned
 
 
 def _flags(bounds: Bounds, *, length: int) -> Flags:

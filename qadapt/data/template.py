@@ -76,6 +76,10 @@ class ChatTemplate:
         self.prints_date = "strftime_now" in used
         self.knows_tools = "tools" in used
 
+    def writes(self, text: str) -> bool:
+        """Whether a text stands in the template."""
+        return any(text in each for each in self.texts.values())
+
     def render(self, turns: Turns, *, tools: Sequence[Mapping[str, Any]] = (), asks: bool = False) -> str:
         """The text of some turns.
 
