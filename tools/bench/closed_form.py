@@ -1,6 +1,6 @@
 """The closed form against the dry run, over sampled steps: known model x method x policy x batch x target.
 
-    python tools/bench/closed_form.py [--points N] [--seed S] [--packed]     (about 4 s a point; 300 by default)
+    python tools/bench/closed_form.py [--points N] [--seed S] [--packed]   (about 4 s a point; 300 by default)
 
 Each point is drawn with a fixed seed: a known model of 135M to 35B weights from each family in turn, its base
 quantized or not, rank, adapted layers, types, optimizer, dropout, recomputed layers, rows, length, the share
