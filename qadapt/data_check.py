@@ -12,6 +12,8 @@ from dataclasses import replace
 from itertools import islice
 
 from qadapt.data.check import (
+    LEFT_OUT,
+    NOTES,
     DataReport,
     Finding,
     Forecast,
@@ -57,13 +59,6 @@ MOST_PAGE_TOKENS = 20_000
 """So many on a page."""
 MOST_READ_AGAIN = 5000
 """Examples are among so many first rows: they are read again to tell how they were cut."""
-
-_NOTES = {
-    "control tokens": "its contents hold control tokens of the template",
-    "reasoning left out": "the template leaves out reasoning of earlier answers",
-    "content left out": "the template leaves out some content",
-    "tools left out": "the template leaves out descriptions of tools",
-}
 
 
 def check_data(
@@ -291,12 +286,12 @@ class Viewer:
             return ShownRow(number, row.place, 0, 0, (), f"refused: {error.problem}")
         made = cut(encoded, self._length)
         tokens = made.rows[0] if made.rows else Tokens(encoded.ids, encoded.supervised, encoded.place)
-        return self.tokens(tokens, number=number, note=_note(encoded, made, self._length))
+        return self.tokens(tokens, number=number, note=_note(encoded, made))
 
     def note(self, row: Row) -> str:
         """How a row is cut, and what its contents hold."""
         encoded = self._contract.encode(row)
-        return _note(encoded, cut(encoded, self._length), self._length)
+        return _note(encoded, cut(encoded, self._length))
 
     def tokens(self, row: Tokens, *, number: int, note: str = "") -> ShownRow:
         """A row that has been cut."""
@@ -304,23 +299,18 @@ class Viewer:
         return ShownRow(number, row.place, len(row), row.supervised_count, pieces, note)
 
 
-def _note(encoded: Encoded, made: Cut, length: int) -> str:
+def _note(encoded: Encoded, made: Cut) -> str:
     """What became of a row, in words; empty if nothing did."""
     left = sum(len(row) for row in made.rows)
     lost = f"{len(encoded) - left:,} of {len(encoded):,} tokens left out"
-    why = {
-        "truncated": f"nothing to learn within {length:,} tokens",
-        "empty answers": "only empty answers",
-        "no learned turn": "no turn that is learned",
-    }
     how = {
         "whole": "",
         "turns": f"whole turns left out at the end: {lost}",
         "inside": f"cut inside an answer, whose end is not learned: {lost}",
         "pieces": f"split into {len(made.rows)} pieces, all of them kept",
-        "nothing": f"LEFT OUT: {why.get(made.why, made.why)}",
+        "nothing": f"LEFT OUT: {LEFT_OUT.get(made.why, made.why)}",
     }
-    notes = (how[made.how], *(_NOTES.get(note, note) for note in sorted(encoded.notes)))
+    notes = (how[made.how], *(NOTES.get(note, note) for note in sorted(encoded.notes)))
     return "; ".join(note for note in notes if note)
 
 

@@ -22,7 +22,7 @@ from qadapt.data.batches import widest_share
 from qadapt.data.step_sample import StepSample
 from qadapt.engine.documents import kernel_problem
 from qadapt.engine.recompute import set_recompute
-from qadapt.errors import BadRun
+from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.material import Material, order_of, step_count
@@ -131,12 +131,22 @@ def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["
         plan, reason = padded.plan(), f"rows are filled up: nothing shows that {shape.family} can pack them."
         return replace(plan, reasons=(*plan.reasons, reason))
     check_packable(shape.family)
-    packed = _packed_plan(padded, sample)
+    try:
+        packed = _packed_plan(padded, sample)
+    except DoesNotFit:
+        if packing is True:
+            raise
+        plan, reason = padded.plan(), "rows are filled up: not even the smallest packed micro-batch fits."
+        return replace(plan, reasons=(*plan.reasons, reason))
     way = Way(packed, sample.packed(packed.setting.rows * length))
-    if packing is True:
-        return packed_plan(shape, way, sample.filled_up(packed.setting.rows), card=card)
-    plan = padded.plan()
-    return choose_way(shape, Way(plan, sample.filled_up(plan.setting.rows)), way, card=card)
+    try:
+        plan = padded.plan() if packing == "auto" else packed
+    except DoesNotFit:
+        plan = packed
+    filled_up = sample.filled_up(plan.setting.rows)
+    if plan is packed:
+        return packed_plan(shape, way, filled_up, card=card)
+    return choose_way(shape, Way(plan, filled_up), way, card=card)
 
 
 def _packed_plan(padded: Question, sample: StepSample) -> Plan:

@@ -358,10 +358,11 @@ def test_the_report_says_every_number() -> None:
     for words in (
         "128 to train on; 2 held out", "messages 130 rows",
         "8,256 in the training rows, 2,000 of them (24.2%)",
-        "5 rows (3.8%): 4 whole turns left out, 1 cut inside a turn", "2 rows (1.5%): 2 truncated",
+        "5 rows (3.8%): 4 whole turns left out, 1 cut inside a turn",
+        "2 rows (1.5%): 2 nothing to learn within data.length",
         "3 rows (2.3%)", "<call> 12 times, <never> never", "32 of 8 rows, 2.00 passes of 16.0 steps",
         "about 1.00 GiB of 8.00 GiB", "unknown: nobody has measured this device",
-        "2 rows (1.5%): their contents hold control tokens",
+        "2 rows (1.5%): contents hold control tokens",
         "No problems",
     ):  # fmt: skip
         assert words in said, words

@@ -67,7 +67,7 @@ def test_check_says_what_a_run_will_see_and_keeps_its_folder_clean(
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "24 to train on; none held out", "messages 25 rows", "1 whole turns left out, 1 cut inside a turn",
-        "1 row (4.0%): 1 truncated", "repeated 1 row",
+        "1 row (4.0%): 1 nothing to learn", "repeated 1 row",
         "12 of 4 rows, 2.00 passes of 6.0 steps", "data.length 192",
         "⟦one 👩‍👩‍👧⟨<|eot_id|>⟩⟧",
         "‹1b›]0;title‹07›[red]<script>", "cut inside an answer, whose end is not learned",
@@ -136,7 +136,7 @@ def test_preview_shows_the_first_rows_and_why_one_would_be_left_out(
     assert run(["data", "preview", recipe, "--row", "25", "--ids"]) == 0
     said = capsys.readouterr().out
     assert "rows.jsonl, line 25" in said
-    assert "LEFT OUT: nothing to learn within 192 tokens" in said
+    assert "LEFT OUT: nothing to learn within data.length" in said
     assert "row 1 ·" not in said
     assert run(["data", "preview", recipe, "--row", "22"]) == 0
     assert "whole turns left out at the end" in capsys.readouterr().out

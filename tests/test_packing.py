@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -24,12 +25,13 @@ from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.engine.recompute import set_recompute
-from qadapt.errors import Unsupported
+from qadapt.errors import DoesNotFit, Unsupported
 from qadapt.events import Evaluated, MemoryMeasured, Planned, StepDone
 from qadapt.hardware.cards import Card, find_card
 from qadapt.hardware.target import find_target
 from qadapt.model.generate import generate
 from qadapt.model.load import load_base
+from qadapt.plan.estimate import estimate_step
 from qadapt.plan.packing import PACKABLE, check_packable
 from qadapt.plan.setting import Recompute, Setting
 from qadapt.planning import Question
@@ -370,6 +372,34 @@ def test_a_packed_plan_has_room_for_the_micro_batch_that_learns_the_most() -> No
         most = looked.packed(setting.tokens)
         assert most.most_head_tokens <= setting.supervised_tokens
         assert most.most_documents <= setting.documents
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "dtype", "is_packed"),
+    [
+        ("Llama-3.1-8B", 2048, "fp32", False),  # joined outputs take more
+        ("Mistral-7B-v0.1", 8192, "bf16", True),  # a window needs no mask
+    ],
+)
+def test_where_only_one_way_fits_it_is_taken(model: str, length: int, dtype: Any, is_packed: bool) -> None:
+    shape, looked = find_shape(model), sample(drawn_lengths(20, length))
+    share = 0.1 if not is_packed else 0.6
+    setting = Setting(length=length, supervised_share=share, compute_dtype=dtype, adapter_dtype=dtype)
+    target, least = find_target("RTX 4090", None), {}
+    for packed in (True, False):
+        way = dataclasses.replace(setting, packed=packed, documents=16 * packed)
+        if packed:
+            way = dataclasses.replace(way, supervised_share=looked.packed(length).most_head_tokens / length)
+        estimate = estimate_step(shape, way, card=target.card)
+        least[packed] = estimate.needed_bytes + estimate.error_bytes
+    assert least[not is_packed] > least[is_packed] + 2**20, "a control: one takes more"
+    narrow = dataclasses.replace(target, free_bytes=least[is_packed] + 2**19)
+    asked = Question(shape, setting, narrow, 16, frozenset({"micro_batch", "recompute"}))
+    plan = plan_rows(asked, looked, packing="auto")
+    assert plan.setting.packed is is_packed
+    assert ("not even the smallest packed micro-batch fits" in plan.reasons[-1]) is not is_packed
+    with pytest.raises(DoesNotFit):
+        plan_rows(asked, looked, packing=not is_packed)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Legend: B rows, H query heads, K key-value heads, T tokens, D head width.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,11 +30,12 @@ from qadapt.plan.attention import attention_kernel
 from qadapt.plan.workspace import kernel_bytes
 
 try:
-    import torch.nn.attention.varlen
+    from torch.nn.attention.varlen import varlen_attn
 
-    HAS_VARLEN = True
-except ImportError:  # before torch 2.10
+    HAS_VARLEN = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+except ImportError:
     HAS_VARLEN = False
+"""Whether this torch has the kernel for many documents at once, with all that is asked of it."""
 
 aten = torch.ops.aten
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -1,7 +1,8 @@
 """Whether rows of a step are laid one after another: for which models, and whether it is faster. No torch.
 
-Packing changes no result: a step takes the same rows, and its gradient is the same sum. What it changes is
-how many forward passes a step takes, and how many tokens of padding go through them. Whoever has the rows
+Packing changes no result: a step takes the same rows, and its gradient is the same sum (dropout draws other
+masks, as any other micro-batch size would). What it changes is how many forward passes a step takes, and how
+many tokens of padding go through them. Whoever has the rows
 says how they lie (`data/step_sample.py`); here the two ways are compared.
 """
 

@@ -118,8 +118,9 @@ def _span(row: ShownRow, place: int, piece: Piece | Gap) -> str:
         f"<i>{escape(part)}</i>" if is_sign else escape(part)
         for part, is_sign in piece_parts(row.pieces, place)
     )
+    words = inside.removesuffix("\n")  # the id stands before the line end
     named = f' class="{kinds}"' if kinds else ""
-    return f'<span{named} data-id="{ids}" title="{ids}">{inside}</span>'
+    return f'<span{named} data-id="{ids}" title="{ids}">{words}</span>{inside[len(words) :]}'
 
 
 def check_page(path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from qadapt.data.check import DataReport, Finding, Histogram
+from qadapt.data.check import LEFT_OUT, NOTES, DataReport, Finding, Histogram
 from qadapt.plan.speed import TIME_SPAN
 from qadapt.units import format_bytes, format_seconds
 from qadapt.view.data_rows import Look, RowsView
@@ -23,13 +23,6 @@ _CUT_WORDS = {
     "turns": "whole turns left out",
     "inside": "cut inside a turn",
     "pieces": "split into pieces",
-}
-_NOTE_NAMES = {"control tokens": "control"}
-_NOTE_WORDS = {
-    "control tokens": "their contents hold control tokens of the template",
-    "reasoning left out": "the template leaves out reasoning of earlier answers",
-    "content left out": "the template leaves out some content",
-    "tools left out": "the template leaves out descriptions of tools",
 }
 _LABEL_WIDTH = 10
 
@@ -131,19 +124,21 @@ def _lost_lines(report: DataReport) -> Iterator[Line]:
     cut = sum(report.cut.values())
     yield "cut", f"{share_of(cut, everything)}{_kinds(report.cut, _CUT_WORDS)}" if cut else "no row"
     if report.left_out:
-        yield "left out", f"{share_of(sum(report.left_out.values()), everything)}{_kinds(report.left_out)}"
+        yield (
+            "left out",
+            f"{share_of(sum(report.left_out.values()), everything)}{_kinds(report.left_out, LEFT_OUT)}",
+        )
     if report.skipped_rows:
         yield "malformed", f"{counted(report.skipped_rows)} skipped, as asked"
     for note, count in report.notes.items():
-        yield _NOTE_NAMES.get(note, "note"), f"{share_of(count, everything)}: {_NOTE_WORDS.get(note, note)}"
+        yield "note", f"{share_of(count, everything)}: {NOTES.get(note, note)}"
     yield "repeated", share_of(report.duplicates, everything)
     if report.held_out_rows:
         yield "overlap", "none: no held-out row is trained on, token for token"
 
 
-def _kinds(counts: Mapping[str, int], words: Mapping[str, str] | None = None) -> str:
-    said = words or {}
-    parts = [f"{count:,} {said.get(name, name)}" for name, count in counts.items() if count]
+def _kinds(counts: Mapping[str, int], words: Mapping[str, str]) -> str:
+    parts = [f"{count:,} {words.get(name, name)}" for name, count in counts.items() if count]
     return f": {', '.join(parts)}" if parts else ""
 
 
@@ -155,7 +150,7 @@ def _step_lines(report: DataReport) -> Iterator[Line]:
         f"{report.steps:,} of {counted(report.rows_per_step)}, {passes:,.2f} passes of {per_pass:,.1f} steps",
     )
     layout = report.layout
-    looked = f" (in {layout.steps:,} steps looked at)"
+    looked = f" (by {layout.steps:,} step{'s' if layout.steps > 1 else ''})"
     packed = (
         f"{layout.packed_passes:.1f} forward passes a step, {layout.packed_share:.1%} of their room of "
         f"{layout.capacity_tokens:,} tokens used"

@@ -1,6 +1,6 @@
 """The closed form against the dry run, over sampled steps: known model x method x policy x batch x target.
 
-    python tools/bench/closed_form.py [--points N] [--seed S]     (about 4 s a point; 300 points by default)
+    python tools/bench/closed_form.py [--points N] [--seed S] [--packed]   (about 4 s a point; 300 by default)
 
 Each point is drawn with a fixed seed: a known model of 135M to 35B weights from each family in turn, its base
 quantized or not, rank, adapted layers, types, optimizer, dropout, recomputed layers, rows, length, the share
@@ -98,9 +98,9 @@ class Compared:
                 yield f"    {name}: {mine.categories[name] / MIB:.1f}, dry {dry.categories[name] / MIB:.1f}"
 
 
-def points(count: int, seed: int) -> Iterator[Point]:
-    """So many steps that a card could be asked for, drawn with a seed."""
-    draw = random.Random(seed)
+def points(count: int, seed: int, *, packed: bool = False) -> Iterator[Point]:
+    """So many steps that a card could be asked for, drawn with a seed; packed, the same with documents."""
+    draw, documents = random.Random(seed), random.Random(f"documents/{seed}")
     by_family = {
         family: [shape for shape in known_shapes() if shape.family == family and shape.parameters < LARGEST]
         for family in FAMILIES
@@ -109,7 +109,10 @@ def points(count: int, seed: int) -> Iterator[Point]:
     while found < count:
         shape = draw.choice(by_family[FAMILIES[found % len(FAMILIES)]])
         card = find_card(draw.choice(CARDS)) if draw.random() < 0.8 else None
-        point = Point(shape, _setting(draw, shape, card), card)
+        setting = _setting(draw, shape, card)
+        if packed:
+            setting = dataclasses.replace(setting, packed=True, documents=documents.choice((0, 5, 16, 40)))
+        point = Point(shape, setting, card)
         try:
             estimate = estimate_step(shape, point.setting, card=card)
         except QadaptError:  # a length above the context, a rank above the width
@@ -166,11 +169,13 @@ def summary(found: Sequence[Compared]) -> Iterator[str]:
     yield f"worst: {worst.errors['peak']:+.2%} (bar {BAR:.0%}): {met}  {worst.point}"
 
 
-def report(count: int = POINTS, *, seed: int = 0, is_all: bool = False) -> Iterator[str]:
+def report(
+    count: int = POINTS, *, seed: int = 0, is_all: bool = False, packed: bool = False
+) -> Iterator[str]:
     """The comparison, point by point where it is off (or all), then the summary."""
-    yield f"seed {seed}"
+    yield f"seed {seed}{', packed' if packed else ''}"
     found = []
-    for number, point in enumerate(points(count, seed)):
+    for number, point in enumerate(points(count, seed, packed=packed)):
         found.append(compare(point))
         error = max(abs(found[-1].errors[part]) for part in ("peak", "working"))
         if is_all or error > SHOWN:
@@ -186,11 +191,12 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=POINTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="print every point")
+    parser.add_argument("--packed", action="store_true", help="the same steps with their rows packed")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     quiet_libraries()
     missed = False
-    for line in report(options.points, seed=options.seed, is_all=options.all):
+    for line in report(options.points, seed=options.seed, is_all=options.all, packed=options.packed):
         print(line, flush=True)
         missed = missed or "MISSED" in line
     sys.exit(missed)
