@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 
 from qadapt.data.check import (
     LEFT_OUT,
@@ -30,6 +30,7 @@ from qadapt.data.held_out import repeated_rows
 from qadapt.data.pieces import Alphabet, row_pieces
 from qadapt.data.prepared import read_sources
 from qadapt.data.prompt import PromptContract
+from qadapt.data.rows import Rows
 from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens
 from qadapt.errors import BadData, BadRecipe, DoesNotFit, NoClosedForm
@@ -94,6 +95,7 @@ def check_data(
         histogram=histogram(rows.train.lengths),
         layout=step_layout(sample, micro_batch=plan.setting.rows if plan else 1, longest=rows.longest),
         pass_rows=order_of(recipe, rows).pass_rows,
+        pass_tokens=_pass_tokens(recipe, rows),
         rows_per_step=recipe.train.rows_per_step,
         steps=step_count(recipe, rows),
         forecast=forecast,
@@ -131,6 +133,14 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     for each in counts:
         total.update(each)
     return dict(total)
+
+
+def _pass_tokens(recipe: Recipe, rows: Rows) -> int:
+    """Tokens of a pass, each source as often as its weight says."""
+    ends = list(accumulate(rows.source_rows))
+    parts = zip([0, *ends], ends, recipe.data.sources, strict=False)
+    lengths = rows.train.lengths
+    return round(sum(source.weight * int(lengths[first:end].sum()) for first, end, source in parts))
 
 
 def _forecast(recipe: Recipe, material: Material, sample: StepSample) -> tuple[Plan | None, Forecast]:

@@ -270,6 +270,7 @@ def report(*, length: int = 128, findings: tuple[Finding, ...] = (), packed: boo
         histogram=histogram(lengths),
         layout=step_layout(sample_of(lengths.tolist(), rows_per_step=8), micro_batch=2, longest=128),
         pass_rows=128,
+        pass_tokens=int(lengths.sum()),
         rows_per_step=8,
         steps=32,
         forecast=Forecast("this CPU", 2**30, 2**33, None, "nobody has measured this device"),
@@ -286,12 +287,14 @@ def report(*, length: int = 128, findings: tuple[Finding, ...] = (), packed: boo
     )
 
 
-def printed(thing: object, *, width: int = 80, colours: bool = False, encoding: str = "utf-8") -> str:
+def printed(
+    thing: object, *, width: int = 80, colours: bool = False, encoding: str = "utf-8", **options: bool
+) -> str:
     binary = io.BytesIO()
     file = io.TextIOWrapper(binary, encoding=encoding, newline="\n")
     console = Console(
         file=file, width=width, force_terminal=colours, color_system="standard" if colours else None,
-        highlight=False, legacy_windows=False,
+        highlight=False, legacy_windows=False, **options,
     )  # fmt: skip
     console.print(thing)
     file.flush()
@@ -321,6 +324,10 @@ def test_without_colour_brackets_say_what_is_learned() -> None:
     plain = printed(RowsView([shown_row()]), width=200, encoding="ascii")
     assert "[[_yes" in plain
     assert "{<|end|>}]]" in plain
+
+
+def test_a_terminal_that_wants_no_colours_gets_brackets() -> None:
+    assert "⟦·yes⟧" in printed(RowsView([shown_row()]), width=200, colours=True, no_color=True)
 
 
 def test_with_colour_only_styles_are_escape_sequences() -> None:

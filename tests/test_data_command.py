@@ -109,6 +109,28 @@ def test_the_schema_names_every_field_and_can_fail(
     assert len(problems(values, SCHEMA)) == 3
 
 
+def test_a_pass_counts_rows_by_the_weights_of_their_sources(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, data = write_recipe(tmp_path, tiny_model("llama")), tmp_path / "rows.jsonl"
+    sources = f"data.sources=[{{path: {data}, weight: 2}}]"
+    assert run(["data", "check", recipe, sources, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["pass_rows"] == 2 * values["rows"]
+    assert values["pass_tokens"] == 2 * values["tokens"]
+    assert run(["data", "check", recipe, sources]) == 0
+    assert f"{values['pass_tokens']:,} a pass, by weights" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_was_prepared_is_kept(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = write_recipe(tmp_path, tiny_model("llama"))
+    found = []
+    for more in ([], ["train.steps=3"], ["data.length=180"]):
+        assert run(["data", "check", recipe, "--json", *more]) == 0
+        found.append(sum(path.is_dir() for path in (tmp_path / "cache").iterdir()))
+    assert found == [1, 1, 2]
+
+
 def test_html_is_one_page_with_so_many_rows(
     tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

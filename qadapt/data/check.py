@@ -177,7 +177,12 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All that `qadapt data check` says; token counts are of one pass unless a name says otherwise."""
+    """All that `qadapt data check` says.
+
+    `tokens` and `supervised_tokens` count each training row once; `pass_rows` and `pass_tokens` as often as a
+    pass takes it, by the weights of the sources (where those have a fraction, `pass_tokens` is what is to be
+    expected).
+    """
 
     name: str
     model: str
@@ -190,6 +195,7 @@ class DataReport:
     histogram: Histogram
     layout: Layout
     pass_rows: int
+    pass_tokens: int
     rows_per_step: int
     steps: int
     forecast: Forecast

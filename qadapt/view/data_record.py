@@ -40,6 +40,7 @@ def data_record(report: DataReport) -> dict[str, Any]:
         "steps": report.steps,
         "rows_per_step": report.rows_per_step,
         "pass_rows": report.pass_rows,
+        "pass_tokens": report.pass_tokens,
         "is_packed": report.is_packed,
         "layout": dataclasses.asdict(layout),
         "forecast": {

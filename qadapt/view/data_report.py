@@ -110,7 +110,8 @@ def _row_lines(report: DataReport) -> Iterator[Line]:
     if report.formats:
         yield "formats", ", ".join(f"{name} {counted(count)}" for name, count in report.formats.items())
     share = f"{report.supervised_tokens:,} of them ({report.supervised_share:.1%}) learned"
-    yield "tokens", f"{report.tokens:,} in the training rows, {share}"
+    weighed = f"; {report.pass_tokens:,} a pass, by weights" if report.pass_rows != report.rows else ""
+    yield "tokens", f"{report.tokens:,} in the training rows, {share}{weighed}"
     facts = report.lengths
     yield (
         "length",
