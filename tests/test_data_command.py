@@ -13,6 +13,7 @@ from test_estimate_command import problems
 
 import qadapt
 from qadapt.cli.main import run
+from qadapt.model.source import ModelFiles, find_model
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -120,6 +121,22 @@ def test_a_pass_counts_rows_by_the_weights_of_their_sources(
     assert values["pass_tokens"] == 2 * values["tokens"]
     assert run(["data", "check", recipe, sources]) == 0
     assert f"{values['pass_tokens']:,} a pass, by weights" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_no_weights_are_fetched_to_look_at_rows(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    asked: list[bool] = []
+
+    def find(source: str, *, needs_weights: bool, **options: Any) -> ModelFiles:
+        asked.append(needs_weights)
+        return find_model(source, **options)
+
+    monkeypatch.setattr("qadapt.material.find_model", find)
+    monkeypatch.setattr("qadapt.data_check.find_model", find)
+    assert run(["data", command, write_recipe(tmp_path, tiny_model("llama"))]) == 0
+    assert asked == [False]
 
 
 def test_what_was_prepared_is_kept(tmp_path: Path, tiny_model: TinyModel) -> None:

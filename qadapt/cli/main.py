@@ -45,9 +45,9 @@ def _root(
 ) -> None:
     """Fine-tune 7B-class language models on the GPU you already own.
 
-    Know the VRAM before the run (estimate, plan), see the rows as the model will (data check), watch it during
-    the run (train, watch), get a merged model after it (export). A recipe is a YAML file or the name of a
-    shipped one; any field can be set after it as section.key=value.
+    Know the VRAM before the run (estimate, plan), see the rows as the model will (data check), watch it
+    during the run (train, watch), get a merged model after it (export). A recipe is a YAML file or the name
+    of a shipped one; any field can be set after it as section.key=value.
 
     First: `qadapt doctor`, then `qadapt estimate meta-llama/Llama-3.1-8B --card "RTX 4060 8GB" --length
     2048`.
