@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadapt.data.batches import IGNORED, collate, micro_batches, widest_share
+from qadapt.data.batches import IGNORED, MicroBatch, all_batches, collate, micro_batches, widest_share
 from qadapt.data.order import Order
 from qadapt.data.rows import RowSet
 from qadapt.data.sources import read_conversations
@@ -115,6 +116,22 @@ def test_no_micro_batch_sends_more_to_the_head_than_the_widest_share(
         chosen = order.rows_of_step(step)
         for batch in micro_batches([rows[index] for index in chosen], size=size, pad_id=0):
             assert len(batch.positions) <= share * max(lengths) + 1e-9
+
+
+def test_all_batches_are_those_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qadapt.data.batches.ROWS_IN_MEMORY", 4)
+    draw = torch.Generator().manual_seed(0)
+    rows = RowSet([random_row(draw, length) for length in (5, 9, 2, 7, 3, 8, 4, 6, 5, 2)])
+    asked: list[int] = []
+
+    def divide(part: Sequence[Tokens]) -> list[MicroBatch]:
+        asked.append(len(part))
+        return micro_batches(part, size=3, pad_id=0)
+
+    batches = list(all_batches(rows, divide))
+    assert asked == [4, 4, 2]
+    assert sum(batch.tokens for batch in batches) == rows.tokens
+    assert sum(batch.supervised_tokens for batch in batches) == rows.supervised_tokens
 
 
 def test_a_target_is_the_token_after_its_position() -> None:

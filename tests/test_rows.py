@@ -220,6 +220,8 @@ def test_rows_of_a_store_and_of_a_list_behave_alike(tmp_path: Path) -> None:
         assert [row.place for row in part] == ["row 4", "row 1", "row 2"]
         assert part[-1].place == "row 2"
         assert [row.place for row in part[1:]] == ["row 1", "row 2"]
+        assert part[1:].lengths.tolist() == [3, 4]
+        assert [row.place for row in RowSet(source)[1:4:2]] == ["row 1", "row 3"]
         assert part.lengths.tolist() == [6, 3, 4]
         assert part.supervised_counts.tolist() == [5, 0, 3]
         assert (part.tokens, part.supervised_tokens) == (13, 8)

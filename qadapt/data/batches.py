@@ -5,7 +5,7 @@ Legend: B rows, T tokens, K positions that predict a learned token in any row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -20,6 +20,7 @@ from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Flags, Tokens
 from qadapt.engine.documents import Documents, documents_of
 
+ROWS_IN_MEMORY = 512
 IGNORED = -100  # the label that F.cross_entropy leaves out
 
 
@@ -73,6 +74,14 @@ def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[Mic
     return [
         collate(by_length[first : first + size], pad_id=pad_id) for first in range(0, len(by_length), size)
     ]
+
+
+def all_batches(
+    rows: Sequence[Tokens], divide: Callable[[Sequence[Tokens]], list[MicroBatch]]
+) -> Iterator[MicroBatch]:
+    """Micro-batches of any number of rows, of which only some are in memory at a time."""
+    for first in range(0, len(rows), ROWS_IN_MEMORY):
+        yield from divide(rows[first : first + ROWS_IN_MEMORY])
 
 
 def packed_batches(rows: Sequence[Tokens], *, capacity: int) -> list[MicroBatch]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qadapt.errors import BadData
 from qadapt.stage import Report
 
 SKIPPED_FILE = "skipped.jsonl"
+_PACKAGES = ("qadapt", "jinja2", "tokenizers", "transformers")
 _READ_BYTES = 1024**2
 _REPORT_ROWS = 500
 
@@ -138,7 +140,8 @@ def prepare_part(
         BadData: A file or a row cannot be used, or no row has anything to learn.
         BadOutput: The cache cannot be written.
     """
-    rules = {"reading": asdict(reading), "contract": contract.fingerprint}
+    packages = {name: version(name) for name in _PACKAGES}  # of another version, tokens may be others
+    rules = {"reading": asdict(reading), "contract": contract.fingerprint, "packages": packages}
     key = key_of({"sources": identified.identities, **rules})
     made = find_or_make(
         key, lambda folder: _write(folder, identified, reading, contract=contract, report=report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
@@ -56,12 +57,20 @@ class RowSet(Sequence[Tokens]):
 
     def __getitem__(self, index: int | slice) -> Tokens | RowSet:
         if isinstance(index, slice):
-            every = np.arange(len(self), dtype=np.uint32) if self._chosen is None else self._chosen
-            return RowSet(self._source, every[index])
+            return self._part(index)
         at = range(len(self))[index]
         if self._chosen is not None:
             at = int(self._chosen[at])
         return self._source.row(at) if isinstance(self._source, Store) else self._source[at]
+
+    def _part(self, index: slice) -> RowSet:
+        part = copy(self)
+        part.lengths, part.supervised_counts = self.lengths[index], self.supervised_counts[index]
+        if self._chosen is None:
+            part._chosen = np.arange(*index.indices(len(self)), dtype=np.uint32)
+        else:
+            part._chosen = self._chosen[index]
+        return part
 
     def numbers(self) -> Numbers:
         """Of each row of a store, the number of the row in its sources that it was made of, (N,)."""
@@ -88,7 +97,7 @@ class RowSet(Sequence[Tokens]):
             for row in self._source:
                 digest.update(len(row).to_bytes(8, "little") + row.ids.tobytes() + row.supervised.tobytes())
         if self._chosen is not None:
-            digest.update(self._chosen.tobytes())
+            digest.update(np.ascontiguousarray(self._chosen).data)
         return digest.hexdigest()
 
 

@@ -46,22 +46,23 @@ def split_rows(train: Part, held_out: Part | None, *, share: float, seed: int, p
     Raises:
         BadData: A part would have no rows, or held-out sources have rows of the training ones.
     """
-    store = train.prepared.store
     if held_out is None and share:
         return _drawn(train, share=share, seed=seed, pad_id=pad_id)
+    store = train.prepared.store
+    repeated = repeated_rows(store.hashes())
     apart = RowSet([])
     if held_out is not None:
         _check_disjoint(store, held_out.prepared.store)
         apart = RowSet(held_out.prepared.store)
     rows = Rows(RowSet(store), apart, pad_id, train.source_rows)
-    return Split(rows, repeated_rows(store.hashes()))
+    return Split(rows, repeated)
 
 
 def _drawn(train: Part, *, share: float, seed: int, pad_id: int) -> Split:
     store = train.prepared.store
     is_apart = draw_held_out(store.hashes(), store.numbers(), share=share, seed=seed)
-    apart, dropped = _indices(is_apart), 0
-    kept = _indices(~is_apart)
+    kept, apart, dropped = _indices(~is_apart), _indices(is_apart), 0
+    del is_apart
     if train.tally.cut.get("pieces"):  # only documents have pieces that may be equal without their whole
         hashes = store.hashes()
         twice = shared_rows(hashes[kept], hashes[apart])
@@ -71,10 +72,11 @@ def _drawn(train: Part, *, share: float, seed: int, pad_id: int) -> Split:
                 "Every piece of a document that was drawn to be held out is trained on, too.",
                 cure="Change data.held_out_fraction, or hold out a file with data.held_out.",
             )
+    repeated = repeated_rows(store.hashes()[kept])
     ends = np.searchsorted(kept, list(accumulate(train.source_rows)))
     source_rows = tuple(int(count) for count in np.diff(ends, prepend=0))
     rows = Rows(RowSet(store, kept), RowSet(store, apart), pad_id, source_rows)
-    return Split(rows, repeated_rows(store.hashes()[kept]), dropped)
+    return Split(rows, repeated, dropped)
 
 
 def _indices(flags: NDArray[np.bool_]) -> Numbers:

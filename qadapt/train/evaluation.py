@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from peft import PeftModel
 
 from qadapt.adapters.lora import without_adapter
-from qadapt.data.batches import micro_batches
+from qadapt.data.batches import all_batches, micro_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
 from qadapt.data.tokens import Tokens
@@ -56,10 +57,10 @@ class Evaluation:
 
 def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id: int) -> tuple[float, float]:
     """The mean loss per learned token with the adapter, and without it."""
-    batches = micro_batches(rows, size=size, pad_id=pad_id)
-    tuned = evaluate_loss(model, batches)
+    divide = partial(micro_batches, size=size, pad_id=pad_id)
+    tuned = evaluate_loss(model, all_batches(rows, divide))
     with without_adapter(model):
-        base = evaluate_loss(model, batches)
+        base = evaluate_loss(model, all_batches(rows, divide))
     return tuned, base
 
 

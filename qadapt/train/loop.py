@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
+from qadapt.data.batches import MicroBatch, all_batches, micro_batches, packed_batches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
@@ -180,7 +180,7 @@ class Loop:
 
     def _evaluate(self) -> Evaluated:
         start = time.perf_counter()
-        loss = evaluate_loss(self.model, self._split(self.rows.held_out))
+        loss = evaluate_loss(self.model, all_batches(self.rows.held_out, self._split))
         best = self.progress.best_loss
         is_best = best is None or loss < best
         if is_best:

@@ -8,7 +8,7 @@ All that happens between two steps' weights is on this page.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -83,17 +83,18 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, micro_batches: Sequence[MicroBatch]) -> float:
+def evaluate_loss(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
     """The mean loss over all learned tokens; the model's training mode is left as it was."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    with _attention_for(model, micro_batches):
-        for batch in micro_batches:
+    total, supervised_tokens = torch.zeros((), device=device, dtype=torch.float64), 0
+    for batch in micro_batches:
+        with _attention_for(model, [batch]):
             total += _part(model, batch.to(device))
+        supervised_tokens += batch.supervised_tokens
     model.train(was_training)
-    return total.item() / sum(batch.supervised_tokens for batch in micro_batches)
+    return total.item() / supervised_tokens
 
 
 def _attention_for(model: nn.Module, batches: Sequence[MicroBatch]) -> AbstractContextManager[None]:
