@@ -55,7 +55,7 @@ def check(
     Numbers, lengths, what is cut, left out or repeated, how full the steps are, how long the run will take;
     and rows in colour: learned, context, special tokens. The prepared rows are kept for the run.
 
-    Exit code 0 if the run could begin, whatever there is to know; 2 if it could not.
+    Exit code 0 if the rows can be trained on, whatever else there is to know; 2 if they cannot.
 
     Examples: `qadapt data check my.yaml`, `qadapt data check my.yaml data.length=1024 --html rows.html`.
     """
