@@ -43,6 +43,7 @@ from qadapt.train.dryrun import dry_run
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
 from qadapt.train.stored_plan import read_plan
+from qadapt.view.tables import setting_words
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -474,3 +475,8 @@ def test_a_plan_from_before_packing_is_of_a_run_without_it(tmp_path: Path, tiny_
     assert values.pop("packed") is True
     path.write_text(json.dumps(values), encoding="utf-8")
     assert not read_plan(path).packed
+
+
+def test_a_setting_in_words_says_that_it_is_packed() -> None:
+    assert "1 row of 64 tokens, packed · " in setting_words(Setting(length=64, packed=True))
+    assert "packed" not in setting_words(Setting(length=64))

@@ -121,12 +121,12 @@ def skeleton_model(
 def batch_of(setting: Setting) -> BatchShape:
     """The micro-batch a setting speaks of: rows of one length, the learned tokens at the same positions.
 
-    Packed: full of documents of that length; of shorter ones, if there are more than `rows`.
+    Packed: `rows` documents of that length; if there may be more, the others are single tokens, the last one
+    so many shorter, which is the most that so many documents can take.
     """
     if setting.packed:
-        count = max(setting.rows, min(setting.documents, setting.tokens))
-        each, longer = divmod(setting.tokens, count)
-        lengths = (each + 1,) * longer + (each,) * (count - longer)
+        single = min(max(0, setting.documents - setting.rows), setting.length - 1)
+        lengths = (setting.length,) * (setting.rows - 1) + (setting.length - single,) + (1,) * single
         return packed_shape(lengths, supervised_tokens=setting.supervised_tokens)
     positions = math.ceil(setting.length * setting.supervised_share)
     return BatchShape(setting.rows, setting.length, positions, setting.rows * positions)

@@ -96,11 +96,12 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
     rank = "" if asked == "rank" else f" rank {setting.rank}"
     rows = "rows" if asked == "rows" else "1 row" if setting.rows == 1 else f"{setting.rows} rows"
     length = "" if asked == "length" else f" of {setting.length:,} tokens"
+    packed = ", packed" if setting.packed else ""
     learned = "" if setting.supervised_share == 1 else f", {setting.supervised_share:.0%} of them learned"
     parts = (
         base,
         f"LoRA{rank} in {setting.adapter_dtype} on {where}",
-        f"{rows}{length}{learned}",
+        f"{rows}{length}{packed}{learned}",
         recomputed_words(setting.recompute),
         setting.optimizer,
         f"{setting.compute_dtype} on {setting.device}",
