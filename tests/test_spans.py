@@ -223,6 +223,23 @@ def test_what_cannot_be_shown_is_refused_by_its_cause(text: str, problem: str) -
         Layouts(template_of(text), learn="answers", ends=ENDS, control=()).of(ROW)
 
 
+def test_what_a_template_does_with_some_contents_only_is_seen_on_the_short_way() -> None:
+    text = PLAIN + "{% if messages[0].content | length > 20 %}{{ messages[0].content }}{% endif %}"
+    ways = Layouts(template_of(text), learn="answers", ends=ENDS, control=())
+    assert (
+        shown(ways.of(row_of(("user", "two?"), ("assistant", "four"))))
+        == "[user]two?</s>[assistant]⟦four</s>⟧"
+    )
+    with pytest.raises(BadData, match="prints a message twice"):
+        ways.of(row_of(("user", "two? " * 20), ("assistant", "four")))
+
+
+def test_reasoning_is_found_under_its_older_name_too() -> None:
+    text = PLAIN.replace("{{ turn.content }}", "{{ (turn.thinking or '') + turn.content }}")
+    row = row_of(("user", "two?"), Message("assistant", "four", reasoning="hm "))
+    assert learned(text, row) == "[user]two?</s>[assistant]⟦hm four</s>⟧"
+
+
 def test_what_only_earlier_answers_suffer_from_does_not_refuse_the_last_one() -> None:
     for text, _ in (BAD_TEMPLATES[4], BAD_TEMPLATES[6]):
         assert shown(exact(ROW, template_of(text), "last")).endswith("c</s>⟧")
