@@ -30,6 +30,8 @@ from qadapt.stage import Report, with_progress
 from qadapt.train.stored_plan import Ingredients
 
 _REPORT_ROWS = 1000
+_SPLIT = "split:"
+"""Begins a `data.held_out` that names another split of the dataset that is trained on."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def resolved(recipe: Recipe) -> Recipe:
     data = values["data"]
     for source in data["sources"]:
         source["path"] = _pinned(Source(source["path"], split=source["split"], subset=source["subset"]))
-    if recipe.data.held_out is not None:
+    if recipe.data.held_out is not None and not recipe.data.held_out.startswith(_SPLIT):
         data["held_out"] = _pinned(Source(recipe.data.held_out))
     if recipe.data.template not in ("auto", "chatml"):
         data["template"] = str(Path(recipe.data.template).absolute())
@@ -163,7 +165,13 @@ def training_sources(recipe: Recipe) -> tuple[Source, ...]:
 
 def held_out_sources(recipe: Recipe) -> tuple[Source, ...]:
     """Where held-out rows come from, if they have their own source."""
-    return (Source(recipe.data.held_out),) if recipe.data.held_out is not None else ()
+    place = recipe.data.held_out
+    if place is None:
+        return ()
+    if not place.startswith(_SPLIT):
+        return (Source(place),)
+    first = recipe.data.sources[0]
+    return (Source(first.path, split=place.removeprefix(_SPLIT), subset=first.subset),)
 
 
 def reading_of(recipe: Recipe) -> Reading:

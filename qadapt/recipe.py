@@ -69,7 +69,7 @@ class SourceSection(Section):
     limit: Positive | None = None
     """Use only the first rows."""
     split: str = "train"
-    """The split of a hub dataset."""
+    """The split of a hub dataset, or of a folder that `datasets` saved with several."""
     subset: str | None = None
     """The subset (configuration) of a hub dataset that has several."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
@@ -88,7 +88,7 @@ class DataSection(Section):
     malformed: Literal["error", "skip"] = "error"
     """A row that cannot be used: stop, or leave it out, counted, and listed in the run's folder."""
     held_out: str | None = None
-    """A file of rows that are never trained on, for the evaluation loss."""
+    """Rows that are never trained on, for the evaluation loss: a path as above, or `split:test_sft`."""
     held_out_fraction: Share = 0.0
     """Without a `held_out` file: this share of the rows, drawn by `train.seed`."""
     length: Annotated[int, Field(ge=8)] = 2048
@@ -227,6 +227,8 @@ class Recipe(Section):
         twice = [name for name in self.data.columns.values() if [*self.data.columns.values()].count(name) > 1]
         if twice:
             raise ValueError(f"data.columns gives {twice[0]!r} two meanings; keep one")
+        if (self.data.held_out or "").startswith("split:") and len(self.data.sources) > 1:
+            raise ValueError("data.held_out names a split, but there are several sources; give a whole path")
         if self.data.held_out is not None and self.data.held_out_fraction > 0:
             raise ValueError("data.held_out and data.held_out_fraction both ask for held-out rows; keep one")
         if self.train.patience is not None and self.train.evaluate_every is None:

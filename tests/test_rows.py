@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from qadapt.data.held_out import draw_held_out, repeated_rows, shared_rows
 from qadapt.data.preparation import Found, Tally, tally_of, token_rows
@@ -518,3 +519,22 @@ def test_rows_made_in_memory_are_the_same(tmp_path: Path, contract: PromptContra
         assert row.ids.tolist() == stored.ids.tolist()
         assert row.place == stored.place
         assert number in (0, 1)
+
+
+def test_another_split_of_the_same_dataset_is_held_out(tmp_path: Path, tiny_model: TinyModel) -> None:
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
+    disable_progress_bars()
+    splits = {
+        name: Dataset.from_list([row_of(f"{name} {number}") for number in range(count)])
+        for name, count in (("train", 4), ("test_sft", 2))
+    }
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    recipe = make_recipe(tmp_path, tiny_model("qwen2"), [], held_out="split:test_sft")
+    values = recipe.model_dump()
+    values["data"]["sources"] = [{"path": str(tmp_path / "saved")}]
+    _, material = prepare_all(resolved(Recipe.model_validate(values)))
+    assert (len(material.rows.train), len(material.rows.held_out)) == (4, 2)
+    values["data"]["sources"] *= 2
+    with pytest.raises(ValidationError, match="there are several sources"):
+        Recipe.model_validate(values)
