@@ -359,7 +359,7 @@ def test_rows_encoded_together_are_as_each_alone_and_a_bad_one_harms_none(tiny_m
     contract = load_contract(tiny_model("qwen2"))
     half = Conversation((Message("user", "\ud83d"), Message("assistant", "four")), "row 7")
     many = [ROW, LONG, Document("text", "book.txt"), half] * 100
-    together = contract.encode_all(many)
+    together = list(contract.encode_all(many))
     assert len(together) == len(many)
     alone = [contract.encode(row) for row in many[:3]]
     for at, row in enumerate(together):

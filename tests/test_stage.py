@@ -6,8 +6,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from qadapt.cache import staged
 
+from qadapt.cache import staged
 from qadapt.errors import BadModel
 from qadapt.events import Event, StageAdvanced, StageStarted
 from qadapt.stage import Report, with_progress

@@ -8,9 +8,11 @@ Legend: T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -24,7 +26,9 @@ from qadapt.data.tokenizer import starts_with_bos, tokens_between
 from qadapt.data.tokens import Flags, Ids
 from qadapt.errors import BadData
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 1024
+_BATCHES_AHEAD = 1
+"""So many are with the tokenizer while the next one is rendered."""
 Unlearned = Literal["", "no learned turn", "empty answers"]
 
 
@@ -107,21 +111,20 @@ class Encoder:
         self._bos_token, self._bos = tokenizer.bos_token, tokenizer.bos_token_id
         self._starts_with_bos = starts_with_bos(tokenizer)
 
-    def encode_all(self, rows: Sequence[Row]) -> list[Encoded | Refused]:
-        """The rows as tokens, each whole or refused."""
-        results: list[Encoded | Refused] = []
+    def encode(self, rows: Iterable[Row]) -> Iterator[Encoded | Refused]:
+        """The rows as tokens, in their order, each whole or refused; some thousand are on their way."""
+        remaining = iter(rows)
+        waiting: deque[_Waiting] = deque()
         with ThreadPoolExecutor(1) as pool:
-            waiting: _Waiting | None = None
-            for first in range(0, len(rows), _BATCH_ROWS):
-                prepared = [self._prepared(row) for row in rows[first : first + _BATCH_ROWS]]
+            while batch := list(islice(remaining, _BATCH_ROWS)):
+                prepared = [self._prepared(row) for row in batch]
                 texts = [each.layout.text for each in prepared if isinstance(each, _Prepared)]
                 encodings = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
-                if waiting is not None:
-                    results += self._finished(*waiting)
-                waiting = prepared, encodings
-            if waiting is not None:
-                results += self._finished(*waiting)
-        return results
+                waiting.append((prepared, encodings))
+                if len(waiting) > _BATCHES_AHEAD:
+                    yield from self._finished(*waiting.popleft())
+            for each in waiting:
+                yield from self._finished(*each)
 
     def _prepared(self, row: Row) -> _Prepared | Refused:
         try:

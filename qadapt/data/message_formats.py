@@ -128,6 +128,8 @@ def _read_call(turn: Mapping[Any, Any], *, place: str) -> Message:
 
 
 def _read_message(turn: Mapping[Any, Any], role: str, content_key: str, *, place: str) -> Message:
+    if len(turn) == 2 and content_key in turn:  # nothing but a speaker and a text, as nearly all turns are
+        return Message(role, text_of(turn[content_key], content_key, place=place))
     refuse(turn, _UNSUPPORTED, place=place)
     calls = _calls(turn, role, place=place)
     if content_key not in turn and not calls:

@@ -1,14 +1,13 @@
-"""Rows to tokens, some hundred at a time: rendered by the contract, cut, and what became of each counted.
+"""Rows to tokens, one after another: rendered by the contract, cut, and what became of each counted.
 
-Knows no file and no store: takes rows, gives tokens, and holds one batch of them. The contract renders rows
-while its tokenizer, which is no Python, works on those before.
+Knows no file and no store: takes rows, gives tokens, and holds none of them. The contract renders rows while
+its tokenizer, which is no Python, works on those before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 from qadapt.data.conversation import Row
@@ -18,7 +17,6 @@ from qadapt.data.prompt import PromptContract
 from qadapt.data.sources import MOST_CHARACTERS, MOST_LISTED, Skipped
 from qadapt.data.tokens import Tokens
 
-BATCH_ROWS = 1024
 _MOST_PLACES = 3
 
 
@@ -75,7 +73,7 @@ def token_rows(
     """The rows as tokens, each with the number (by `tally.read`, from 0) of the row that it was made of.
 
     Args:
-        rows: Read one batch at a time.
+        rows: Read some thousand ahead.
         contract: How they become tokens.
         length: Longest row in tokens.
         skips_refused: Leave out a row that the contract refuses instead of raising its error.
@@ -84,24 +82,22 @@ def token_rows(
     Raises:
         BadData: The contract refuses a row.
     """
-    remaining = iter(rows)
-    while batch := list(islice(remaining, BATCH_ROWS)):
-        for encoded in contract.encode_all(batch):
-            number, tally.read = tally.read, tally.read + 1
-            if isinstance(encoded, Refused):
-                if not skips_refused:
-                    raise encoded.error
-                _refuse(encoded, tally)
-                continue
-            made = cut(encoded, length)
-            if made.how == "nothing":
-                tally.left_out.setdefault(made.why, Found()).add(encoded.place)
-            elif made.how != "whole":
-                tally.cut.setdefault(made.how, Found()).add(encoded.place)
-            for note in sorted(encoded.notes):
-                tally.notes.setdefault(note, Found()).add(encoded.place)
-            for row in made.rows:
-                yield number, row
+    for encoded in contract.encode_all(rows):
+        number, tally.read = tally.read, tally.read + 1
+        if isinstance(encoded, Refused):
+            if not skips_refused:
+                raise encoded.error
+            _refuse(encoded, tally)
+            continue
+        made = cut(encoded, length)
+        if made.how == "nothing":
+            tally.left_out.setdefault(made.why, Found()).add(encoded.place)
+        elif made.how != "whole":
+            tally.cut.setdefault(made.how, Found()).add(encoded.place)
+        for note in sorted(encoded.notes):
+            tally.notes.setdefault(note, Found()).add(encoded.place)
+        for row in made.rows:
+            yield number, row
 
 
 def _refuse(refused: Refused, tally: Tally) -> None:

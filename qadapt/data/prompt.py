@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as day_of
 from functools import cached_property
 from pathlib import Path
@@ -120,18 +120,18 @@ class PromptContract:
             or has tokens beyond the model's embedding table.
             BadModel: The model has no chat template, or one that ends no answer.
         """
-        encoded = self.encode_all([row])[0]
+        [encoded] = self.encode_all([row])
         if isinstance(encoded, Refused):
             raise encoded.error
         return encoded
 
-    def encode_all(self, rows: Sequence[Row]) -> list[Encoded | Refused]:
-        """The rows as tokens, each whole or refused.
+    def encode_all(self, rows: Iterable[Row]) -> Iterator[Encoded | Refused]:
+        """The rows as tokens, one after another, each whole or refused.
 
         Raises:
             BadModel: As `encode`.
         """
-        return self._encoder.encode_all(rows)
+        return self._encoder.encode(rows)
 
     def prompt_ids(
         self, turns: Turns, tools: Sequence[Mapping[str, Any]] = (), *, place: str = "the prompt"
