@@ -8,11 +8,9 @@ Legend: T tokens of a row.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -26,9 +24,9 @@ from qadapt.data.tokenizer import starts_with_bos, tokens_between
 from qadapt.data.tokens import Flags, Ids
 from qadapt.errors import BadData
 
-_BATCH_ROWS = 1024
-_BATCHES_AHEAD = 1
-"""So many are with the tokenizer while the next one is rendered."""
+_BATCH_ROWS = 2048
+_BATCH_CHARACTERS = 4_000_000
+"""Of one batch; the tokenizer's own record of a token takes some 100 bytes, of four characters as a rule."""
 Unlearned = Literal["", "no learned turn", "empty answers"]
 
 
@@ -112,19 +110,31 @@ class Encoder:
         self._starts_with_bos = starts_with_bos(tokenizer)
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Encoded | Refused]:
-        """The rows as tokens, in their order, each whole or refused; some thousand are on their way."""
-        remaining = iter(rows)
-        waiting: deque[_Waiting] = deque()
+        """The rows as tokens, in their order, each whole or refused; two batches of them are on their way."""
+        waiting: _Waiting | None = None
         with ThreadPoolExecutor(1) as pool:
-            while batch := list(islice(remaining, _BATCH_ROWS)):
-                prepared = [self._prepared(row) for row in batch]
+            for prepared in self._batches(rows):
                 texts = [each.layout.text for each in prepared if isinstance(each, _Prepared)]
                 encodings = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
-                waiting.append((prepared, encodings))
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield from self._finished(*waiting.popleft())
-            for each in waiting:
-                yield from self._finished(*each)
+                if waiting is not None:
+                    yield from self._finished(*waiting)
+                waiting = prepared, encodings
+            if waiting is not None:
+                yield from self._finished(*waiting)
+
+    def _batches(self, rows: Iterable[Row]) -> Iterator[list[_Prepared | Refused]]:
+        """The rows with their layouts, some at a time."""
+        batch: list[_Prepared | Refused] = []
+        characters = 0
+        for row in rows:
+            prepared = self._prepared(row)
+            batch.append(prepared)
+            characters += len(prepared.layout.text) if isinstance(prepared, _Prepared) else 0
+            if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_ROWS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
 
     def _prepared(self, row: Row) -> _Prepared | Refused:
         try:

@@ -73,7 +73,7 @@ def token_rows(
     """The rows as tokens, each with the number (by `tally.read`, from 0) of the row that it was made of.
 
     Args:
-        rows: Read some thousand ahead.
+        rows: Read two batches ahead.
         contract: How they become tokens.
         length: Longest row in tokens.
         skips_refused: Leave out a row that the contract refuses instead of raising its error.
