@@ -25,11 +25,11 @@ from qadapt.data.check import (
 )
 from qadapt.data.conversation import Row
 from qadapt.data.cutting import Cut, cut
-from qadapt.data.encoding import Encoded
 from qadapt.data.held_out import repeated_rows
 from qadapt.data.pieces import Alphabet, row_pieces
 from qadapt.data.prepared import read_sources
 from qadapt.data.prompt import PromptContract
+from qadapt.data.rendering.encoding import Encoded
 from qadapt.data.rows import Rows
 from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens

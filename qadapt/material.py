@@ -17,10 +17,10 @@ from qadapt.data.order import Order
 from qadapt.data.preparation import Tally, token_rows
 from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part, read_sources
 from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.reading.sources import RowReader, Skipped
 from qadapt.data.row_cache import drop_unused
 from qadapt.data.row_notes import part_notes, split_notes, token_notes
 from qadapt.data.rows import Rows, RowSet
-from qadapt.data.sources import RowReader, Skipped
 from qadapt.data.split import Split, split_rows
 from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, Warned

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qadapt.data.conversation import Conversation, Document, Message, Row
-from qadapt.data.sources import RowReader
+from qadapt.data.reading.sources import RowReader
 from qadapt.errors import BadData
 
 ASKED = (Message("user", "two plus two?"), Message("assistant", "four"))

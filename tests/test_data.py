@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from qadapt.data.batches import IGNORED, MicroBatch, all_batches, collate, micro_batches, widest_share
 from qadapt.data.order import Order
+from qadapt.data.reading.sources import read_conversations
 from qadapt.data.rows import RowSet
-from qadapt.data.sources import read_conversations
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadData
 

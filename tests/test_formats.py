@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from row_files import ASKED, PAIR, TURNS, problem_of, read_conversation, read_row, write_rows
 
 from qadapt.data.conversation import Conversation, Document, Message
-from qadapt.data.sources import RowReader
+from qadapt.data.reading.sources import RowReader
 from qadapt.errors import BadData
 
 SHAPES: list[tuple[str, dict[str, object]]] = [

@@ -17,15 +17,15 @@ import pytest
 from hub_server import COMMIT, Repository, running_hub
 from row_files import TURNS, problem_of, write_rows
 
-from qadapt.data import hub_rows
-from qadapt.data.hub_rows import hub_commit
-from qadapt.data.sources import RowReader
+from qadapt.data.reading import hub_rows
+from qadapt.data.reading.hub_rows import hub_commit
+from qadapt.data.reading.sources import RowReader
 from qadapt.errors import BadData, BadOutput
 
 READ = """
 import json, sys
-from qadapt.data.hub_rows import hub_commit
-from qadapt.data.sources import RowReader
+from qadapt.data.reading.hub_rows import hub_commit
+from qadapt.data.reading.sources import RowReader
 from qadapt.errors import BadData
 
 found = {}

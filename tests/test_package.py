@@ -22,6 +22,7 @@ def test_the_wheel_carries_recipes_schemas_and_data(tmp_path: Path) -> None:
         "qadapt/run.py",
         "qadapt/known_models.json",
         "qadapt/hardware/cards.json",
+        "qadapt/schemas/data.schema.json",
         "qadapt/schemas/estimate.schema.json",
         "qadapt/schemas/recipe.schema.json",
         "qadapt/py.typed",

@@ -17,8 +17,8 @@ from tiny_model import FAMILIES as TINY
 
 from qadapt.data.conversation import Conversation, Document, Message
 from qadapt.data.cutting import cut
-from qadapt.data.encoding import Encoded, Refused
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, load_contract, saved_contract
+from qadapt.data.rendering.encoding import Encoded, Refused
 from qadapt.errors import BadData, BadModel, BadRecipe, BadRun
 
 if TYPE_CHECKING:

@@ -489,7 +489,7 @@ def test_a_dataset_of_the_hub_is_pinned_to_its_commit(
         asked.append((name, revision))
         return "c0ffee" if revision in (None, "c0ffee") else "beef"
 
-    monkeypatch.setattr("qadapt.data.hub_rows.hub_commit", commit_of)
+    monkeypatch.setattr("qadapt.data.reading.hub_rows.hub_commit", commit_of)
     recipe = make_recipe(tmp_path, tiny_model("llama"), [row_of("one?")], held_out="hub:ann/test@v2")
     values = recipe.model_dump()
     values["data"]["sources"] = [{"path": "hub:ann/orders"}]

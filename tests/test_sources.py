@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from row_files import ASKED, PAIR, TURNS, contents, documents, problem_of, texts, write_rows
 
-from qadapt.data import column_files, json_files, opened, sources, text_files
 from qadapt.data.conversation import Message
-from qadapt.data.sources import RowReader, read_conversations
+from qadapt.data.reading import column_files, json_files, opened, sources, text_files
+from qadapt.data.reading.sources import RowReader, read_conversations
 from qadapt.errors import BadData, BadRecipe
 from qadapt.events import DataReady, Warned
 from qadapt.recipe import Recipe

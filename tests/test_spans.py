@@ -13,9 +13,9 @@ from template_families import FAMILIES as PUBLISHED
 from tiny_model import FAMILIES as TINY
 
 from qadapt.data.conversation import Conversation, Message
-from qadapt.data.layouts import Layouts, Learn, wanted_turns
-from qadapt.data.spans import Layout, find_layout
-from qadapt.data.template import CHATML, ChatTemplate
+from qadapt.data.rendering.layouts import Layouts, Learn, wanted_turns
+from qadapt.data.rendering.spans import Layout, find_layout
+from qadapt.data.rendering.template import CHATML, ChatTemplate
 from qadapt.errors import BadData
 
 DAY = date(2026, 1, 31)

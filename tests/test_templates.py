@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from template_families import FAMILIES, FOLDER, family_tokenizer, write_family
 
 from qadapt.data.conversation import Conversation, Message
-from qadapt.data.encoding import Encoded
 from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.rendering.encoding import Encoded
 from qadapt.errors import BadData, BadModel
 
 Contract = Callable[[str], PromptContract]

@@ -11,7 +11,7 @@ from pyarrow import parquet
 from row_files import ASKED, TURNS, read_conversation, write_rows
 
 from qadapt.data.conversation import Conversation, Message
-from qadapt.data.sources import RowReader, read_conversations
+from qadapt.data.reading.sources import RowReader, read_conversations
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": WEATHER}}

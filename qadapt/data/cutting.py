@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from qadapt.data.tokens import Tokens
 
 if TYPE_CHECKING:
-    from qadapt.data.encoding import Encoded
+    from qadapt.data.rendering.encoding import Encoded
 
 How = Literal["whole", "turns", "inside", "pieces", "nothing"]
 Why = Literal["", "truncated", "no learned turn", "empty answers"]

@@ -12,9 +12,9 @@ from typing import Any
 
 from qadapt.data.conversation import Row
 from qadapt.data.cutting import cut
-from qadapt.data.encoding import Refused
 from qadapt.data.prompt import PromptContract
-from qadapt.data.sources import MOST_CHARACTERS, MOST_LISTED, Skipped
+from qadapt.data.reading.sources import MOST_CHARACTERS, MOST_LISTED, Skipped
+from qadapt.data.rendering.encoding import Refused
 from qadapt.data.tokens import Tokens
 
 _MOST_PLACES = 3

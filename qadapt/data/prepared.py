@@ -18,8 +18,8 @@ from qadapt.cache import ignore
 from qadapt.data.conversation import Row
 from qadapt.data.preparation import Tally, tally_of, token_rows
 from qadapt.data.prompt import PromptContract
+from qadapt.data.reading.sources import HUB, RowReader, Skipped
 from qadapt.data.row_cache import Prepared, find_or_make, key_of
-from qadapt.data.sources import HUB, RowReader, Skipped
 from qadapt.data.store import StoreWriter
 from qadapt.errors import BadData
 from qadapt.stage import Report
@@ -50,7 +50,7 @@ class Source:
         Raises:
             BadData: There is no such dataset, or it is out of reach.
         """
-        from qadapt.data.hub_rows import dataset_commit
+        from qadapt.data.reading.hub_rows import dataset_commit
 
         return dataset_commit(self.path.removeprefix(HUB), subset=self.subset)
 

@@ -1,9 +1,10 @@
 """The prompt contract: how a row becomes tokens, and which of them are learned. One object, hashed.
 
 Template, day, special tokens, end tokens, BOS and EOS rule, mask rule and the tokenizer's own identity stand
-in it, and it is saved beside the adapter: training, evaluation, chat and export use the same. The template
-renders (`template.py`), rendering with marks shows which characters are whose (`spans.py`, `layouts.py`), the
-tokenizer's offsets turn them into tokens (`encoding.py`). Knows no files of rows, no length, no batches.
+in it, and it is saved beside the adapter: training, evaluation, chat and export use the same. Of what stands
+in `rendering/`, `template.py` renders, `spans.py` and `layouts.py` show by marks which characters are whose,
+and `encoding.py` makes tokens of them by the tokenizer's offsets. Knows no files of rows, no length, no
+batches.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from qadapt.data.conversation import Conversation, Message, Row
-from qadapt.data.encoding import Encoded, Encoder, Refused, Rules
-from qadapt.data.layouts import Layouts, Learn
-from qadapt.data.spans import find_layout, refusal
-from qadapt.data.template import CHATML, CHATML_TOKENS, ChatTemplate, Turns
-from qadapt.data.tokenizer import (
+from qadapt.data.rendering.encoding import Encoded, Encoder, Refused, Rules
+from qadapt.data.rendering.layouts import Layouts, Learn
+from qadapt.data.rendering.spans import find_layout, refusal
+from qadapt.data.rendering.template import CHATML, CHATML_TOKENS, ChatTemplate, Turns
+from qadapt.data.rendering.tokenizer import (
     add_tokens,
     declared_ends,
     embedding_rows,

@@ -8,7 +8,7 @@ from qadapt.data.new_tokens import absent_ids
 from qadapt.data.preparation import Found
 from qadapt.data.prepared import Part
 from qadapt.data.prompt import PromptContract
-from qadapt.data.sources import MOST_LISTED, SUFFIXES
+from qadapt.data.reading.sources import MOST_LISTED, SUFFIXES
 from qadapt.data.split import Split
 from qadapt.data.tokens import Tokens
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qadapt.data.opened import FETCH
+from qadapt.data.reading.opened import FETCH
 from qadapt.errors import BadData
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qadapt.cache import output_errors
-from qadapt.data.column_files import batch_rows
+from qadapt.data.reading.column_files import batch_rows
 from qadapt.errors import BadData
 from qadapt.quiet import quiet_libraries
 

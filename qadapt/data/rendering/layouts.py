@@ -17,8 +17,8 @@ from typing import Literal
 from jinja2 import TemplateError
 
 from qadapt.data.conversation import Conversation, Message
-from qadapt.data.spans import Layout, Note, Slot, Span, find_layout, refusal
-from qadapt.data.template import ChatTemplate
+from qadapt.data.rendering.spans import Layout, Note, Slot, Span, find_layout, refusal
+from qadapt.data.rendering.template import ChatTemplate
 from qadapt.errors import BadData
 
 Learn = Literal["answers", "last", "all"] | tuple[str, ...]

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from qadapt.data.column_files import read_arrow, read_parquet
 from qadapt.data.conversation import Row
-from qadapt.data.formats import Format, map_columns, read_row, recognise
-from qadapt.data.json_files import read_json, read_json_lines
-from qadapt.data.opened import FETCH, PACKED
-from qadapt.data.table_files import read_table
-from qadapt.data.text_files import read_text
+from qadapt.data.reading.column_files import read_arrow, read_parquet
+from qadapt.data.reading.formats import Format, map_columns, read_row, recognise
+from qadapt.data.reading.json_files import read_json, read_json_lines
+from qadapt.data.reading.opened import FETCH, PACKED
+from qadapt.data.reading.table_files import read_table
+from qadapt.data.reading.text_files import read_text
 from qadapt.errors import BadData
 
 ReadRows = Callable[[Path], Iterator[tuple[str, object]]]
@@ -119,7 +119,7 @@ class RowReader:
     ) -> Iterator[tuple[Iterator[tuple[str, object]], Mapping[str, str]]]:
         """What is of one format, the rows of each file or of a dataset of the hub, and their columns."""
         if path.startswith(HUB):
-            from qadapt.data.hub_rows import read_hub
+            from qadapt.data.reading.hub_rows import read_hub
 
             yield read_hub(path.removeprefix(HUB), split=split, subset=subset), self.columns
             return

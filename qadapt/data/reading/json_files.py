@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qadapt.data import opened
-from qadapt.data.opened import CORRECT, CUT_OFF, FETCH, lines
+from qadapt.data.reading import opened
+from qadapt.data.reading.opened import CORRECT, CUT_OFF, FETCH, lines
 from qadapt.errors import BadData
 
 CHUNK_BYTES = 2**20

@@ -17,8 +17,8 @@ from typing import Literal
 from jinja2 import TemplateError
 
 from qadapt.data.conversation import Conversation, Message
-from qadapt.data.marks import CALL, Marked, Marker, NoMarks, Part, Reading
-from qadapt.data.template import ChatTemplate
+from qadapt.data.rendering.marks import CALL, Marked, Marker, NoMarks, Part, Reading
+from qadapt.data.rendering.template import ChatTemplate
 from qadapt.errors import BadData
 
 Note = Literal[

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qadapt.data.conversation import Message
-from qadapt.data.values import CORRECT, calls_of, is_filled, kind_of, parsed, shown, text_of
+from qadapt.data.reading.values import CORRECT, calls_of, is_filled, kind_of, parsed, shown, text_of
 from qadapt.errors import BadData
 
 ROLES = {

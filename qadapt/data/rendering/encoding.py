@@ -18,9 +18,9 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from qadapt.data.conversation import Conversation, Document, Message, Row
-from qadapt.data.layouts import Learn, is_empty
-from qadapt.data.spans import Layout, Note, Span
-from qadapt.data.tokenizer import starts_with_bos, tokens_between
+from qadapt.data.rendering.layouts import Learn, is_empty
+from qadapt.data.rendering.spans import Layout, Note, Span
+from qadapt.data.rendering.tokenizer import starts_with_bos, tokens_between
 from qadapt.data.tokens import Flags, Ids
 from qadapt.errors import BadData
 

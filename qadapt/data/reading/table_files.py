@@ -10,8 +10,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from qadapt.data import opened
-from qadapt.data.opened import CORRECT, CUT_OFF, lines
+from qadapt.data.reading import opened
+from qadapt.data.reading.opened import CORRECT, CUT_OFF, lines
 from qadapt.errors import BadData
 
 _NO_TEXT = "\udc00"  # stands for a byte that is no text; UTF-8 never gives it

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from qadapt.data.conversation import Message
-from qadapt.data.message_formats import read_turns
-from qadapt.data.values import is_filled, parsed, text_of
+from qadapt.data.reading.message_formats import read_turns
+from qadapt.data.reading.values import is_filled, parsed, text_of
 from qadapt.errors import BadData
 
 PROMPTS = ("prompt", "question", "instruction")

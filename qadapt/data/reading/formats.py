@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qadapt.data.conversation import Conversation, Document, Message, Row
-from qadapt.data.message_formats import read_turns, refuse
-from qadapt.data.preference import context, read_chosen
-from qadapt.data.values import CORRECT, is_filled, kind_of, listed, parsed, text_of, tools_of
+from qadapt.data.reading.message_formats import read_turns, refuse
+from qadapt.data.reading.preference import context, read_chosen
+from qadapt.data.reading.values import CORRECT, is_filled, kind_of, listed, parsed, text_of, tools_of
 from qadapt.errors import BadData
 
 Format = Literal[

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qadapt.data.opened import FETCH, opened
+from qadapt.data.reading.opened import FETCH, opened
 from qadapt.errors import BadData
 
 PIECE_BYTES = 16 * 2**20
