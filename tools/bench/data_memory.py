@@ -4,7 +4,7 @@
     python tools/bench/data_memory.py --read 1000000  # and so many out of a file, by reader and contract
 
 Each measurement runs in a process of its own. Counted is anonymous memory (RssAnon of Linux): what is mapped
-from a file is the system's to take back. Per row are the bytes above those of the same work on 1,000 rows:
+from a file is the system's to take back. Per row are the bytes above those of the same work on 50,000 rows:
 the peak while preparing, and at rest, with the order of a pass in memory. The limit is 32 bytes per row.
 """
 
@@ -15,42 +15,16 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from host_memory import Peak, anonymous_bytes
+
 LIMIT_BYTES = 32
-FEW = 1000
+FEW = 50_000
+"""Enough to fill every buffer, whose size does not depend on how many rows there are."""
 ROWS_PER_STEP = 16
-
-
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not count RssAnon; Linux does")
-
-
-class Peak:
-    """The highest anonymous memory while it watches, looked at every few milliseconds."""
-
-    def __init__(self) -> None:
-        self.highest = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.004):
-            self.highest = max(self.highest, anonymous_bytes())
 
 
 def made_rows(count: int) -> Iterator[tuple[int, object]]:
@@ -102,7 +76,7 @@ def measure_made(count: int, folder: Path) -> dict[str, float]:
         fingerprint = split.rows.fingerprint
     assert taken and len(fingerprint) == 64
     return {
-        "peak": peak.highest,
+        "peak": peak.top_bytes,
         "rest": anonymous_bytes(),
         "write_seconds": written - start,
         "split_seconds": divided - written,
@@ -133,7 +107,7 @@ def measure_read(count: int, folder: Path) -> dict[str, float]:
     with Peak() as peak:
         part = prepare_part(identify((Source(str(path)),)), reading, contract)
     assert len(part.prepared.store) == count
-    return {"peak": peak.highest, "rest": anonymous_bytes(), "read_seconds": time.perf_counter() - start}
+    return {"peak": peak.top_bytes, "rest": anonymous_bytes(), "read_seconds": time.perf_counter() - start}
 
 
 def in_own_process(work: str, count: int) -> dict[str, float]:
