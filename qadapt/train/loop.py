@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from qadapt import control
 from qadapt.data.batches import MicroBatch, all_batches, micro_batches, packed_batches
+from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
@@ -97,6 +98,7 @@ class Loop:
         self.settings = settings
         self.run_folder = run_folder
         self.progress = Progress()
+        self._batches = StepBatches(rows.train, order, self._split)
         self._memory = MemoryMeter(model, optimizer)
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._longest = rows.longest
@@ -148,7 +150,7 @@ class Loop:
         result = train_step(
             self.model,
             self.optimizer,
-            self._batches(step),
+            self._batches[step],
             learning_rate=rate,
             clip_norm=settings.clip_norm,
             scaler=self._scaler,
@@ -164,9 +166,6 @@ class Loop:
             rows=self.order.rows_per_step,
             seconds=time.perf_counter() - start,
         )
-
-    def _batches(self, step: int) -> list[MicroBatch]:
-        return self._split([self.rows.train[index] for index in self.order.rows_of_step(step)])
 
     def _split(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         size = self.settings.micro_batch
