@@ -412,10 +412,9 @@ def test_a_call_without_the_head_of_its_turn_is_refused(contract_of: Contract) -
 
 
 @pytest.mark.parametrize("family", [name for name in ORDINARY if "reasoning" not in FAMILIES[name].can])
-def test_reasoning_that_the_template_leaves_out_is_noted(contract_of: Contract, family: str) -> None:
-    encoded = contract_of(family).encode(REASONING["reasoning"])
-    assert "reasoning left out" in encoded.notes
-    assert "two and two" not in contract_of(family).text(encoded.ids)
+def test_the_last_answers_reasoning_is_never_left_out(contract_of: Contract, family: str) -> None:
+    with pytest.raises(BadData, match=rf"{PLACE}: .*the reasoning of message 2, the last answer"):
+        contract_of(family).encode(REASONING["reasoning"])
 
 
 def test_reasoning_of_earlier_turns_is_noted_where_only_the_last_is_printed(contract_of: Contract) -> None:

@@ -24,9 +24,9 @@ from qadapt.errors import BadData
 Note = Literal[
     "reasoning left out", "content left out", "tools left out", "control tokens", "asked otherwise"
 ]  # fmt: skip
-"""What a row is not refused for, but people should know: what the template does not print (reasoning, a
-content beside calls, descriptions of tools), special tokens written out in a content, and answers that do not
-begin as the generation prompt ends (with `<think>`, say)."""
+"""What a row is not refused for, but people should know: what the template does not print (reasoning of
+earlier answers, a content beside calls, descriptions of tools), special tokens written out in a content, and
+answers that do not begin as the generation prompt ends (with `<think>`, say)."""
 ANOTHER = "Give a template that does it with data.template, or change the rows."
 _SYSTEM = ("system", "developer")
 
@@ -157,6 +157,12 @@ class _Finder:
             message = self.messages[part.message]
             may_drop = message.role == "assistant" and part.opening not in self.full.places
             if may_drop and not part.is_answer:
+                if message.is_learned and part.message == self._last_answer():
+                    raise self._error(
+                        "the model's chat template does not print the reasoning of message "
+                        f"{part.message + 1}, the last answer, so the model would learn to answer without it",
+                        "Give a template that prints it with data.template, or take it out of the rows.",
+                    )
                 self.notes.add("reasoning left out")
             elif may_drop and message.tool_calls and part.field != CALL:
                 self.notes.add("content left out")
@@ -164,6 +170,9 @@ class _Finder:
                 raise self._lost(part, message)
         if self.row.tools and not self.template.knows_tools:
             self.notes.add("tools left out")
+
+    def _last_answer(self) -> int:
+        return max(number for number, each in enumerate(self.messages) if each.role == "assistant")
 
     def _lost(self, part: Part, message: Message) -> BadData:
         what = "system prompt" if message.role in _SYSTEM else f"content of message {part.message + 1}"
