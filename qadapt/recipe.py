@@ -7,7 +7,7 @@ the file; this module knows no file. Configuration stops at `run.py`: below it, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -105,6 +105,22 @@ class DataSection(Section):
     """Lay rows of a step one after another, isolated, instead of filling them up; auto: if that is faster."""
     order: Literal["shuffled", "by-length", "given"] = "shuffled"
     """The order of a pass: drawn by `train.seed`; so, but rows of like length together; as in the files."""
+
+    @field_validator("learn", mode="before")
+    @classmethod
+    def _is_learn(cls, value: object) -> object:
+        roles = get_args(Role)
+        is_roles = isinstance(value, list | tuple) and value and all(each in roles for each in value)
+        if value not in ("answers", "last", "all") and not is_roles:
+            raise ValueError(f"give answers, last, all, or a list of roles ({', '.join(roles)})")
+        return value
+
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _is_packing(cls, value: object) -> object:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError("give auto, true or false")
+        return value
 
 
 class TrainSection(Section):

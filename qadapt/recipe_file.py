@@ -9,7 +9,7 @@ import difflib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from qadapt.errors import BadRecipe
-from qadapt.recipe import Recipe
+from qadapt.recipe import Column, Recipe
 
 
 def recipe_folder() -> Path:
@@ -137,17 +137,28 @@ def check_recipe(values: dict[str, Any], *, origin: str) -> Recipe:
 
 
 def _is_echo(details: ErrorDetails, errors: Sequence[ErrorDetails]) -> bool:
-    """Whether a list is called too short only because what stands in it is wrong, which is said already."""
+    """Whether a problem is only what another one, which is said already, leads to."""
     place = details["loc"]
-    return details["type"] == "too_short" and any(
+    if details["type"] == "missing":
+        return any(
+            other["type"] == "extra_forbidden" and str(other["loc"][-1]).startswith(f"{place[-1]}:")
+            for other in errors
+        )
+    return details["type"] in ("too_short", "string_type") and any(
         len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in errors
     )
 
 
 def _problem(details: ErrorDetails) -> str:
     place = ".".join(str(part) for part in details["loc"] if part not in ("all-linear", "tuple[str, ...]"))
+    if details["loc"] and details["loc"][-1] == "[key]":
+        name = str(details["loc"][-2])
+        known = [str(each) for each in get_args(Column)]
+        return f"{place.removesuffix('.[key]')}: unknown column{_closest(name, known)}"
     if details["type"] == "extra_forbidden":
         return f"{place}: unknown key{_did_you_mean(details['loc'])}"
+    if details["type"] == "too_short":
+        return f"{place}: give at least one"
     if details["type"] == "missing":
         return f"{place}: missing"
     message = details["msg"].removeprefix("Value error, ")
@@ -158,14 +169,17 @@ def _problem(details: ErrorDetails) -> str:
 
 
 def _did_you_mean(place: tuple[int | str, ...]) -> str:
-    known = list(_fields_at(place[:-1]))
-    close = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean `{close[0]}`?"
     elsewhere = [path for path in field_paths() if path.rpartition(".")[2] == place[-1]]
-    if elsewhere:
-        return f"; did you mean `{elsewhere[0]}`?"
-    return f"; known here: {', '.join(known)}"
+    return _closest(str(place[-1]), list(_fields_at(place[:-1])), elsewhere=elsewhere)
+
+
+def _closest(name: str, known: Sequence[str], *, elsewhere: Sequence[str] = ()) -> str:
+    """What may be meant by a name that is not known."""
+    start, colon, rest = name.partition(":")
+    if colon and start in known:
+        return f"; YAML needs a space after the colon: `{start}: {rest}`"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or elsewhere[:1]
+    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(known)}"
 
 
 def _fields_at(place: tuple[int | str, ...]) -> list[str]:

@@ -86,6 +86,29 @@ def test_several_problems_are_reported_at_once() -> None:
         ({"memory": {"recompute": "some"}}, "has 1 problem:\n  - memory.recompute: give auto"),
         ({"data": {**LEAST["data"], "length": 4}}, "data.length"),
         ({"adapter": {"targets": []}}, "adapter.targets"),
+        ({"data": {"sources": []}}, "has 1 problem:\n  - data.sources: give at least one"),
+        (
+            {"data": {**LEAST["data"], "learn": "user"}},
+            "has 1 problem:\n  - data.learn: give answers, last, all",
+        ),
+        ({"data": {**LEAST["data"], "learn": ["bot"]}}, "or a list of roles (system, user, assistant, tool)"),
+        (
+            {"data": {**LEAST["data"], "packing": "yes"}},
+            "has 1 problem:\n  - data.packing: give auto, true or",
+        ),
+        (
+            {"data": {**LEAST["data"], "columns": {"promt": "x"}}},
+            "data.columns.promt: unknown column; did you mean `prompt`?",
+        ),
+        (
+            {"data": {**LEAST["data"], "columns": {"prompt:x": None}}},
+            "has 1 problem:\n  - data.columns.prompt:x: unknown column; YAML needs a space after the colon: "
+            "`prompt: x`",
+        ),
+        (
+            {"data": {"sources": [{"path:a.jsonl": None}]}},
+            "has 1 problem:\n  - data.sources.0.path:a.jsonl: unknown key; YAML needs a space after the colon",
+        ),
         ({"train": {"learning_rate": 0}}, "train.learning_rate"),
         ({"model": {"source": ""}}, "model.source"),
     ],
