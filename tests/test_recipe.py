@@ -107,7 +107,7 @@ def test_several_problems_are_reported_at_once() -> None:
         ),
         (
             {"data": {"sources": [{"path:a.jsonl": None}]}},
-            "has 1 problem:\n  - data.sources.0.path:a.jsonl: unknown key; YAML needs a space after the colon",
+            "- data.sources.0.path:a.jsonl: unknown key; YAML needs a space after the colon",
         ),
         ({"train": {"learning_rate": 0}}, "train.learning_rate"),
         ({"model": {"source": ""}}, "model.source"),
