@@ -92,8 +92,17 @@ def staged(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with working_folder(target.parent, stem=target.name[:40]) as folder:
             yield folder
-            if not target.exists():
-                folder.replace(target)
+            _publish(folder, target)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        folder.replace(target)
+    except OSError:
+        if not target.is_dir():  # or another process was faster by a moment
+            raise
 
 
 @contextmanager

@@ -328,6 +328,24 @@ def test_folder_of_a_killed_process_is_cleared_by_the_next(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_target_that_appears_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    replace = Path.replace
+
+    def late(self: Path, to: Path) -> Path:
+        target.mkdir()
+        (target / "whole").write_text("another's", encoding="utf-8")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", late)
+    with staged(target) as folder:
+        (folder / "whole").write_text("own", encoding="utf-8")
+    assert (target / "whole").read_text(encoding="utf-8") == "another's"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_cache_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(BadOutput, match="cannot be written"), staged(tmp_path / "file" / "model"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -169,6 +171,68 @@ def test_a_damaged_store_is_made_anew_and_says_so() -> None:
     assert len(again.store) == 5
 
 
+def test_damage_that_only_the_content_shows_is_found_and_leaves_no_remains() -> None:
+    path = find_or_make("key", writing(*simple_rows())).store.folder / "rows.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = find_or_make("key", writing(*simple_rows(5)))
+    assert again.damage is not None
+    assert "was changed after it was written" in again.damage
+    assert len(again.store) == 5
+    assert [path.name for path in row_cache.data_folder().iterdir() if path.is_dir()] == ["key"]
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "facts.json"])
+def test_a_damaged_store_is_mapped_no_more_when_it_is_moved(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows moves and deletes no file that is mapped."""
+    folder = find_or_make("key", writing(*simple_rows())).store.folder
+    content = (folder / name).read_bytes()
+    changed = content.replace(b'"rows": 3', b'"rows": 4') if name == "facts.json" else content.swapcase()
+    (folder / name).write_bytes(changed)
+    opened: list[weakref.ref[Store]] = []
+
+    class Watched(Store):
+        def __init__(self, folder: Path) -> None:
+            opened.append(weakref.ref(self))
+            super().__init__(folder)
+
+    moved = []
+
+    def rename(self: Path, target: Path) -> Path:
+        moved.append(sum(store() is not None for store in opened))
+        return self.replace(target)
+
+    monkeypatch.setattr(row_cache, "Store", Watched)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert find_or_make("key", writing(*simple_rows(5))).damage is not None
+    assert moved == [0]
+
+
+def test_a_damaged_store_that_cannot_be_replaced_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rename(self: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "used by another process", self, None, target)
+
+    path = find_or_make("key", writing(*simple_rows())).store.folder / "rows.arrow"
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(BadOutput, match="damaged and cannot be replaced"):
+        find_or_make("key", writing(*simple_rows()))
+
+
+def test_a_store_that_is_damaged_as_soon_as_it_is_written_is_an_error() -> None:
+    def write_on_a_broken_disk(folder: Path) -> None:
+        write_store(folder, simple_rows())
+        (folder / "rows.arrow").write_bytes((folder / "rows.arrow").read_bytes()[:-1])
+
+    with pytest.raises(BadOutput, match="damaged as soon as they are written"):
+        find_or_make("key", write_on_a_broken_disk)
+
+
 def test_a_preparation_that_fails_leaves_nothing() -> None:
     def fail(folder: Path) -> None:
         (folder / "rows.arrow").write_bytes(b"half")
@@ -213,6 +277,22 @@ def test_a_store_that_is_used_again_counts_as_new() -> None:
     made_long_ago("key", days=91)
     find_or_make("key", writing())
     assert drop_unused() == []
+
+
+def test_a_user_who_finishes_while_stores_are_counted_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = find_or_make("key", writing(*simple_rows())).store.folder
+    held = folder / ".use-another"
+    held.touch()
+    files = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        for path in files(self):
+            if path == held:
+                held.unlink(missing_ok=True)
+            yield path
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert drop_unused(most_bytes=0) == ["key"]
 
 
 def test_a_store_in_use_stays_whoever_uses_it() -> None:

@@ -2,8 +2,8 @@
 
 The key is over the bytes of every file of rows, the rules they are read by, the prompt contract and the
 length, so that what changed is another key and an old store is never used for it. A store that was damaged is
-made anew. Stores that nobody used for long, or that take too much room, go; one in use never: its user holds
-a file lock in it, which the system lets go of when the process ends, however.
+put aside and made anew. Stores that nobody used for long, or that take too much room, go; one in use never:
+its user holds a file lock in it, which the system lets go of when the process ends, however.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qadapt.cache import cache_folder, output_errors, staged
+from qadapt.cache import cache_folder, output_errors, staged, working_folder
 from qadapt.data.store import Damaged, Store
+from qadapt.errors import BadOutput
 
 FORMAT_VERSION = 1
 """Of the store and of everything that makes tokens of rows; a change of either is another number."""
@@ -67,23 +68,29 @@ def find_or_make(key: str, make: Callable[[Path], None]) -> Prepared:
         make: Writes the store into an empty folder.
 
     Raises:
-        BadOutput: The cache cannot be written.
+        BadOutput: The cache cannot be written, or damages what is written.
     """
     root = data_folder()
     with output_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        damage = None
-        try:
-            if (found := _opened(root, key)) is not None:
-                return Prepared(found[0], key, False, None, found[1])
-        except Damaged as error:
-            damage = str(error)
-            shutil.rmtree(root / key, ignore_errors=True)
+        found = _found(root, key)
+        if isinstance(found, tuple):
+            return Prepared(found[0], key, False, None, found[1])
+        damage = found
+        if damage is not None:
+            _put_aside(root, key, damage)
         while True:
             with staged(root / key) as folder:
                 make(folder)
-            if (found := _opened(root, key)) is not None:  # it may be dropped before it is held
+            found = _found(root, key)
+            if isinstance(found, tuple):
                 return Prepared(found[0], key, True, damage, found[1])
+            if found is not None:
+                raise BadOutput(
+                    f"Prepared rows are damaged as soon as they are written: {found}",
+                    cure="Check that disk, or put the cache on another one.",
+                )
+            # dropped by another process before it was held: once more
 
 
 def drop_unused(
@@ -99,7 +106,7 @@ def drop_unused(
     with output_errors(root), _locked(root):
         folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
         used = {path: path.stat().st_mtime for path in folders}
-        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
+        sizes = {path: sum(map(_bytes_of, path.iterdir())) for path in folders}
         total = sum(sizes.values())
         for path in sorted(folders, key=used.__getitem__):
             is_old = time.time() - used[path] > longest_seconds
@@ -108,6 +115,38 @@ def drop_unused(
                 total -= sizes[path]
                 dropped.append(path.name)
     return dropped
+
+
+def _bytes_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # the lock of a user who has just finished
+        return 0
+
+
+def _found(root: Path, key: str) -> tuple[Store, FileLock] | str | None:
+    """The store of a key, held; what is wrong with it; None if there is none.
+
+    When this returns, the error is gone and with it the mapped file: Windows moves none that is mapped.
+    """
+    try:
+        return _opened(root, key)
+    except Damaged as error:
+        return str(error)
+
+
+def _put_aside(root: Path, key: str, damage: str) -> None:
+    """Makes room for a new store; what cannot be deleted now is cleared by a later process."""
+    with _locked(root), working_folder(root, stem=key) as aside:
+        try:
+            (root / key).rename(aside / key)
+        except FileNotFoundError:  # another process was faster
+            pass
+        except OSError as error:
+            raise BadOutput(
+                f"Prepared rows in the cache are damaged and cannot be replaced: {damage} ({error.strerror})",
+                cure=f"End the runs that use them, then delete {root / key}.",
+            ) from None
 
 
 def _opened(root: Path, key: str) -> tuple[Store, FileLock] | None:
