@@ -5,6 +5,7 @@ No CPU has it, so a slow stand-in that follows its documentation takes its place
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -69,6 +70,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     varlen_problem.cache_clear()
 
 
+def problem_here() -> str | None:
+    return varlen_problem(CPU, torch.bfloat16, head_width=16, groups=2)
+
+
 def attend(**named: Any) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, generator=draw) for heads in (4, 2, 2))
@@ -83,7 +88,7 @@ def attend(**named: Any) -> Tensor:
 def test_the_kernel_is_called_so_that_it_gives_what_one_document_at_a_time_gives(
     window: int | None, card: pytest.MonkeyPatch
 ) -> None:
-    assert varlen_problem(CPU, torch.bfloat16) is None
+    assert problem_here() is None
     at_once = attend(sliding_window=window)
     card.setattr(engine, "capability_for", lambda tensor: None)
     one_by_one = attend(sliding_window=window)
@@ -101,25 +106,54 @@ def fail(*_: Any, **__: Any) -> Tensor:
     raise RuntimeError("no kernel image is available\nfor execution on the device")
 
 
+def fail_without_a_word(*_: Any, **__: Any) -> Tensor:
+    raise RuntimeError
+
+
+def give_no_gradient(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+    """Right, but what goes back to the values is NaN."""
+    value = value.clone()
+    if value.requires_grad:
+        value.register_hook(lambda gradient: gradient * math.nan)
+    return slow_varlen(query, key, value, *others, **named)
+
+
 @pytest.mark.parametrize(
     ("kernel", "problem"),
-    [(see_everything, "it differs by"), (fail, "no kernel image is available")],
+    [
+        (see_everything, "it differs by"),
+        (fail, "no kernel image is available"),
+        (fail_without_a_word, "RuntimeError"),
+        (give_no_gradient, "it gives values that are not finite"),
+    ],
 )
 def test_a_card_whose_kernel_errs_takes_one_document_after_another(
     kernel: Any, problem: str, card: pytest.MonkeyPatch
 ) -> None:
     card.setattr(engine, "varlen_attn", kernel)
-    found = varlen_problem(CPU, torch.bfloat16)
+    found = problem_here()
     assert found is not None and found.startswith(problem) and "\n" not in found
     fallen_back = attend()
     card.setattr(engine, "capability_for", lambda tensor: None)
     torch.testing.assert_close(fallen_back, attend(), rtol=2e-2, atol=2e-2)  # bf16
 
 
+def test_the_check_is_of_the_heads_of_the_model(card: pytest.MonkeyPatch) -> None:
+    asked = set()
+
+    def noted(query: Tensor, key: Tensor, *others: Any, **named: Any) -> Tensor:
+        asked.add((query.shape[1:], key.shape[1:], named["scale"]))
+        return slow_varlen(query, key, *others, **named)
+
+    card.setattr(engine, "varlen_attn", noted)
+    assert varlen_problem(CPU, torch.bfloat16, head_width=24, groups=3) is None
+    assert asked == {((6, 24), (2, 24), 24**-0.5)}
+
+
 def test_the_check_leaves_the_random_numbers_of_the_run_alone(card: pytest.MonkeyPatch) -> None:
     before = torch.get_rng_state()
     with torch.no_grad():
-        assert varlen_problem(CPU, torch.bfloat16) is None
+        assert problem_here() is None
     assert torch.equal(torch.get_rng_state(), before)
 
 

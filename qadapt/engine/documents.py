@@ -12,6 +12,7 @@ Legend: T tokens of all documents, S of one, H query heads, K key-value heads, D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,8 +106,10 @@ def attend_documents(
         head_width=query.shape[-1],
         has_softcap=how.softcap is not None,
     )
-    if kernel == "varlen" and not how.dropout and varlen_problem(query.device, query.dtype) is None:
-        return _varlen(query, key, value, documents, how=how), None
+    if kernel == "varlen" and not how.dropout:
+        groups = query.shape[1] // key.shape[1]
+        if varlen_problem(query.device, query.dtype, head_width=query.shape[-1], groups=groups) is None:
+            return _varlen(query, key, value, documents, how=how), None
     attend = _scores if kernel == "scores" else _fused
     parts = zip(*(each.split(documents.lengths, dim=2) for each in (query, key, value)), strict=True)
     found = [attend(*part, how=how).transpose(1, 2) for part in parts]  # (1, S, H, D) each
@@ -212,16 +215,25 @@ def kernel_problem(model: PreTrainedModel) -> str | None:
         head_width=shape.head_width,
         has_softcap=shape.attention_softcap is not None,
     )
-    return varlen_problem(model.device, model.dtype) if meant == "varlen" else None
+    if meant != "varlen":
+        return None
+    groups = shape.heads // shape.kv_heads
+    return varlen_problem(model.device, model.dtype, head_width=shape.head_width, groups=groups)
 
 
 @lru_cache
-def varlen_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+def varlen_problem(device: torch.device, dtype: torch.dtype, *, head_width: int, groups: int) -> str | None:
     """Why the kernel for many documents at once cannot be trusted on a device; None if it can.
 
     On the very card, a few small documents of unequal length, forward and backward, beside the same one
     document at a time: whatever the kernel does wrong here, it would do wrong in training. No GPU of ours has
     run it yet. On `meta` there are no numbers, and the kernel is taken to be right.
+
+    Args:
+        device: Where.
+        dtype: Of the products.
+        head_width: The model's.
+        groups: Query heads of each of its key-value heads.
     """
     if not HAS_VARLEN:
         return "this torch has none"
@@ -229,20 +241,29 @@ def varlen_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     try:
         with torch.enable_grad():
-            errors = [_difference(device, dtype, window=window) for window in (None, 16)]
+            errors = [
+                _difference(device, dtype, head_width=head_width, groups=groups, window=window)
+                for window in (None, 16)
+            ]
     except (RuntimeError, ValueError, TypeError) as error:
-        return str(error).splitlines()[0]
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    if not all(map(math.isfinite, errors)):
+        return "it gives values that are not finite"
     worst = max(errors)
     return None if worst <= 0.05 else f"it differs by {worst:.0%} from one document at a time"
 
 
-def _difference(device: torch.device, dtype: torch.dtype, *, window: int | None) -> float:
-    """The largest difference of output and gradients, as a share of the largest value."""
+def _difference(
+    device: torch.device, dtype: torch.dtype, *, head_width: int, groups: int, window: int | None
+) -> float:
+    """The largest difference of output and gradients, as a share of the largest value; NaN if any is."""
     draw = torch.Generator().manual_seed(0)
-    documents, how = documents_of((1, 37, 130, 2, 64)).to(device), _How(0.125, window=window)
+    documents, how = documents_of((1, 37, 130, 2, 64)).to(device), _How(head_width**-0.5, window=window)
     query, key, value = inputs = [
-        torch.randn(1, heads, documents.bounds[-1], 64, generator=draw).to(device, dtype).requires_grad_()
-        for heads in (4, 2, 2)
+        torch.randn(1, heads, documents.bounds[-1], head_width, generator=draw)
+        .to(device, dtype)
+        .requires_grad_()
+        for heads in (2 * groups, 2, 2)
     ]
 
     def results(attend: Callable[[], Tensor]) -> list[Tensor]:
@@ -257,4 +278,5 @@ def _difference(device: torch.device, dtype: torch.dtype, *, window: int | None)
     pairs = zip(
         results(lambda: _varlen(query, key, value, documents, how=how)), results(one_by_one), strict=True
     )
-    return max(((left - right).abs().max() / right.abs().max()).item() for left, right in pairs)
+    shares = [(left - right).abs().max() / right.abs().max() for left, right in pairs]
+    return torch.stack(shares).max().item()  # unlike Python's max, this one keeps NaN
