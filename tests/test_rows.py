@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -108,6 +110,90 @@ def test_rows_are_prepared_once_and_anew_after_any_change(
     others.append(prepared(path, contract=contract))
     assert all(part.prepared.is_new for part in others)
     assert len({part.prepared.key for part in (first, *others)}) == 9
+
+
+def changed_size(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**values, "vocab_size": values["vocab_size"] + 64})
+
+
+def changed_ends(folder: Path) -> None:
+    values = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "generation_config.json", {**values, "eos_token_id": [0, 1]})
+
+
+def changed_tokenizer(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"]["merges"].pop()
+    write_json(folder / "tokenizer.json", values)
+
+
+def write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [changed_size, changed_ends, changed_tokenizer])
+def test_rows_are_prepared_anew_for_another_model(
+    tmp_path: Path, tiny_model: TinyModel, change: Callable[[Path], None]
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?")])
+    model = shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    first = prepared(path, contract=load_contract(model))
+    assert prepared(path, contract=load_contract(model)).prepared.key == first.prepared.key
+    change(model)
+    assert prepared(path, contract=load_contract(model)).prepared.key != first.prepared.key
+
+
+def test_rows_beyond_a_smaller_table_are_refused_though_a_larger_one_took_them(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?")])
+    model = shutil.copytree(tiny_model("qwen2"), tmp_path / "model")
+    prepared(path, contract=load_contract(model))
+    values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    write_json(model / "config.json", {**values, "vocab_size": 100})
+    with pytest.raises(BadData, match="embedding table"):
+        prepared(path, contract=load_contract(model))
+
+
+def test_rows_are_prepared_anew_for_another_content_of_the_template_file(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?")])
+    template = tmp_path / "mine.jinja"
+    keys = []
+    for opening in ("A", "B", "A"):
+        template.write_text(
+            f"{{% for m in messages %}}{opening}{{{{ m.content }}}}<|im_end|>{{% endfor %}}", encoding="utf-8"
+        )
+        contract = load_contract(tiny_model("qwen2"), template=str(template))
+        keys.append(prepared(path, contract=contract).prepared.key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize("package", ["qadapt", "datasets", "jinja2", "pyarrow", "tokenizers", "transformers"])
+def test_rows_are_prepared_anew_by_another_version_of_a_package(
+    tmp_path: Path, contract: PromptContract, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row_of("one?")])
+    first = prepared(path, contract=contract)
+    monkeypatch.setattr(
+        "qadapt.data.prepared.version", lambda name: "99.0" if name == package else version(name)
+    )
+    assert prepared(path, contract=contract).prepared.key != first.prepared.key
+
+
+def test_rows_are_prepared_anew_for_other_columns(tmp_path: Path, contract: PromptContract) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"q": "one?", "a": "two", "b": "three"}])
+    keys = {
+        prepared(
+            path,
+            contract=contract,
+            reading=Reading("auto", (("prompt", "q"), ("completion", name)), skips_malformed=False, length=9),
+        ).prepared.key
+        for name in "ab"
+    }
+    assert len(keys) == 2
 
 
 def test_a_folder_is_prepared_anew_when_a_file_comes(tmp_path: Path, contract: PromptContract) -> None:

@@ -25,7 +25,8 @@ from qadapt.errors import BadData
 from qadapt.stage import Report
 
 SKIPPED_FILE = "skipped.jsonl"
-_PACKAGES = ("qadapt", "jinja2", "tokenizers", "transformers")
+_PACKAGES = ("qadapt", "datasets", "jinja2", "pyarrow", "tokenizers", "transformers")
+"""What reads, renders and tokenizes: of another version, rows may be others."""
 _READ_BYTES = 1024**2
 _REPORT_ROWS = 500
 
@@ -140,8 +141,12 @@ def prepare_part(
         BadData: A file or a row cannot be used, or no row has anything to learn.
         BadOutput: The cache cannot be written.
     """
-    packages = {name: version(name) for name in _PACKAGES}  # of another version, tokens may be others
-    rules = {"reading": asdict(reading), "contract": contract.fingerprint, "packages": packages}
+    rules = {
+        "reading": asdict(reading),
+        "contract": contract.fingerprint,
+        "embedding_rows": contract.embedding_rows,
+        "packages": {name: version(name) for name in _PACKAGES},
+    }
     key = key_of({"sources": identified.identities, **rules})
     made = find_or_make(
         key, lambda folder: _write(folder, identified, reading, contract=contract, report=report)

@@ -34,7 +34,6 @@ from qadapt.data.rendering.tokenizer import (
     special_texts,
     starts_with_bos,
 )
-from qadapt.data.tokens import Tokens
 from qadapt.errors import BadData, BadModel, BadRecipe, BadRun
 
 CONTRACT_FILE = "prompt.json"
@@ -54,6 +53,8 @@ class PromptContract:
         learn: What is learned: `answers`, `last`, `all`, or roles.
         end_ids: Tokens that end an answer: those the model's files name, and what the template closes with.
         new_ids: Ids of the tokens that were added.
+        embedding_rows: Of the model's table; rows with tokens beyond it are refused. No fact: it decides no
+            token. None if the model's configuration does not say.
 
     Args:
         tokenizer: As the attribute.
@@ -76,7 +77,7 @@ class PromptContract:
     ) -> None:
         self.tokenizer, self.template, self.source = tokenizer, template, source
         self.learn, self.new_ids = learn, new_ids
-        self._embedding_rows = embedding_rows(folder)
+        self.embedding_rows = embedding_rows(folder)
         self._special = special_texts(tokenizer)
         declared = declared_ends(tokenizer, folder)
         ends = _names(tokenizer, declared)
@@ -156,11 +157,6 @@ class PromptContract:
         assert isinstance(text, str)
         return text
 
-    def ends_turns(self, row: Encoded | Tokens) -> bool:
-        """Whether the last learned token of a row is an end token, so that the model learns to stop."""
-        learned = row.ids[row.supervised]
-        return bool(len(learned)) and int(learned[-1]) in self.end_ids
-
     def _chat_template(self) -> ChatTemplate:
         if self.template is None:
             raise BadModel(
@@ -189,7 +185,7 @@ class PromptContract:
 
     @cached_property
     def _encoder(self) -> Encoder:
-        rules = Rules(self.learn, self.end_ids, self.new_ids, self._embedding_rows)
+        rules = Rules(self.learn, self.end_ids, self.new_ids, self.embedding_rows)
         # documents need no template, so it is asked for when the first conversation comes
         return Encoder(self.tokenizer, lambda row: self._layouts.of(row), rules=rules)
 
