@@ -27,6 +27,7 @@ ROLES = {
 """OpenAI's roles, newer and older names, and Meta's for the result of a tool, each with ours."""
 SPEAKERS = ROLES | {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
