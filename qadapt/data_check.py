@@ -12,8 +12,6 @@ from dataclasses import replace
 from itertools import accumulate, islice
 
 from qadapt.data.check import (
-    LEFT_OUT,
-    NOTES,
     DataReport,
     Finding,
     Forecast,
@@ -29,6 +27,7 @@ from qadapt.data.held_out import repeated_rows
 from qadapt.data.pieces import Alphabet, row_pieces
 from qadapt.data.prepared import read_sources
 from qadapt.data.prompt import PromptContract
+from qadapt.data.reasons import LEFT_OUT, NOTES
 from qadapt.data.rendering.encoding import Encoded
 from qadapt.data.rows import Rows
 from qadapt.data.step_sample import StepSample

@@ -369,7 +369,7 @@ def test_the_report_says_every_number() -> None:
         "2 rows (1.5%): 2 nothing to learn within data.length",
         "3 rows (2.3%)", "<call> 12 times, <never> never", "32 of 8 rows, 2.00 passes of 16.0 steps",
         "about 1.00 GiB of 8.00 GiB", "unknown: nobody has measured this device",
-        "2 rows (1.5%): contents hold control tokens",
+        "2 rows (1.5%): contents hold the text of control tokens",
         "No problems",
     ):  # fmt: skip
         assert words in said, words

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pytest
@@ -17,10 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qadapt.data.cutting import Why
 from qadapt.data.held_out import draw_held_out, repeated_rows, shared_rows
 from qadapt.data.preparation import Found, Tally, tally_of, token_rows
 from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part
 from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.data.reasons import CURES, LEFT_OUT, NOTES
+from qadapt.data.rendering.spans import Note
 from qadapt.data.row_cache import Prepared
 from qadapt.data.row_notes import part_notes, split_notes
 from qadapt.data.rows import RowSet
@@ -226,7 +229,7 @@ def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_out(
     assert {how: found.count for how, found in part.tally.cut.items()} == {"inside": 1, "turns": 1}
     assert part.tally.left_out["truncated"].places == [f"{path}, line 2"]
     problems = " / ".join(notes_of(part))
-    assert "1 rows have nothing to learn within 100 tokens and are left out" in problems
+    assert "1 rows have nothing to learn within data.length and are left out" in problems
     assert "1 rows are longer than 100 tokens and lost whole turns at the end" in problems
     assert "1 rows are longer than 100 tokens and were cut inside an answer" in problems
 
@@ -239,6 +242,12 @@ def test_rows_with_nothing_to_learn_are_left_out_for_their_true_reason(
     part = prepared(write_lines(tmp_path / "rows.jsonl", [learned, row_of("one?")]), contract=contract)
     assert {why: found.count for why, found in part.tally.left_out.items()} == {"no learned turn": 1}
     assert any("have no turn that is learned" in problem for problem in notes_of(part))
+
+
+def test_everything_that_is_found_in_rows_has_words() -> None:
+    assert set(NOTES) >= set(get_args(Note))
+    assert set(LEFT_OUT) == set(get_args(Why)) - {""}
+    assert set(CURES) <= {*NOTES, *LEFT_OUT}
 
 
 def test_malformed_and_refused_rows_are_errors_or_left_out_and_listed(

@@ -23,20 +23,6 @@ if TYPE_CHECKING:
     from qadapt.data.step_sample import StepSample
 
 MOST_BINS = 12
-NOTES = {
-    "control tokens": "contents hold control tokens of the template",
-    "reasoning left out": "the template leaves out reasoning of earlier answers",
-    "content left out": "the template leaves out some content",
-    "tools left out": "the template leaves out descriptions of tools",
-    "asked otherwise": "the template asks for an answer with other white space than it writes",
-}
-"""What the contract notes of a row (`spans.py`) → in words."""
-LEFT_OUT = {
-    "truncated": "nothing to learn within data.length",
-    "empty answers": "only empty answers",
-    "no learned turn": "no turn that is learned",
-}
-"""Why a row has nothing to learn (`cutting.py`) → in words."""
 Lengths = NDArray[np.integer]
 
 

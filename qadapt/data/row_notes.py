@@ -9,6 +9,7 @@ from qadapt.data.preparation import Found
 from qadapt.data.prepared import Part
 from qadapt.data.prompt import PromptContract
 from qadapt.data.reading.sources import MOST_LISTED, SUFFIXES
+from qadapt.data.reasons import CURES, LEFT_OUT, LOOK, NOTES
 from qadapt.data.split import Split
 from qadapt.data.tokens import Tokens
 
@@ -34,8 +35,8 @@ def part_notes(part: Part, kind: str, *, length: int) -> Iterator[Note]:
         )
     yield from _cut(part, kind, length=length)
     for note, found in part.tally.notes.items():
-        problem = f"{_counted(found, kind)}: {_NOTES.get(note, note)}: {_places(found)}."
-        yield problem, _NOTE_CURES.get(note, _LOOK)
+        problem = f"{_counted(found, kind)}: {NOTES.get(note, note)}: {_places(found)}."
+        yield problem, CURES.get(note, LOOK)
 
 
 def split_notes(split: Split) -> Iterator[Note]:
@@ -62,22 +63,6 @@ def token_notes(rows: Iterable[Tokens], contract: PromptContract) -> Iterator[No
             f"No training row has these of data.new_tokens: {names}. They stay untrained.",
             "Write them into the rows or the template, or leave them out of data.new_tokens.",
         )
-
-
-_LOOK = "`qadapt data preview` shows how rows are seen."
-_NOTES = {
-    "control tokens": "contents hold the text of control tokens, which the model takes for the real ones",
-    "reasoning left out": "the template leaves out reasoning",
-    "content left out": "the template leaves out a part of the contents",
-    "tools left out": "the template leaves out tools",
-}
-_NOTE_CURES = {"control tokens": "Take them out of the contents, if they are not meant."}
-_LEFT_OUT = {
-    "truncated": ("have nothing to learn within {length} tokens", "Raise data.length, or shorten what stands "
-    "before the answers."),
-    "no learned turn": ("have no turn that is learned", "Remove them, or change data.learn."),
-    "empty answers": ("have only empty answers", "Remove them."),
-}  # fmt: skip
 
 
 def _skipped(part: Part) -> Iterator[Note]:
@@ -117,9 +102,8 @@ def _cut(part: Part, kind: str, *, length: int) -> Iterator[Note]:
             "Raise data.length if the ends matter.",
         )
     for why, left_out in part.tally.left_out.items():
-        problem, cure = _LEFT_OUT.get(why, (why, _LOOK))
-        counted = f"{_counted(left_out, kind)} {problem.format(length=length)}"
-        yield f"{counted} and are left out: {_places(left_out)}.", cure
+        counted = f"{_counted(left_out, kind)} have {LEFT_OUT.get(why, why)}"
+        yield f"{counted} and are left out: {_places(left_out)}.", CURES.get(why, LOOK)
 
 
 def _counted(found: Found, kind: str) -> str:

@@ -12,7 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from qadapt.data.check import LEFT_OUT, NOTES, DataReport, Finding, Histogram
+from qadapt.data.check import DataReport, Finding, Histogram
+from qadapt.data.reasons import LEFT_OUT, NOTES
 from qadapt.plan.speed import TIME_SPAN
 from qadapt.units import format_bytes, format_seconds
 from qadapt.view.data_rows import Look, RowsView
