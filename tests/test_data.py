@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qadapt.data.batches import IGNORED, MicroBatch, all_batches, collate, micro_batches, widest_share
 from qadapt.data.order import Order
-from qadapt.data.reading.sources import read_conversations
+from qadapt.data.reading.sources import RowReader
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadData
@@ -47,26 +47,26 @@ def test_a_row_that_is_no_conversation_is_named_by_file_and_line(
     path = write_lines(tmp_path / "rows.jsonl", [ROW])
     path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
     with pytest.raises(BadData) as caught:
-        read_conversations(path)
+        RowReader().read(path)
     assert problem in caught.value.problem
     assert "rows.jsonl" in caught.value.problem
 
 
 def test_a_missing_an_empty_and_a_foreign_file_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="There is no data file"):
-        read_conversations(tmp_path / "none.jsonl")
+        RowReader().read(tmp_path / "none.jsonl")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n", encoding="utf-8")
     with pytest.raises(BadData, match="has no rows"):
-        read_conversations(empty)
+        RowReader().read(empty)
     foreign = tmp_path / "rows.docx"
     foreign.write_bytes(b"PK")
     with pytest.raises(BadData, match=r"'\.docx', which is not read"):
-        read_conversations(foreign)
+        RowReader().read(foreign)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"messages": "\xe9"}\n')
     with pytest.raises(BadData, match="not UTF-8"):
-        read_conversations(latin)
+        RowReader().read(latin)
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -79,10 +79,10 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "prompt,completion\n" + "".join(f"say {n},{n}!\n" for n in range(3)), encoding="utf-8"
     )
-    read = {suffix: read_conversations(tmp_path / f"a.{suffix}") for suffix in ("jsonl", "json", "parquet")}
+    read = {suffix: RowReader().read(tmp_path / f"a.{suffix}") for suffix in ("jsonl", "json", "parquet")}
     assert [row.messages for row in read["jsonl"]] == [row.messages for row in read["json"]]
     assert [row.messages for row in read["jsonl"]] == [row.messages for row in read["parquet"]]
-    assert [row.messages[1].content for row in read_conversations(tmp_path / "a.csv")] == ["0!", "1!", "2!"]
+    assert [row.messages[1].content for row in RowReader().read(tmp_path / "a.csv")] == ["0!", "1!", "2!"]
 
 
 def random_row(draw: torch.Generator, length: int) -> Tokens:

@@ -23,7 +23,7 @@ from row_files import ASKED, PAIR, TURNS, contents, documents, problem_of, texts
 
 from qadapt.data.conversation import Message
 from qadapt.data.reading import column_files, json_files, opened, sources, text_files
-from qadapt.data.reading.sources import RowReader, read_conversations
+from qadapt.data.reading.sources import RowReader
 from qadapt.errors import BadData, BadRecipe
 from qadapt.events import DataReady, Warned
 from qadapt.recipe import Recipe
@@ -99,20 +99,20 @@ def test_every_kind_of_file_gives_the_same_rows(
     )
     path = tmp_path / name
     path.write_bytes(write(rows))
-    read = read_conversations(path)
+    read = RowReader().read(path)
     expected = [(Message("user", row["prompt"]), Message("assistant", row["completion"])) for row in rows]
     assert texts(read) == expected
-    assert texts(read_conversations(path, limit=3)) == expected[:3]
+    assert texts(RowReader().read(path, limit=3)) == expected[:3]
     assert len({conversation.place for conversation in read}) == len(rows)
 
 
 def test_a_place_is_the_line_where_the_row_begins(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text('prompt,completion\n"a\nb",c\n\nd,e\n', encoding="utf-8")
-    assert [row.place for row in read_conversations(table)] == [f"{table}, line 2", f"{table}, line 5"]
+    assert [row.place for row in RowReader().read(table)] == [f"{table}, line 2", f"{table}, line 5"]
     listed = tmp_path / "rows.json"
     listed.write_text(json.dumps([PAIR, PAIR], indent=1), encoding="utf-8")
-    assert [row.place for row in read_conversations(listed)] == [
+    assert [row.place for row in RowReader().read(listed)] == [
         f"{listed}, row 1 (line 2)",
         f"{listed}, row 2 (line 6)",
     ]
@@ -211,7 +211,7 @@ def test_what_datasets_saves_is_read_as_a_folder(tmp_path: Path) -> None:
 
     disable_progress_bars()
     Dataset.from_list([{"messages": TURNS}] * 5).save_to_disk(tmp_path / "saved")
-    assert texts(read_conversations(tmp_path / "saved")) == [ASKED] * 5
+    assert texts(RowReader().read(tmp_path / "saved")) == [ASKED] * 5
 
 
 FAULTS: list[tuple[str, bytes, str]] = [
@@ -353,7 +353,7 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch
 def test_a_long_text_in_a_table_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(as_csv([{"prompt": "x" * 300_000, "completion": "y"}]))
-    assert len(read_conversations(path)[0].messages[0].content) == 300_000
+    assert len(RowReader().read(path)[0].messages[0].content) == 300_000
 
 
 KEYS = ["messages", "conversations", "role", "from", "content", "value", "prompt", "completion", "tools"]
@@ -610,7 +610,7 @@ def test_any_table_that_was_written_whole_is_read_whole(
 ) -> None:
     path = tmp_path_factory.mktemp("table") / ("a.csv" if delimiter == "," else "a.tsv")
     path.write_bytes(as_csv([{"prompt": left, "completion": right} for left, right in cells], delimiter))
-    assert [tuple(message.content for message in row.messages) for row in read_conversations(path)] == cells
+    assert [tuple(message.content for message in row.messages) for row in RowReader().read(path)] == cells
 
 
 def recipe_of(**data: object) -> Recipe:

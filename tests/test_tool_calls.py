@@ -11,7 +11,7 @@ from pyarrow import parquet
 from row_files import ASKED, TURNS, read_conversation, write_rows
 
 from qadapt.data.conversation import Conversation, Message
-from qadapt.data.reading.sources import RowReader, read_conversations
+from qadapt.data.reading.sources import RowReader
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells.", "parameters": WEATHER}}
@@ -127,8 +127,8 @@ def test_tools_come_out_of_a_table_as_they_went_in(tmp_path: Path) -> None:
         {"messages": TURNS, "tools": None},
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    from_table = read_conversations(tmp_path / "rows.parquet")
-    from_lines = read_conversations(write_rows(tmp_path / "rows.jsonl", *rows))
+    from_table = RowReader().read(tmp_path / "rows.parquet")
+    from_lines = RowReader().read(write_rows(tmp_path / "rows.jsonl", *rows))
     for left, right in zip(from_table, from_lines, strict=True):
         assert isinstance(left, Conversation)
         assert isinstance(right, Conversation)

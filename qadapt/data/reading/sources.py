@@ -187,15 +187,6 @@ class RowReader:
             self.skipped.append(Skipped(place, text))
 
 
-def read_conversations(path: Path | str, *, form: str = "auto", limit: int | None = None) -> list[Row]:
-    """All rows of a file or a folder; see `RowReader.rows`.
-
-    Raises:
-        BadData: It is missing, empty or unreadable, or a row is no conversation; names file and line.
-    """
-    return RowReader(form=form).read(path, limit=limit)
-
-
 def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
 
