@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tiny_model import FAMILIES as TINY
 from qadapt.data.conversation import Conversation, Document, Message
 from qadapt.data.cutting import cut
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, load_contract, saved_contract
+from qadapt.data.rendering import encoding
 from qadapt.data.rendering.encoding import Encoded, Refused
 from qadapt.errors import BadData, BadModel, BadRecipe, BadRun
 
@@ -173,6 +175,44 @@ def test_a_document_is_learned_whole_between_first_and_end_token(tiny_model: Tin
     assert row.supervised.tolist() == [False] + [True] * (len(row) - 1)
     qwen = load_contract(tiny_model("qwen2"))
     assert qwen.tokenizer.decode(qwen.encode(document).ids) == "Once upon a time.<|im_end|>"
+
+
+def test_a_document_that_ends_itself_gets_no_second_end_token(tiny_model: TinyModel) -> None:
+    for contract in (load_contract(tiny_model("llama")), load_contract(tiny_model("qwen2"))):
+        end = contract.tokenizer.eos_token
+        plain, ended = (contract.encode(Document(text, "book.txt")) for text in ("x y", f"x y{end}"))
+        assert ended.ids.tolist() == plain.ids.tolist()
+        assert ended.notes == plain.notes == frozenset()
+        empty = contract.encode(Document(str(end), "book.txt"))
+        assert empty.ids.tolist().count(contract.tokenizer.eos_token_id) == 1
+
+
+def test_special_tokens_in_documents_are_noted_and_new_ones_are_not(tiny_model: TinyModel) -> None:
+    contract = load_contract(tiny_model("qwen2"), new_tokens=["<call>"])
+    for text, is_noted in (
+        ("one <|im_end|> two", True),
+        ("<|im_start|>x", True),
+        ("a<call>b<|im_end|>", False),
+    ):
+        assert contract.encode(Document(text, "book.txt")).notes == (
+            {"control tokens"} if is_noted else set()
+        )
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_no_special_tokens_of_a_document(
+    published: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(published["llama2"], folder)
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["model"]["byte_fallback"] = False
+    path.write_text(json.dumps(values), encoding="utf-8")
+    contract = load_contract(folder)
+    encoded = contract.encode(Document("a \u4e2d b", "book.txt"))
+    assert contract.tokenizer.convert_tokens_to_ids("<unk>") in encoded.ids
+    assert not encoded.notes
+    assert contract.encode(Document("a <unk> b", "book.txt")).notes == {"control tokens"}
 
 
 def test_documents_need_no_template_and_conversations_do(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -397,6 +437,56 @@ def test_special_tokens_in_contents_stay_special_and_are_noted(
     assert not contract.encode(ROW).notes
 
 
+@pytest.mark.parametrize("family", ["chatml", "zephyr", "gemma2", "qwen3"])
+@pytest.mark.parametrize("learn", ["answers", "all"])
+def test_an_answer_joined_with_what_asks_for_it_is_noted(
+    published: dict[str, Path], family: str, learn: Any
+) -> None:
+    contract = load_contract(published[family], learn=learn)
+    joined = 0
+    for text in ("four", "[1, 2]", "<b>four</b>", "\nfour", "\U0001f642", "\u00fcber"):
+        row = Conversation((Message("user", "two?"), Message("assistant", text)), "row")
+        encoded, asked = contract.encode(row), contract.prompt_ids(row.turns[:1])
+        is_joined = encoded.ids[: len(asked)].tolist() != asked
+        assert encoded.notes == ({"joined with the prompt"} if is_joined else set()), text
+        joined += is_joined
+    assert joined == {"chatml": 3, "zephyr": 2, "gemma2": 2, "qwen3": 0}[family]
+
+
+def test_a_joined_answer_that_is_not_learned_is_not_noted(published: dict[str, Path]) -> None:
+    contract = load_contract(published["chatml"])
+    turns = [Message("user", "two?"), Message("assistant", "[1, 2]", is_learned=False)]
+    turns += [Message("user", "two?"), Message("assistant", "four")]
+    assert not contract.encode(Conversation(tuple(turns), "row")).notes
+
+
+def test_who_stops_early_waits_for_no_batch(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract, go_on, done = load_contract(tiny_model("qwen2")), Event(), Event()
+    backend = contract.tokenizer.backend_tokenizer
+
+    class Held:
+        """A tokenizer whose second batch takes until it is let go."""
+
+        calls = 0
+
+        def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> Any:
+            Held.calls += 1
+            if Held.calls == 2:
+                go_on.wait(10)
+                done.set()
+            return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(encoding, "_BATCH_ROWS", 1)
+    monkeypatch.setattr(contract._encoder, "_backend", Held())
+    rows = contract.encode_all([ROW] * 3)
+    next(rows)
+    rows.close()
+    is_over = done.is_set()
+    go_on.set()
+    assert not is_over
+    assert done.wait(10)
+
+
 def test_a_role_that_the_template_refuses_names_the_row(tiny_model: TinyModel) -> None:
     contract = load_contract(tiny_model("gemma2"))
     with pytest.raises(BadData, match="line 1: the model's chat template refuses"):
@@ -429,7 +519,7 @@ def test_a_row_with_nothing_to_learn_says_why(tiny_model: TinyModel) -> None:
     assert cut(contract.encode(Conversation((user,), "row")), 100).why == "no learned turn"
 
 
-@given(st.integers(1, 60), st.integers(3, 20))
+@given(st.integers(1, 60), st.integers(2, 20))
 def test_a_document_is_cut_into_pieces_and_nothing_is_lost(count: int, length: int) -> None:
     ids = np.arange(count, dtype=np.int32)
     whole = Encoded(ids, np.ones(count, np.bool_), "book.txt", is_document=True)
@@ -438,7 +528,8 @@ def test_a_document_is_cut_into_pieces_and_nothing_is_lost(count: int, length: i
         assert parts.how == "nothing"
         return
     assert np.concatenate([part.ids for part in parts.rows]).tolist() == ids.tolist()
-    assert all(2 <= len(part) <= length for part in parts.rows)
+    assert all(2 <= len(part) <= length for part in parts.rows[:-1])
+    assert 1 + (length > 2) <= len(parts.rows[-1]) <= length, "of pieces of two none can give a token"
     assert parts.how == ("whole" if count <= length else "pieces")
 
 

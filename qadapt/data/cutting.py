@@ -1,7 +1,7 @@
 """Rows that are too long: whole turns are left out at the end where that leaves something to learn.
 
-Knows no text and no template: where turns end stands in the row. A document is cut into pieces, all of them
-kept.
+Knows no text and no template: where turns end stands in the row. A document is cut into pieces, which hold
+all of its tokens; the first of each is context only, as nothing stands before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Cut:
     """What is left of a row, and how it was cut.
 
     `whole`: not at all; `turns`: after a whole turn; `inside`: inside the first learned turn, which is longer
-    than the length; `pieces`: a document, all of it; `nothing`: no row, `why` says the reason.
+    than the length; `pieces`: a document, all its tokens; `nothing`: no row, `why` says the reason.
     """
 
     rows: tuple[Tokens, ...]
@@ -54,7 +54,10 @@ def _learns(encoded: Encoded, length: int) -> bool:
 
 
 def _pieces(encoded: Encoded, length: int) -> Cut:
-    """All of a document; no piece is a single token, of which nothing could be learned."""
+    """All of a document. A single token left over would teach nothing: it takes one from the piece before.
+
+    Of pieces of two tokens none can be taken; then the last one may be a single token.
+    """
     total = len(encoded.ids)
     if total < 2:
         return Cut((), "nothing", "empty answers")

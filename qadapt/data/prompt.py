@@ -178,14 +178,19 @@ class PromptContract:
                 cure=_CHATML_CURE,
             )
         ends = _names(self.tokenizer, self.end_ids)
-        # a new token that the template does not know is there for contents to use
-        meant = {name for name in _names(self.tokenizer, self.new_ids) if not template.writes(name)}
-        control = tuple(text for text in self._special if text not in meant)
-        return Layouts(template, learn=self.learn, ends=ends, control=control)
+        return Layouts(template, learn=self.learn, ends=ends, control=tuple(self._control))
+
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        """Special tokens that no text should hold; a new one that no template writes is there for texts."""
+        names, template = _names(self.tokenizer, self.new_ids), self.template
+        meant = {name for name in names if template is None or not template.writes(name)}
+        return {text: token for text, token in self._special.items() if text not in meant}
 
     @cached_property
     def _encoder(self) -> Encoder:
-        rules = Rules(self.learn, self.end_ids, self.new_ids, self.embedding_rows)
+        control = {token: text for text, token in self._control.items()}
+        rules = Rules(self.learn, self.end_ids, self.new_ids, control, self.embedding_rows)
         # documents need no template, so it is asked for when the first conversation comes
         return Encoder(self.tokenizer, lambda row: self._layouts.of(row), rules=rules)
 

@@ -8,7 +8,7 @@ Legend: T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -69,11 +69,13 @@ class Rules:
     """What decides the mask, and which ids there may be.
 
     `rows` are those of the model's embedding table, if known; `new_ids` may lie beyond: the table grows.
+    `control` are the tokens that no text should hold written out, with their texts.
     """
 
     learn: Learn
     end_ids: frozenset[int]
     new_ids: tuple[int, ...]
+    control: Mapping[int, str]
     rows: int | None
 
 
@@ -112,7 +114,8 @@ class Encoder:
     def encode(self, rows: Iterable[Row]) -> Iterator[Encoded | Refused]:
         """The rows as tokens, in their order, each whole or refused; two batches of them are on their way."""
         waiting: _Waiting | None = None
-        with ThreadPoolExecutor(1) as pool:
+        pool = ThreadPoolExecutor(1)
+        try:
             for prepared in self._batches(rows):
                 texts = [each.layout.text for each in prepared if isinstance(each, _Prepared)]
                 encodings = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
@@ -121,6 +124,8 @@ class Encoder:
                 waiting = prepared, encodings
             if waiting is not None:
                 yield from self._finished(*waiting)
+        finally:  # whoever stops early (on a bad row, say) does not wait for a batch that nobody wants
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[list[_Prepared | Refused]]:
         """The rows with their layouts, some at a time."""
@@ -178,27 +183,36 @@ class Encoder:
         return encoded
 
     def _document(self, row: Document, encoding: Encoding) -> Encoded:
-        eos = self._tokenizer.eos_token_id
+        eos, written = self._tokenizer.eos_token_id, encoding.ids
         opening = [self._bos] if self._starts_with_bos else []
-        ids = np.array([*opening, *encoding.ids, *([] if eos is None else [eos])], np.int32)
+        ending = [] if eos is None else [eos]
+        if ending and written[-1:] == ending:  # the text says itself where it ends
+            written.pop()
+        control = self._rules.control
+        # the token for what the tokenizer does not know is one of them, and stands for any text
+        is_noted = any(control[token] in row.text for token in control.keys() & written)
+        notes: frozenset[Note] = frozenset({"control tokens"} if is_noted else ())
+        ids = np.array([*opening, *written, *ending], np.int32)
         supervised = np.ones(len(ids), np.bool_)
         supervised[: len(opening)] = False
-        return Encoded(ids, supervised, row.place, is_document=True)
+        return Encoded(ids, supervised, row.place, is_document=True, notes=notes)
 
     def _conversation(self, row: Conversation, layout: Layout, encoding: Encoding) -> Encoded:
         ids = np.array(encoding.ids, np.int32)
         learns_all = self._rules.learn == "all"
         supervised = np.full(len(ids), learns_all, np.bool_)
-        turn_ends = []
+        turn_ends, notes = [], set(layout.notes)
         for span in layout.spans:
             message = row.messages[span.message]
-            first, after = tokens_between(
+            first, after, is_joined = tokens_between(
                 encoding, span.start, span.end, size=len(layout.text), ends=self._rules.end_ids
             )
             supervised[first:after] = message.is_learned
             if message.is_learned:
                 self._check_end(row, span, ids[first:after])
                 turn_ends.append(after)
+                if is_joined:
+                    notes.add("joined with the prompt")
         if learns_all and len(ids) and ids[0] == self._bos:
             supervised[0] = False
         return Encoded(
@@ -207,7 +221,7 @@ class Encoder:
             row.place,
             turn_ends=tuple(turn_ends),
             unlearned="" if turn_ends or learns_all else self._unlearned(row.messages),
-            notes=layout.notes,
+            notes=frozenset(notes),
         )
 
     def _unlearned(self, messages: Sequence[Message]) -> Unlearned:

@@ -22,11 +22,17 @@ from qadapt.data.rendering.template import ChatTemplate
 from qadapt.errors import BadData
 
 Note = Literal[
-    "reasoning left out", "content left out", "tools left out", "control tokens", "asked otherwise"
-]  # fmt: skip
+    "reasoning left out",
+    "content left out",
+    "tools left out",
+    "control tokens",
+    "asked otherwise",
+    "joined with the prompt",
+]
 """What a row is not refused for, but people should know: what the template does not print (reasoning of
-earlier answers, a content beside calls, descriptions of tools), special tokens written out in a content, and
-answers that do not begin as the generation prompt ends (with `<think>`, say)."""
+earlier answers, a content beside calls, descriptions of tools), special tokens written out in a content,
+answers that do not begin as the generation prompt ends (with `<think>`, say), and turns whose first token
+reaches back over their beginning, so that it is not learned (found where tokens are made)."""
 ANOTHER = "Give a template that does it with data.template, or change the rows."
 _SYSTEM = ("system", "developer")
 

@@ -103,11 +103,11 @@ def _values(path: Path) -> dict[str, Any]:
 
 def tokens_between(
     encoding: Encoding, start: int, end: int, *, size: int, ends: Iterable[int]
-) -> tuple[int, int]:
+) -> tuple[int, int, bool]:
     """The tokens of the characters from `start` to `end`: number of the first, and of the first after them.
 
     A token that reaches over either edge is left out; but not an end token that swallows the white space
-    behind it, as Phi-3's does.
+    behind it, as Phi-3's does. Whether one reaches over `start` comes third.
 
     Args:
         encoding: A text's tokens.
@@ -117,12 +117,12 @@ def tokens_between(
         ends: Ids of the end tokens.
     """
     first = _token_at(encoding, start, size=size)
-    if _begins_before(encoding, first, start):
-        first += 1
+    is_joined = _begins_before(encoding, first, start)
+    first += is_joined
     after = _token_at(encoding, end, size=size)
     if _begins_before(encoding, after, end) and encoding.ids[after] in ends:
         after += 1
-    return first, max(first, after)
+    return first, max(first, after), is_joined
 
 
 def _token_at(encoding: Encoding, character: int, *, size: int) -> int:
