@@ -1,6 +1,6 @@
 """What a row looks like, and the conversation or the raw text in it.
 
-Knows the shapes of rows, no files and no tokens. What a row holds and a conversation cannot (images, a judged
+Knows the shapes of rows, no files, no tokens, and not what is learned. What a row holds and a conversation cannot (images, a judged
 answer) is refused by name: to leave it out would train on something else than the row says.
 
 The shapes are those of OpenAI's fine-tuning files, of ShareGPT's exports, of Stanford Alpaca, of TRL (prompt
@@ -100,8 +100,8 @@ def recognise(row: object, *, place: str) -> Format:
         if all(key in row for key in keys) and (keys[0] != "text" or fitting == ["text"]):
             raise BadData(
                 f"{place}: this row is {what}, which qadapt does not train on.",
-                cure="Give conversations. If the row holds one under other names, or is meant as a plainer "
-                "kind, state data.format or data.columns.",
+                cure="Give conversations; or, if it is meant as a plainer kind, state that, such as "
+                "data.format=prompt-completion.",
             )
     if len(fitting) > 1:
         raise BadData(
@@ -136,11 +136,15 @@ def read_row(row: object, form: Format, *, place: str) -> Row:
     """The conversation of a row, or its raw text.
 
     Raises:
-        BadData: The row has nothing to learn, or holds what a conversation cannot hold.
+        BadData: The row has not the columns of its format, or holds what a conversation cannot hold.
     """
     if not isinstance(row, Mapping) or not _fits(row, form):
         keys = ", or ".join(" and ".join(f"`{key}`" for key in way) for way in _KEYS[form])
-        raise BadData(f"{place}: the row has no {keys}.", cure=CORRECT)
+        found = f"has {listed(row)}" if isinstance(row, Mapping) else f"is {kind_of(row)}"
+        raise BadData(
+            f"{place}: the row has no {keys}, which the format {form} takes; it {found}.",
+            cure="Correct the row; or data.format, if the rows are of another one.",
+        )
     unsupported = (
         _UNSUPPORTED if form in _OF_TEXTS else _UNSUPPORTED | {"history": "earlier turns in `history`"}
     )
@@ -155,7 +159,6 @@ def read_row(row: object, form: Format, *, place: str) -> Row:
     else:
         messages = _read_pair(row, form, place=place)
     messages = _with_system(row, messages, place=place)
-    _check_answers(messages, place=place)
     return Conversation(messages, place, _tools(row, place=place))
 
 
@@ -234,18 +237,3 @@ def _tools(row: Mapping[Any, Any], *, place: str) -> tuple[Mapping[str, Any], ..
     if len(filled) > 1:
         raise BadData(f"{place}: tools stand in `tools` and in `functions`.", cure="Keep one of them.")
     return tools_of(row[filled[0]], filled[0], place=place) if filled else ()
-
-
-def _check_answers(messages: tuple[Message, ...], *, place: str) -> None:
-    answers = [
-        message
-        for message in messages
-        if message.role == "assistant" and (message.content or message.tool_calls or message.reasoning)
-    ]
-    if not answers:
-        raise BadData(f"{place}: no assistant turn, so there is nothing to learn.", cure="Remove the row.")
-    if not any(message.is_learned for message in answers):
-        raise BadData(
-            f"{place}: every assistant turn has weight 0, so there is nothing to learn.",
-            cure="Remove the row.",
-        )
