@@ -6,23 +6,23 @@ Read from the `model` and `data` sections of the recipe; below this file, functi
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qadapt.data.conversation import Conversation
 from qadapt.data.order import Order
-from qadapt.data.preparation import Tally, token_rows
 from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part, read_sources
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.reading.sources import RowReader, Skipped
 from qadapt.data.row_cache import drop_unused
-from qadapt.data.row_notes import part_notes, split_notes, token_notes
+from qadapt.data.row_notes import Note, no_rows_left, part_notes, split_notes, token_notes
 from qadapt.data.rows import Rows, RowSet
 from qadapt.data.split import Split, split_rows
-from qadapt.errors import BadData, BadRun
+from qadapt.errors import BadRun
 from qadapt.events import DataReady, Event, Warned
 from qadapt.model.source import ModelFiles, find_model, is_here
 from qadapt.recipe import Recipe
@@ -181,12 +181,6 @@ def reading_of(recipe: Recipe) -> Reading:
     return Reading(data.format, columns, data.malformed == "skip", data.length)
 
 
-def row_reader(recipe: Recipe, *, skips_malformed: bool) -> RowReader:
-    """How files are read that look like the recipe's."""
-    columns = {str(known): name for known, name in recipe.data.columns.items()}
-    return RowReader(form=recipe.data.format, columns=columns, skips_malformed=skips_malformed)
-
-
 def _read_all(recipe: Recipe, report: Report) -> None:
     """Reads every row and keeps none."""
     reader, sources = reading_of(recipe).reader(), training_sources(recipe) + held_out_sources(recipe)
@@ -207,16 +201,8 @@ def _prepared(
         unit="rows",
     )
     if not len(part.prepared.store):
-        raise no_rows_left("train on" if kind == "rows" else "evaluate on", length=recipe.data.length)
+        raise no_rows_left("train on" if kind == "rows" else "evaluate on", part.tally)
     return part
-
-
-def no_rows_left(purpose: str, *, length: int) -> BadData:
-    """The error for rows that were given and all have nothing to learn."""
-    return BadData(
-        f"No row is left to {purpose}: within {length} tokens, none has anything to learn.",
-        cure="Raise data.length, or shorten what stands before the answers.",
-    )
 
 
 def divided(recipe: Recipe, parts: list[Part], contract: PromptContract) -> Split:
@@ -232,14 +218,19 @@ def divided(recipe: Recipe, parts: list[Part], contract: PromptContract) -> Spli
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows to evaluate on, and the first of the conversations that they were made of."""
+    """Rows to evaluate on, and the first of the conversations that they were made of.
+
+    `parts` hold the stores the rows lie in; `notes` say what became of the rows of a file, with cures.
+    """
 
     rows: RowSet
     conversations: list[Conversation]
+    parts: tuple[Part, ...]
+    notes: tuple[Note, ...] = ()
 
 
 def rows_to_evaluate(
-    recipe: Recipe, contract: PromptContract, *, data: Path | None, conversations: int
+    recipe: Recipe, contract: PromptContract, *, data: Path | None, fingerprint: str, conversations: int
 ) -> Chosen:
     """The rows of a file, or those that the recipe's run held out.
 
@@ -247,51 +238,61 @@ def rows_to_evaluate(
         recipe: The run's.
         contract: How rows become tokens.
         data: The file.
+        fingerprint: Of the rows that the run was made of.
         conversations: So many are wanted as such, too.
 
     Raises:
-        BadRun: No file is given and the run held out none.
+        BadRun: No file is given, and the run held out none or its rows are others today.
         BadData: The file or a row of it cannot be used, or no row has anything to learn.
     """
     if data is not None:
-        chosen = _rows_of_file(recipe, contract, data, conversations=conversations)
-    else:
-        chosen = _held_out(recipe, contract, conversations=conversations)
-    if not len(chosen.rows):
-        raise no_rows_left("evaluate on", length=recipe.data.length)
-    return chosen
+        return _rows_of_file(recipe, contract, data, conversations=conversations)
+    return _held_out(recipe, contract, fingerprint=fingerprint, conversations=conversations)
 
 
 def _rows_of_file(recipe: Recipe, contract: PromptContract, data: Path, *, conversations: int) -> Chosen:
-    reader = row_reader(recipe, skips_malformed=False)
-    made = token_rows(
-        reader.rows(data), contract, length=recipe.data.length, skips_refused=False, tally=Tally()
-    )
-    rows = RowSet([row for _, row in made])
-    return Chosen(rows, _conversations((Source(str(data)),), reader, numbers=None, most=conversations))
+    reading, sources = replace(reading_of(recipe), skips_malformed=False), (Source(str(data)),)
+    part = prepare_part(identify(sources), reading, contract)
+    rows = RowSet(part.prepared.store)
+    if not len(rows):
+        raise no_rows_left("evaluate on", part.tally)
+    first = _conversations(sources, reading.reader(), rows=rows, most=conversations)
+    return Chosen(rows, first, (part,), tuple(part_notes(part, "rows", length=reading.length)))
 
 
-def _held_out(recipe: Recipe, contract: PromptContract, *, conversations: int) -> Chosen:
+def _held_out(recipe: Recipe, contract: PromptContract, *, fingerprint: str, conversations: int) -> Chosen:
     reading, training, own = reading_of(recipe), training_sources(recipe), held_out_sources(recipe)
     if not own and not recipe.data.held_out_fraction:
         raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
     parts = [prepare_part(identify(sources), reading, contract) for sources in (training, own) if sources]
-    rows = divided(recipe, parts, contract).rows.held_out
-    numbers = set(rows.numbers().tolist())
-    return Chosen(
-        rows, _conversations(own or training, reading.reader(), numbers=numbers, most=conversations)
-    )
+    divided_rows = divided(recipe, parts, contract).rows
+    if divided_rows.fingerprint != fingerprint:
+        raise BadRun(
+            f"The rows are not those that the run {recipe.run.name} was made of: others would be held out, "
+            "and some of them were trained on.",
+            cure="Put the files of rows back as they were, or give a file of other rows with --data.",
+        )
+    rows = divided_rows.held_out
+    first = _conversations(own or training, reading.reader(), rows=rows, most=conversations)
+    return Chosen(rows, first, tuple(parts))
 
 
 def _conversations(
-    sources: tuple[Source, ...], reader: RowReader, *, numbers: set[int] | None, most: int
+    sources: tuple[Source, ...], reader: RowReader, *, rows: RowSet, most: int
 ) -> list[Conversation]:
-    """The first conversations of some sources; with `numbers` of those rows only."""
+    """The first conversations that some rows of these sources were made of."""
+    found: list[Conversation] = []
     if not most:
-        return []
-    rows = enumerate(read_sources(sources, reader))
-    chosen = (row for number, row in rows if numbers is None or number in numbers)
-    return list(islice((row for row in chosen if isinstance(row, Conversation)), most))
+        return found
+    wanted, at = np.unique(rows.numbers()), 0
+    for number, row in enumerate(read_sources(sources, reader)):
+        if number == wanted[at]:
+            at += 1
+            if isinstance(row, Conversation):
+                found.append(row)
+            if len(found) == most or at == len(wanted):
+                break
+    return found
 
 
 def _warned(notes: Iterable[tuple[str, str]]) -> Generator[Event, None, None]:

@@ -51,6 +51,7 @@ def write_lines(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
+CALLED = {"role": "tool", "content": "x " * 300}
 READING = Reading("auto", (), skips_malformed=False, length=128)
 
 
@@ -242,6 +243,29 @@ def test_rows_with_nothing_to_learn_are_left_out_for_their_true_reason(
     part = prepared(write_lines(tmp_path / "rows.jsonl", [learned, row_of("one?")]), contract=contract)
     assert {why: found.count for why, found in part.tally.left_out.items()} == {"no learned turn": 1}
     assert any("have no turn that is learned" in problem for problem in notes_of(part))
+
+
+def test_an_answer_that_is_empty_is_told_from_one_that_is_missing(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    missing = {"messages": row_of("two?")["messages"][:1]}
+    context = {"messages": [row_of("a")["messages"][0], {**row_of("a")["messages"][1], "weight": 0}]}
+    rows = [row_of("one?"), row_of("a", ""), row_of("b", " "), missing, context]
+    part = prepared(write_lines(tmp_path / "rows.jsonl", rows), contract=contract)
+    assert {why: found.count for why, found in part.tally.left_out.items()} == {
+        "empty answers": 2,
+        "no learned turn": 2,
+    }
+    assert len(part.prepared.store) == 1
+
+
+@pytest.mark.parametrize("learn", ["all", ("user",)])
+def test_a_row_without_an_answer_is_learned_where_it_is_asked_for(
+    tmp_path: Path, tiny_model: TinyModel, learn: Any
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"messages": row_of("two?")["messages"][:1]}])
+    part = prepared(path, contract=load_contract(tiny_model("qwen2"), learn=learn))
+    assert RowSet(part.prepared.store).supervised_tokens
 
 
 def test_everything_that_is_found_in_rows_has_words() -> None:
@@ -540,8 +564,29 @@ def test_no_row_left_is_an_error_that_says_what_for(tmp_path: Path, tiny_model: 
     rows, apart = (long, good) if kind == "train on" else (good, long)
     held_out = write_lines(tmp_path / "held_out.jsonl", apart)
     recipe = make_recipe(tmp_path, tiny_model("llama"), rows, held_out=str(held_out), length=100)
-    with pytest.raises(BadData, match=f"No row is left to {kind}"):
+    with pytest.raises(BadData, match=f"No row is left to {kind}") as caught:
         prepare_all(recipe)
+    assert "1 have nothing to learn within data.length" in caught.value.problem
+    assert "Raise data.length" in caught.value.cure
+
+
+def test_no_row_left_is_an_error_that_says_why(tmp_path: Path, tiny_model: TinyModel) -> None:
+    rows = [row_of("one?"), row_of("two?"), {"messages": [*row_of("x " * 300)["messages"], CALLED]}]
+    recipe = make_recipe(tmp_path, tiny_model("llama"), rows, learn=["tool"])
+    with pytest.raises(BadData) as caught:
+        prepare_all(recipe)
+    assert caught.value.problem.endswith(
+        "of 3 that were read, 2 have no turn that is learned, 1 have nothing to learn within data.length."
+    )
+    assert "change data.learn" in caught.value.cure.partition("Raise data.length")[0]
+    own = write_lines(tmp_path / "own.jsonl", [row_of("one?", " ")])
+    with pytest.raises(BadData, match="1 have only empty answers"):
+        rows_to_evaluate(
+            make_recipe(tmp_path, tiny_model("llama"), rows),
+            load_contract(tiny_model("llama")),
+            data=own,
+            conversations=0,
+        )
 
 
 def test_the_rows_a_run_held_out_are_found_again(tmp_path: Path, tiny_model: TinyModel) -> None:

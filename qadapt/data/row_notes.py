@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from qadapt.data.new_tokens import absent_ids
-from qadapt.data.preparation import Found
+from qadapt.data.preparation import Found, Tally
 from qadapt.data.prepared import Part
 from qadapt.data.prompt import PromptContract
 from qadapt.data.reading.sources import MOST_LISTED, SUFFIXES
 from qadapt.data.reasons import CURES, LEFT_OUT, LOOK, NOTES
 from qadapt.data.split import Split
 from qadapt.data.tokens import Tokens
+from qadapt.errors import BadData
 
 Note = tuple[str, str]
 
@@ -63,6 +64,24 @@ def token_notes(rows: Iterable[Tokens], contract: PromptContract) -> Iterator[No
             f"No training row has these of data.new_tokens: {names}. They stay untrained.",
             "Write them into the rows or the template, or leave them out of data.new_tokens.",
         )
+
+
+def no_rows_left(purpose: str, tally: Tally) -> BadData:
+    """The error for rows that were given and are all left out.
+
+    Args:
+        purpose: What they were for, behind `to`.
+        tally: What became of them.
+    """
+    causes = [(found.count, f"have {LEFT_OUT.get(why, why)}", why) for why, found in tally.left_out.items()]
+    if tally.refused_rows:
+        causes.append((tally.refused_rows, "are malformed", "malformed"))
+    causes.sort(reverse=True)
+    said = ", ".join(f"{count:,} {words}" for count, words, _ in causes)
+    return BadData(
+        f"No row is left to {purpose}: of {tally.read:,} that were read, {said}.",
+        cure=" ".join(dict.fromkeys(CURES.get(why, LOOK) for _, _, why in causes)),
+    )
 
 
 def _skipped(part: Part) -> Iterator[Note]:

@@ -1,7 +1,8 @@
 """What a row looks like, and the conversation or the raw text in it.
 
-Knows the shapes of rows, no files, no tokens, and not what is learned. What a row holds and a conversation cannot (images, a judged
-answer) is refused by name: to leave it out would train on something else than the row says.
+Knows the shapes of rows, no files, no tokens, and not what is learned. What a row holds and a conversation
+cannot (images, a judged answer) is refused by name: to leave it out would train on something else than the
+row says.
 
 The shapes are those of OpenAI's fine-tuning files, of ShareGPT's exports, of Stanford Alpaca, of TRL (prompt
 and completion, preference pairs), and of raw text. An Alpaca `input` follows its `instruction` after an empty
