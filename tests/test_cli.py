@@ -64,7 +64,15 @@ def test_train_evaluate_export_and_watch_follow_each_other(
     assert evaluated["loss"] < evaluated["base_loss"]
     assert len(evaluated["answers"]) == 2
     assert run(["evaluate", "first", "--folder", runs, "--answers", "1", "--longest", "4"]) == 0
-    assert "with the adapter" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "with the adapter" in printed
+    assert "passed over" not in printed
+    one, turns = tmp_path / "one.jsonl", [{"role": role, "content": "1"} for role in ("user", "assistant")]
+    lines = [json.dumps({"messages": each}) + "\n" for each in (turns, turns[::-1])]
+    one.write_text("".join(lines), encoding="utf-8")
+    asked = ["evaluate", "first", "--folder", runs, "--data", str(one), "--answers", "2", "--longest", "4"]
+    assert run(asked) == 0
+    assert "1 of 2 answers: rows that ask nothing" in capsys.readouterr().out
     assert run(["watch", "first", "--folder", runs, "--json"]) == 0
     json.loads(capsys.readouterr().out)
     assert run(["export", "first", "--folder", runs, "--json"]) == 0

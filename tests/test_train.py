@@ -18,6 +18,8 @@ from torch.nn import functional
 from qadapt import control
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import micro_batches
+from qadapt.data.conversation import Conversation, Message
+from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadOutput, BadRecipe, BadRun, Diverged, QadaptError, Unsupported
@@ -37,7 +39,9 @@ from qadapt.model.load import load_base
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import load, resume, train
+from qadapt.train import evaluation
 from qadapt.train.checkpoint import find_checkpoints
+from qadapt.train.evaluation import answer_rows
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
 from qadapt.view.journal import effective, read_events
@@ -396,6 +400,35 @@ def test_answers_do_not_depend_on_who_else_is_in_the_batch(tiny_model: TinyModel
     together = generate(model, prompts, **settings)
     alone = [generate(model, [prompt], **settings)[0] for prompt in prompts]
     assert together == alone
+
+
+def test_rows_that_ask_nothing_are_passed_over(tiny_model: TinyModel) -> None:
+    folder = tiny_model("gemma2")
+    user, answer = Message("user", "say 1"), Message("assistant", "1")
+    nothing_asked = [
+        Conversation((answer, user), "row 1"),
+        Conversation((user,), "row 2"),
+        Conversation((Message("system", "be short"), answer), "row 3"),
+    ]
+    asks = Conversation((user, answer), "row 4")
+    contract = load_contract(folder)
+    given = answer_rows(adapted(folder), contract, [*nothing_asked, asks], max_new_tokens=2)
+    assert [(each.question, each.expected) for each in given] == [("say 1", "1")]
+    assert answer_rows(adapted(folder), contract, nothing_asked, max_new_tokens=2) == ()
+
+
+def test_a_row_is_asked_with_its_tools(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = tiny_model("qwen3"), []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda _, prompts, **__: asked.extend(prompts) or [[] for _ in prompts]
+    )
+    turns = (Message("user", "say 1"), Message("assistant", "1"))
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    contract = load_contract(folder)
+    row = Conversation(turns, "row", tools)
+    answer_rows(adapted(folder), contract, [row], max_new_tokens=2)
+    trained = contract.encode(row)
+    assert asked == [trained.ids[: int(trained.supervised.argmax())].tolist()]
 
 
 # --- bad input --------------------------------------------------------------------------------------------

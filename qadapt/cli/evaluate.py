@@ -21,7 +21,12 @@ def evaluate(
         Path | None, typer.Option(help="A file of rows; default: the rows the run held out.")
     ] = None,
     answers: Annotated[
-        int, typer.Option(min=0, help="Also let the model answer so many rows and compare, word for word.")
+        int,
+        typer.Option(
+            min=0,
+            help="Also let the model answer so many rows and compare, word for word; what asks nothing (a "
+            "document, a conversation that begins with its answer) is passed over.",
+        ),
     ] = 0,
     longest: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
@@ -41,7 +46,7 @@ def evaluate(
     if json:
         typer.echo(json_text.dumps(evaluation_values(result), indent=2))
     else:
-        _print(result)
+        _print(result, answers=answers)
 
 
 def evaluation_values(result: Evaluation) -> dict[str, object]:
@@ -66,7 +71,7 @@ def evaluation_values(result: Evaluation) -> dict[str, object]:
     }
 
 
-def _print(result: Evaluation) -> None:
+def _print(result: Evaluation, *, answers: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -79,6 +84,8 @@ def _print(result: Evaluation) -> None:
     if result.exact_share is not None:
         exact = sum(answer.is_exact for answer in result.answers)
         screen.print(f"{exact} of {len(result.answers)} answers are exact ({result.exact_share:.0%})")
+    if len(result.answers) < answers:
+        screen.print(f"{len(result.answers)} of {answers} answers: rows that ask nothing are passed over")
     for answer in result.answers[:SAMPLES]:
         for title, text in (
             ("asked", answer.question),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from qadapt.data.batches import all_batches, micro_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
 from qadapt.data.tokens import Tokens
+from qadapt.errors import BadData
 from qadapt.model.generate import generate
 from qadapt.train.step import evaluate_loss
 
@@ -67,23 +68,35 @@ def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id
 def answer_rows(
     model: PeftModel, contract: PromptContract, rows: Sequence[Conversation], *, max_new_tokens: int
 ) -> tuple[Answer, ...]:
-    """The greedy answers to the last question of each conversation, beside the row's own."""
-    asked = [_last_question(row) for row in rows]
-    prompts = [
-        contract.prompt_ids(row.turns[:turn], place=row.place) for row, turn in zip(rows, asked, strict=True)
-    ]
+    """The greedy answers to the last question of each conversation, beside the row's own.
+
+    A row that asks nothing is passed over: one without an answer, or whose only answer stands first, or
+    behind turns that the template does not take alone.
+    """
+    asked = [(row, turn, ids) for row in rows for turn, ids in _last_question(row, contract)]
     given = generate(
-        model, prompts, max_new_tokens=max_new_tokens, end_ids=contract.end_ids, pad_id=contract.pad_id
+        model,
+        [ids for _, _, ids in asked],
+        max_new_tokens=max_new_tokens,
+        end_ids=contract.end_ids,
+        pad_id=contract.pad_id,
     )
     return tuple(
         Answer(
-            question=row.turns[turn - 1]["content"] if turn else "",
+            question=row.turns[turn - 1]["content"],
             expected=row.turns[turn]["content"],
             given=contract.text(ids),
         )
-        for row, turn, ids in zip(rows, asked, given, strict=True)
+        for (row, turn, _), ids in zip(asked, given, strict=True)
     )
 
 
-def _last_question(row: Conversation) -> int:
-    return max(number for number, message in enumerate(row.messages) if message.role == "assistant")
+def _last_question(row: Conversation, contract: PromptContract) -> Iterator[tuple[int, list[int]]]:
+    """Number of the last answer, and the tokens that ask for it, if there are any."""
+    turn = max((at for at, message in enumerate(row.messages) if message.role == "assistant"), default=0)
+    if not turn:
+        return
+    try:
+        yield turn, contract.prompt_ids(row.turns[:turn], row.tools, place=row.place)
+    except BadData:
+        return
