@@ -2,6 +2,9 @@
 
 The functions are the commands: `estimate`, `plan`, `train`, `export`, and `load` for a base with its adapter.
 They are imported when first used, so `import qadapt` costs nothing.
+
+`qadapt.train` is the function although a subpackage has that name, too. `from qadapt.train import loop`
+finds a module of it; `import qadapt.train.loop as loop` looks in the function and raises ImportError.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from qadapt.plan.fit import Plan, fit
 from qadapt.plan.inverse import ModelAnswer, Most, What, fitting_models, most
 from qadapt.plan.knobs import PLANNED
 from qadapt.plan.ladder import ladder
+from qadapt.plan.packing import unseen_rows_notes
 from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, check_setting, setting_of
 from qadapt.quiet import quiet_libraries
@@ -98,6 +99,7 @@ class Question:
     rows_per_step: int
     free: frozenset[str]
     config: ModelConfig | None = None
+    notes: tuple[str, ...] = ()
 
     def changed(self, step: dict[str, object]) -> Question:
         """The question with fields of its setting changed; without a recipe, one forward pass is a step."""
@@ -188,7 +190,8 @@ class Question:
         return self._with_changes(answer)
 
     def _with_changes(self, answer: Answer) -> Answer:
-        """With the cheapest changes, if it does not surely fit and a closed form can tell them."""
+        """With the question's notes; with the cheapest changes, if it does not surely fit and has a shape."""
+        answer = dataclasses.replace(answer, notes=(*answer.notes, *self.notes))
         if answer.verdict == "fits" or self.shape is None:
             return answer
         wider = answer.error_bytes - answer.estimate.error_bytes
@@ -325,7 +328,10 @@ def ask_recipe(recipe: str, overrides: Sequence[str], *, card: str | None, vram:
     """
     from qadapt.recipe_file import read_recipe
 
-    return ask_of(read_recipe(recipe, overrides), card=card, vram=vram)
+    read = read_recipe(recipe, overrides)
+    question = ask_of(read, card=card, vram=vram)
+    notes = unseen_rows_notes(read.data.packing, question.shape, rows_per_step=question.rows_per_step)
+    return dataclasses.replace(question, notes=notes)
 
 
 def _ask_overridden(model: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:

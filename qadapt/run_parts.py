@@ -83,6 +83,8 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         revision=material.files.revision,
         ingredients=material.ingredients,
         packed=plan.setting.packed,
+        packed_tokens=plan.setting.tokens if plan.setting.packed else 0,
+        packed_learned=plan.setting.supervised_tokens if plan.setting.packed else 0,
     )
 
 
@@ -124,7 +126,7 @@ def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["
         Unsupported: Rows are to be packed, and the model's cannot be.
         DoesNotFit: No setting fits; the cure lists the cheapest changes.
     """
-    shape, card, length = padded.closed, padded.target.card, padded.setting.length
+    shape, card = padded.closed, padded.target.card
     if packing is False:
         return padded.plan()
     if shape.family not in PACKABLE and packing == "auto":
@@ -138,7 +140,7 @@ def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["
             raise
         plan, reason = padded.plan(), "rows are filled up: not even the smallest packed micro-batch fits."
         return replace(plan, reasons=(*plan.reasons, reason))
-    way = Way(packed, sample.packed(packed.setting.rows * length))
+    way = Way(packed, sample.packed(packed.setting.tokens))
     try:
         plan = padded.plan() if packing == "auto" else packed
     except DoesNotFit:
@@ -150,17 +152,24 @@ def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["
 
 
 def _packed_plan(padded: Question, sample: StepSample) -> Plan:
-    """The fastest packed plan, for the most learned tokens and documents that a micro-batch has there.
+    """The fastest packed plan, for the fullest micro-batch of the steps that were looked at.
 
-    How many are learned at once depends on how many rows a micro-batch holds, which is what is planned: the
-    share is raised until it is enough for the plan it gives.
+    It has the most tokens, learned tokens and documents that any of them has. What a step that nobody looked
+    at has beyond that goes into another micro-batch (`LoopSettings`). How many tokens are learned at once
+    depends on how many rows a micro-batch holds, which is what is planned: the share is raised until it is
+    enough for the plan it gives.
     """
-    length, share, rows = padded.setting.length, 0.0, 1
-    while (needed := sample.packed(rows * length).most_head_tokens / (rows * length)) > share:
+    most: dict[str, object] = {
+        "packed": True,
+        "documents": padded.rows_per_step,
+        "step_tokens": max(sample.most_tokens, padded.setting.length),
+    }
+    asked = padded.changed(most)
+    tokens, share = asked.setting.tokens, 0.0
+    while (needed := sample.packed(tokens).most_head_tokens / tokens) > share:
         share = needed
-        changes: dict[str, object] = {"supervised_share": share, "documents": padded.rows_per_step}
-        plan = padded.changed({"packed": True, **changes}).plan()
-        rows = plan.setting.rows
+        plan = asked.changed({"supervised_share": share}).plan()
+        tokens = plan.setting.tokens
     return plan
 
 
@@ -258,6 +267,8 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         steps=plan.steps,
         micro_batch=plan.micro_batch,
         packed=plan.packed,
+        packed_tokens=plan.packed_tokens,
+        packed_learned=plan.packed_learned,
         learning_rate=section.learning_rate,
         schedule=section.schedule,
         warmup_steps=section.warmup_steps,

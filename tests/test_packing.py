@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,13 @@ from qadapt.model.load import load_base
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.packing import PACKABLE, check_packable
 from qadapt.plan.setting import Recompute, Setting
-from qadapt.planning import Question
+from qadapt.planning import Question, ask_recipe
 from qadapt.recipe import Recipe
+from qadapt.recipe_file import check_recipe
 from qadapt.run import resume, train
 from qadapt.run_parts import plan_rows
 from qadapt.shape import FAMILIES, find_shape
+from qadapt.train import loop
 from qadapt.train.dryrun import dry_run
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
@@ -117,12 +120,12 @@ def some_rows(draw: st.DrawFn) -> list[Tokens]:
 
 
 @settings(max_examples=300)
-@given(some_rows(), st.integers(30, 90))
+@given(some_rows(), st.integers(30, 90), st.none() | st.integers(0, 40))
 def test_packed_micro_batches_hold_every_token_and_every_prediction_once(
-    chosen: list[Tokens], capacity: int
+    chosen: list[Tokens], capacity: int, most_learned: int | None
 ) -> None:
     predictions = []
-    for batch in packed_batches(chosen, capacity=capacity):
+    for batch in packed_batches(chosen, capacity=capacity, most_learned=most_learned):
         documents = batch.documents
         assert documents is not None
         ids = batch.input_ids[0].tolist()
@@ -132,6 +135,8 @@ def test_packed_micro_batches_hold_every_token_and_every_prediction_once(
         assert documents.position_ids.tolist() == [places]
         learned = dict(zip(batch.positions.tolist(), batch.targets[0].tolist(), strict=True))
         assert batch.supervised_tokens == len(learned)
+        if most_learned is not None:
+            assert len(learned) <= most_learned or len(documents.lengths) == 1
         for first, end in zip(documents.bounds, documents.bounds[1:], strict=False):
             inner = sorted((place - first, token) for place, token in learned.items() if first <= place < end)
             predictions.append((ids[first:end], inner))
@@ -375,6 +380,35 @@ def test_a_packed_plan_has_room_for_the_micro_batch_that_learns_the_most() -> No
         assert most.most_documents <= setting.documents
 
 
+def test_a_packed_plan_is_of_the_fullest_step_where_that_does_not_fill_the_capacity() -> None:
+    lengths = [2048, *[30] * 63]
+    plan = plan_rows(question(CARD, 2048), sample(lengths, steps=4), packing=True)
+    fullest = 2048 + 15 * 30
+    assert plan.setting.tokens == min(fullest, plan.setting.rows * 2048) == fullest
+    full = dataclasses.replace(plan.setting, step_tokens=0)
+    assert estimate_step(LLAMA, full, card=CARD).peak_allocated_bytes > plan.estimate.peak_allocated_bytes
+
+
+def test_an_estimate_of_a_recipe_says_what_it_leaves_open_about_packing(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: {source: Llama-3.1-8B}\nrun: {name: first}\ndata: {sources: [{path: rows.jsonl}]}\n"
+        "train: {rows_per_step: 16}\n",
+        encoding="utf-8",
+    )
+
+    def asked(*overrides: str) -> Question:
+        return ask_recipe(str(path), overrides, card="RTX 4090", vram=None)
+
+    (note,) = asked().answer().notes
+    assert note.startswith("the run may pack its rows")
+    packed = asked("data.packing=true")
+    assert packed.setting.packed and packed.setting.documents == 16
+    assert "taken to be full" in packed.answer().notes[0]
+    assert asked("data.packing=false").answer().notes == ()
+    assert asked("train.rows_per_step=1").answer().notes == (), "there is nothing to pack"
+
+
 @pytest.mark.parametrize(
     ("model", "length", "dtype", "is_packed"),
     [
@@ -454,6 +488,64 @@ def test_a_packed_run_learns_what_the_run_without_packing_learns(
     assert [step.tokens for step in only(StepDone, runs[True])] == [
         step.tokens for step in only(StepDone, runs[False])
     ]
+
+
+def one_long_row_recipe(folder: Path, model: Path) -> Recipe:
+    """A long row among short ones, and held-out rows that learn almost all they are."""
+    folder.mkdir(exist_ok=True)
+    texts = [("x" * 400, "y"), *((f"q{number}", f"a{number}") for number in range(31))]
+    held_out = [("q", "long answers " * 9 + str(number)) for number in range(40)]
+    for name, pairs in (("rows", texts), ("held_out", held_out)):
+        messages = [
+            [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+            for asked, answer in pairs
+        ]
+        lines = [json.dumps({"messages": each}) + "\n" for each in messages]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    values = {
+        "model": str(model),
+        "data": {
+            "sources": [{"path": str(folder / "rows.jsonl")}],
+            "held_out": str(folder / "held_out.jsonl"),
+            "length": 512,
+            "packing": True,
+        },
+        "train": {"epochs": 1, "rows_per_step": 8},
+        "memory": {"compute_dtype": "fp32"},
+        "run": {"name": "first", "folder": str(folder / "runs")},
+    }
+    return check_recipe(values, origin="the test")
+
+
+def test_the_memory_of_a_packed_run_is_that_of_its_fullest_micro_batch(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    events = list(train(one_long_row_recipe(tmp_path, tiny_model("llama"))))
+    (planned,) = only(Planned, events)
+    measured = max(event.peak_bytes for event in only(MemoryMeasured, events))
+    assert planned.micro_batch > 1, "a control: as many of the longest row would be far more"
+    assert measured == pytest.approx(planned.predicted_peak_bytes, rel=0.03)
+
+
+def test_evaluation_takes_no_fuller_micro_batches_than_the_planned_one(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[MicroBatch] = []
+
+    def noted(model: PeftModel, batches: Iterable[MicroBatch]) -> float:
+        taken = list(batches)
+        seen.extend(taken)
+        return evaluate_loss(model, taken)
+
+    monkeypatch.setattr(loop, "evaluate_loss", noted)
+    list(train(one_long_row_recipe(tmp_path, tiny_model("llama"))))
+    plan = read_plan(tmp_path / "runs/first/plan.json")
+    assert sum(batch.supervised_tokens for batch in seen) > 10 * plan.packed_learned
+    assert len([batch for batch in seen if batch.documents]) == len(seen)
+    for batch in seen:
+        assert batch.documents is not None and len(batch.documents.lengths) <= 8
+        assert batch.tokens <= plan.packed_tokens
+        assert batch.supervised_tokens <= plan.packed_learned or len(batch.documents.lengths) == 1
 
 
 def test_a_packed_run_goes_on_bit_for_bit(tmp_path: Path, tiny_model: TinyModel) -> None:

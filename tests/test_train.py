@@ -40,6 +40,7 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import load, resume, train
 from qadapt.train import evaluation
+from qadapt.train import loop
 from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.evaluation import answer_rows
 from qadapt.train.optimizer import make_optimizer
@@ -391,6 +392,22 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(tiny_model: Ti
             scaler=None,
         )
     assert_same(others, {key: value.detach() for key, value in parameters.items() if key != name})
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([math.nan, 3.0, math.inf, 2.0])
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: next(losses))
+    events = list(train(make_recipe(tmp_path, tiny_model("llama"), steps=4, evaluate_every=1)))
+    assert [event.is_best for event in only(Evaluated, events)] == [False, True, False, True]
+    assert only(RunFinished, events)[0].best_step == 4
+    said = [event.message for event in only(Warned, events) if "held-out loss" in event.message]
+    assert [message.split(",")[0] for message in said] == [
+        "The held-out loss after step 1 is nan",
+        "The held-out loss after step 3 is inf",
+    ]
+    assert list(map(repr, read_events(tmp_path / "runs" / "first"))) == list(map(repr, events))
 
 
 def test_answers_do_not_depend_on_who_else_is_in_the_batch(tiny_model: TinyModel) -> None:

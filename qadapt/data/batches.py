@@ -77,17 +77,45 @@ def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[Mic
 
 
 def all_batches(
-    rows: Sequence[Tokens], divide: Callable[[Sequence[Tokens]], list[MicroBatch]]
+    rows: Sequence[Tokens],
+    divide: Callable[[Sequence[Tokens]], list[MicroBatch]],
+    *,
+    at_once: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of any number of rows, of which only some are in memory at a time."""
-    for first in range(0, len(rows), ROWS_IN_MEMORY):
-        yield from divide(rows[first : first + ROWS_IN_MEMORY])
+    """Micro-batches of any number of rows, of which only `at_once` are divided and in memory at a time."""
+    size = at_once or ROWS_IN_MEMORY
+    for first in range(0, len(rows), size):
+        yield from divide(rows[first : first + size])
 
 
-def packed_batches(rows: Sequence[Tokens], *, capacity: int) -> list[MicroBatch]:
-    """Rows in packed micro-batches of at most `capacity` tokens; no row may be longer."""
+def packed_batches(
+    rows: Sequence[Tokens], *, capacity: int, most_learned: int | None = None
+) -> list[MicroBatch]:
+    """Rows in packed micro-batches.
+
+    Args:
+        rows: All of them.
+        capacity: The most tokens of a micro-batch; no row may be longer.
+        most_learned: The most learned tokens of a micro-batch, unless a single row has more; None: any.
+    """
     bins = pack([len(row) for row in rows], capacity)
-    return [concatenate([rows[index] for index in chosen]) for chosen in bins]
+    parts = [[rows[index] for index in chosen] for chosen in bins]
+    if most_learned is not None:
+        parts = [part for whole in parts for part in _learning_at_most(whole, most_learned)]
+    return [concatenate(part) for part in parts]
+
+
+def _learning_at_most(rows: Sequence[Tokens], most: int) -> list[list[Tokens]]:
+    """The rows in order, a new part begun where the learned tokens would be too many."""
+    parts: list[list[Tokens]] = [[]]
+    learned = 0
+    for row in rows:
+        if parts[-1] and learned + row.supervised_count > most:
+            parts.append([])
+            learned = 0
+        parts[-1].append(row)
+        learned += row.supervised_count
+    return parts
 
 
 def collate(rows: Sequence[Tokens], *, pad_id: int) -> MicroBatch:

@@ -46,6 +46,11 @@ class StepSample:
         self._packed: dict[int, Passes] = {}
 
     @property
+    def most_tokens(self) -> int:
+        """Tokens of the step that has the most, without padding."""
+        return max(map(sum, self._lengths))
+
+    @property
     def steps(self) -> int:
         """How many were looked at."""
         return len(self._lengths)

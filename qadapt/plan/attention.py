@@ -198,7 +198,7 @@ def score_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> in
     Eager with a soft cap: the fp32 softmax, its tanh and a cast. Scores made without fusing: the softmax.
     Fused with a mask: the mask as numbers to be added, which every call makes anew.
     """
-    squares, c = setting.rows * setting.length**2, setting.compute_bytes
+    squares, c = setting.tokens * setting.length, setting.compute_bytes
     if attention.kernel == "eager":
         return squares * shape.heads * (c + FP32 + (0 if c == FP32 else c))
     if attention.kernel == "math":

@@ -8,6 +8,7 @@ Three moments are compared, and the highest one is the estimate (`peak_phase`):
     update   adapters, gradients, states and the optimizer's own temporaries; no activations
 
 An evaluation with the same micro-batch stays below the loss moment: nothing is kept, nothing goes backward.
+Packed rows are evaluated in micro-batches no fuller than the planned one (`train/loop.py`).
 
 The static categories are exact to the byte. What comes and goes agrees with the dry run within
 `CLOSED_ERROR`, which agrees with a real step on a CPU to the byte (`tests/test_dryrun.py`); published peaks

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from qadapt.errors import Unsupported
 from qadapt.hardware.cards import Card
@@ -28,6 +29,19 @@ transformers' interface (Falcon), and those that carry a state from token to tok
 
 GAIN = 0.02
 """The least share of a step's time that packing must save to be chosen."""
+
+
+def unseen_rows_notes(
+    packing: Literal["auto"] | bool, shape: ModelShape | None, *, rows_per_step: int
+) -> tuple[str, ...]:
+    """What an estimate of a recipe alone leaves open about packing."""
+    if packing == "auto" and shape is not None and shape.family in PACKABLE and rows_per_step > 1:
+        return (
+            "the run may pack its rows, this is of filled-up ones; `qadapt data check` looks at the rows",
+        )
+    return ("each forward pass is taken to be full; `qadapt data check` looks at the rows",) * (
+        packing is True
+    )
 
 
 def check_packable(family: str) -> None:
@@ -126,8 +140,9 @@ def _price(shape: ModelShape, setting: Setting, *, card: Card | None) -> str:
         "documents": "attention takes one document after another and joins them",
         "scores": "a soft cap has no fused kernel: attention makes all scores of one document after another",
     }[kernel]
+    full = dataclasses.replace(setting, step_tokens=0)
     both = [  # packed, filled up
-        estimate_step(shape, dataclasses.replace(setting, packed=each), card=card).peak_allocated_bytes
+        estimate_step(shape, dataclasses.replace(full, packed=each), card=card).peak_allocated_bytes
         for each in (True, False)
     ]
     more = both[0] - both[1]

@@ -46,7 +46,9 @@ class Setting:
     whose rows of embedding and head are trained; the shape's vocabulary includes them.
 
     `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
-    most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length.
+    most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length;
+    `step_tokens` the tokens of all rows of the fullest optimizer step, as no micro-batch holds more, 0 where
+    nobody has looked at the rows.
     """
 
     rows: int = 1
@@ -66,13 +68,15 @@ class Setting:
     holds_logits: bool = False
     packed: bool = False
     documents: int = 0
+    step_tokens: int = 0
     new_tokens: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
 
     @property
     def tokens(self) -> int:
         """Tokens in one forward pass."""
-        return self.rows * self.length
+        full = self.rows * self.length
+        return min(full, self.step_tokens) if self.packed and self.step_tokens else full
 
     @property
     def supervised_tokens(self) -> int:
@@ -254,6 +258,7 @@ def setting_of(
         recompute="all" if memory.recompute == "auto" else memory.recompute,
         accumulates=recipe.train.rows_per_step > rows,
         packed=recipe.data.packing is True,
+        documents=recipe.train.rows_per_step if recipe.data.packing is True else 0,
         new_tokens=len(recipe.data.new_tokens),
         device=device,
     )

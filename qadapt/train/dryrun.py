@@ -121,12 +121,14 @@ def skeleton_model(
 def batch_of(setting: Setting) -> BatchShape:
     """The micro-batch a setting speaks of: rows of one length, the learned tokens at the same positions.
 
-    Packed: `rows` documents of that length; if there may be more, the others are single tokens, the last one
-    so many shorter, which is the most that so many documents can take.
+    Packed: documents of that length, the last one of what is left; if there may be more, the others are
+    single tokens, which is the most that so many documents can take.
     """
     if setting.packed:
-        single = min(max(0, setting.documents - setting.rows), setting.length - 1)
-        lengths = (setting.length,) * (setting.rows - 1) + (setting.length - single,) + (1,) * single
+        whole = -(-setting.tokens // setting.length)
+        single = min(max(0, setting.documents - whole), setting.length - 1)
+        full, rest = divmod(setting.tokens - single, setting.length)
+        lengths = (setting.length,) * full + (rest,) * (rest > 0) + (1,) * single
         return packed_shape(lengths, supervised_tokens=setting.supervised_tokens)
     positions = math.ceil(setting.length * setting.supervised_share)
     return BatchShape(setting.rows, setting.length, positions, setting.rows * positions)

@@ -5,6 +5,7 @@ Knows no recipe and no screen: it takes flat settings, and whoever iterates deci
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
-from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped
+from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import (
     Checkpoint,
     drop_newer,
@@ -42,12 +43,15 @@ MEMORY_EVERY = 10
 class LoopSettings:
     """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each.
 
-    `packed` micro-batches have room for `micro_batch` of the longest rows.
+    Of `packed` micro-batches none has more than `packed_tokens`, nor, if it holds several rows, learns more
+    than `packed_learned` of them: what the plan has room for, in training and in evaluation.
     """
 
     steps: int
     micro_batch: int
     packed: bool
+    packed_tokens: int
+    packed_learned: int
     learning_rate: float
     schedule: str
     warmup_steps: int
@@ -101,7 +105,6 @@ class Loop:
         self._batches = StepBatches(rows.train, order, self._split)
         self._memory = MemoryMeter(model, optimizer)
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
-        self._longest = rows.longest
         self._device = next(model.parameters()).device
         self._scaler: torch.amp.GradScaler | None = None
 
@@ -132,7 +135,7 @@ class Loop:
             is_last = step == self.settings.steps
             has_evaluated = self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every))
             if has_evaluated:
-                yield self._evaluate()
+                yield from self._evaluation()
             if has_evaluated or is_last or _is_due(step, self.settings.checkpoint_every):
                 yield self.save()
 
@@ -168,20 +171,33 @@ class Loop:
         )
 
     def _split(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
-        size = self.settings.micro_batch
-        if self.settings.packed:
-            return packed_batches(rows, capacity=size * self._longest)
-        return micro_batches(rows, size=size, pad_id=self.rows.pad_id)
+        settings = self.settings
+        if settings.packed:
+            return packed_batches(rows, capacity=settings.packed_tokens, most_learned=settings.packed_learned)
+        return micro_batches(rows, size=settings.micro_batch, pad_id=self.rows.pad_id)
 
     def _is_watched(self, step: int) -> bool:
         is_known = step in (1, self.settings.steps, self._longest_step)
         return is_known or step % MEMORY_EVERY == 0
 
+    def _evaluation(self) -> Iterator[Event]:
+        evaluated = self._evaluate()
+        yield evaluated
+        if not math.isfinite(evaluated.loss):
+            yield Warned(
+                message=f"The held-out loss after step {evaluated.step} is {evaluated.loss}, which is never "
+                "the best one.",
+                cure="Look at the held-out rows (qadapt data preview); if the loss of the steps rises, too, "
+                "lower train.learning_rate.",
+            )
+
     def _evaluate(self) -> Evaluated:
         start = time.perf_counter()
-        loss = evaluate_loss(self.model, all_batches(self.rows.held_out, self._split))
+        at_once = self.order.rows_per_step if self.settings.packed else None  # no more documents than planned
+        batches = all_batches(self.rows.held_out, self._split, at_once=at_once)
+        loss = evaluate_loss(self.model, batches)
         best = self.progress.best_loss
-        is_best = best is None or loss < best
+        is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best:
             self.progress = replace(
                 self.progress, best_step=self.progress.step, best_loss=loss, evaluations_since_best=0

@@ -41,7 +41,8 @@ class Ingredients:
 class StoredPlan:
     """How a run's steps are placed on a device.
 
-    `packed` came with a later release: a plan without it is of a run whose rows are filled up.
+    `packed` came with a later release: a plan without it is of a run whose rows are filled up. Packed
+    micro-batches have at most `packed_tokens` and, one with several rows, `packed_learned` learned tokens.
     """
 
     steps: int
@@ -58,6 +59,8 @@ class StoredPlan:
     revision: str | None
     ingredients: Ingredients
     packed: bool = False
+    packed_tokens: int = 0
+    packed_learned: int = 0
 
     def event(self) -> Planned:
         """The plan as an event."""
