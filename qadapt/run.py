@@ -264,13 +264,19 @@ def evaluate(
         folder: Where the runs are.
 
     Raises:
-        BadRun: There is no such run, it has no adapter yet, or it held out no rows.
+        BadRun: There is no such run, it has no adapter yet, it held out no rows, or its rows changed.
         BadData: The file or a row of it cannot be used.
     """
     run = find_run(name, folder)
     recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
     tuned = load(name, folder=folder)
-    chosen = rows_to_evaluate(recipe, tuned.contract, data=data, conversations=answers)
+    chosen = rows_to_evaluate(
+        recipe,
+        tuned.contract,
+        data=data,
+        fingerprint=plan.ingredients.rows,
+        conversations=answers,
+    )
     loss, base_loss = evaluate_rows(
         tuned.model, chosen.rows, size=plan.micro_batch, pad_id=tuned.contract.pad_id
     )
@@ -280,4 +286,5 @@ def evaluate(
         loss=loss,
         base_loss=base_loss,
         answers=answer_rows(tuned.model, tuned.contract, chosen.conversations, max_new_tokens=max_new_tokens),
+        notes=chosen.notes,
     )

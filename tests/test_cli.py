@@ -73,6 +73,15 @@ def test_train_evaluate_export_and_watch_follow_each_other(
     asked = ["evaluate", "first", "--folder", runs, "--data", str(one), "--answers", "2", "--longest", "4"]
     assert run(asked) == 0
     assert "1 of 2 answers: rows that ask nothing" in capsys.readouterr().out
+    own = tmp_path / "own.jsonl"
+    rows = [{"prompt": "Say 9!", "completion": "9"}, {"prompt": "word " * 400, "completion": "9"}]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert run(["evaluate", "first", "--folder", runs, "--data", str(own), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["rows"] == 1
+    assert ["nothing to learn" in warning["problem"] for warning in evaluated["warnings"]] == [True]
+    assert run(["evaluate", "first", "--folder", runs, "--data", str(own)]) == 0
+    assert "nothing to learn" in " ".join(capsys.readouterr().out.split())
     assert run(["watch", "first", "--folder", runs, "--json"]) == 0
     json.loads(capsys.readouterr().out)
     assert run(["export", "first", "--folder", runs, "--json"]) == 0

@@ -28,11 +28,11 @@ from qadapt.data.row_cache import Prepared
 from qadapt.data.row_notes import part_notes, split_notes
 from qadapt.data.rows import RowSet
 from qadapt.data.split import Split, split_rows
-from qadapt.data.store import Store, StoreWriter
+from qadapt.data.store import Hashes, Store, StoreWriter
 from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.errors import BadData
+from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, StageAdvanced, Warned
-from qadapt.material import Material, prepare, resolved, rows_to_evaluate, step_count
+from qadapt.material import Chosen, Material, prepare, resolved, rows_to_evaluate, step_count
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 
@@ -449,11 +449,131 @@ def test_rows_that_are_all_equal_cannot_be_held_out() -> None:
         draw_held_out(np.full(8, 5, np.uint64), np.arange(8, dtype=np.uint32), share=0.5, seed=0)
 
 
+def test_one_document_cannot_be_held_out_in_part_and_is_named_as_the_reason() -> None:
+    hashes = np.arange(8, dtype=np.uint64)
+    with pytest.raises(BadData, match="All 8 rows are pieces of one document") as caught:
+        draw_held_out(hashes, np.zeros(8, np.uint32), share=0.5, seed=0)
+    assert "data.held_out" in caught.value.cure
+
+
+def random_hashes(count: int, seed: int = 0) -> Hashes:
+    return np.random.RandomState(seed).randint(0, 2**63, count).astype(np.uint64)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_row_that_is_repeated_often_is_not_held_out_where_that_is_far_too_many(seed: int) -> None:
+    hashes, numbers = random_hashes(1000), np.arange(1000, dtype=np.uint32)
+    hashes[:300] = hashes[0]
+    drawn = draw_held_out(hashes, numbers, share=0.05, seed=seed)
+    assert drawn.sum() == 50
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.integers(1, 40), min_size=2, max_size=30),
+    st.floats(0.02, 0.98),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_groups_stay_whole_and_the_draw_is_as_near_as_leaving_all_out(
+    groups: list[int], share: float, seed: int, are_documents: bool
+) -> None:
+    rows = sum(groups)
+    group = np.repeat(np.arange(len(groups), dtype=np.uint32), groups)
+    asked = round(rows * share)
+    if not 0 < asked < rows:
+        return
+    if are_documents:
+        drawn = draw_held_out(random_hashes(rows), group, share=share, seed=seed)
+    else:
+        numbers = np.arange(rows, dtype=np.uint32)
+        drawn = draw_held_out(random_hashes(len(groups))[group], numbers, share=share, seed=seed)
+    sides = {int(each): set(drawn[group == each].tolist()) for each in group}
+    assert all(len(side) == 1 for side in sides.values())
+    assert 0 < drawn.sum() < rows
+    assert drawn.sum() - asked <= max(asked, min(groups), 1)
+
+
+def test_a_draw_far_from_its_share_is_said(tmp_path: Path) -> None:
+    rows = [tokens_of([n, n % 7], [False, True], place=f"{n}") for n in range(40)]
+    with StoreWriter(tmp_path) as writer:
+        for number, row in enumerate(rows):
+            writer.add(row, number=number // 20)
+        writer.finish({})
+    split = split_rows(part_of(Store(tmp_path), 40, pieces=1), None, share=0.1, seed=0, pad_id=0)
+    assert len(split.rows.held_out) == 20
+    [(problem, cure)] = split_notes(split)
+    assert "20 rows are held out, not about 4 as asked" in problem
+    assert "data.held_out" in cure
+
+
+def unrolled(name: str) -> list[dict[str, Any]]:
+    """A conversation of three answers as three rows."""
+    turns = [turn for n in range(3) for turn in row_of(f"{name}, {n}?", f"{name} {n}")["messages"]]
+    return [{"messages": turns[: 2 * count]} for count in (1, 2, 3)]
+
+
+def test_a_conversation_unrolled_turn_by_turn_is_held_out_as_one(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    rows = [row for n in range(30) for row in unrolled(f"talk {n}")]
+    part = prepared(write_lines(tmp_path / "rows.jsonl", rows), contract=contract)
+    split = split_rows(part, None, share=0.2, seed=0, pad_id=0)
+    assert len(split.rows.held_out) == 18
+    assert split.known.count == 0
+    sides = [{row.place for row in each} for each in (split.rows.train, split.rows.held_out)]
+    for first in range(1, 91, 3):
+        talk = {f"{tmp_path / 'rows.jsonl'}, line {first + more}" for more in range(3)}
+        assert talk <= sides[0] or talk <= sides[1]
+
+
+def test_rows_that_all_begin_alike_are_held_out_one_by_one_and_counted(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    start = row_of("hello", "hello, how can I help?")["messages"]
+    rows = [{"messages": [*start, *row_of(f"{n}?")["messages"]]} for n in range(20)]
+    part = prepared(write_lines(tmp_path / "rows.jsonl", rows), contract=contract)
+    split = split_rows(part, None, share=0.2, seed=0, pad_id=0)
+    assert len(split.rows.held_out) == 4
+    assert split.known.count == 4
+    assert split.known.places == [row.place for row in split.rows.held_out][:3]
+    assert "4 held-out rows begin as a training row does" in next(iter(split_notes(split)))[0]
+
+
+def test_a_held_out_file_with_the_beginnings_of_training_rows_is_warned_of(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    first, second = unrolled("a"), unrolled("b")
+    train = prepared(write_lines(tmp_path / "t.jsonl", [first[2], second[0]]), contract=contract)
+    apart = prepared(
+        write_lines(tmp_path / "h.jsonl", [first[0], row_of("c"), second[1], first[1]]), contract=contract
+    )
+    split = split_rows(train, apart, share=0.0, seed=0, pad_id=0)
+    assert len(split.rows.held_out) == 4
+    assert split.known.places == [f"{tmp_path / 'h.jsonl'}, line {n}" for n in (1, 3, 4)]
+
+
+def test_equal_rows_of_other_learned_turns_never_stand_on_both_sides(tmp_path: Path) -> None:
+    masks = [[False, True, True], [False, True, False]]
+    rows = [tokens_of([n // 2, 1, 2], masks[n % 2], place=f"{n}") for n in range(40)]
+    part = part_of(store_of(tmp_path / "store", rows), 40)
+    split = split_rows(part, None, share=0.5, seed=0, pad_id=0)
+    train, apart = ({tuple(row.ids) for row in each} for each in (split.rows.train, split.rows.held_out))
+    assert apart
+    assert not train & apart
+    assert split.dropped_rows == 40 - len(split.rows.train) - len(split.rows.held_out)
+
+
 def test_equal_rows_and_shared_rows_are_found() -> None:
     hashes = np.array([5, 6, 7, 5, 8, 5], np.uint64)
-    assert shared_rows(np.array([1, 8, 5, 5], np.uint64), hashes).tolist() == [0, 3, 4, 5]
-    assert shared_rows(np.array([1], np.uint64), hashes).tolist() == []
-    assert shared_rows(hashes, np.array([], np.uint64)).tolist() == []
+    assert shared_rows([np.array([1, 8], np.uint64), np.array([5, 5], np.uint64)], hashes).tolist() == [
+        0,
+        3,
+        4,
+        5,
+    ]
+    assert shared_rows([np.array([1], np.uint64)], hashes).tolist() == []
+    assert shared_rows([hashes], np.array([], np.uint64)).tolist() == []
     assert repeated_rows(hashes) == 2
 
 
@@ -474,6 +594,20 @@ def test_a_held_out_file_with_rows_of_the_training_files_is_refused(
     assert problem.endswith(", ....")
     apart = prepared(write_lines(tmp_path / "h.jsonl", rows[:1]), contract=contract)
     assert len(split_rows(train, apart, share=0.0, seed=0, pad_id=0).rows.held_out) == 1
+
+
+def test_a_few_held_out_rows_that_are_trained_on_are_left_out_and_named(
+    tmp_path: Path, contract: PromptContract
+) -> None:
+    train = prepared(
+        write_lines(tmp_path / "t.jsonl", [row_of(f"{n}?") for n in range(9)]), contract=contract
+    )
+    path = write_lines(tmp_path / "h.jsonl", [row_of(f"{n}?") for n in (20, 3, 21)])
+    split = split_rows(train, prepared(path, contract=contract), share=0.0, seed=0, pad_id=0)
+    assert [row.place for row in split.rows.held_out] == [f"{path}, line 1", f"{path}, line 3"]
+    [(problem, _)] = split_notes(split)
+    assert "1 held-out rows are left out: they are also trained on" in problem
+    assert f"{path}, line 2 (as {tmp_path / 't.jsonl'}, line 4)" in problem
 
 
 # --- a run's preparation
@@ -585,8 +719,21 @@ def test_no_row_left_is_an_error_that_says_why(tmp_path: Path, tiny_model: TinyM
             make_recipe(tmp_path, tiny_model("llama"), rows),
             load_contract(tiny_model("llama")),
             data=own,
+            fingerprint="of no matter for a file",
             conversations=0,
         )
+
+
+def to_evaluate(
+    recipe: Recipe, material: Material, *, data: Path | None = None, conversations: int = 0
+) -> Chosen:
+    return rows_to_evaluate(
+        recipe,
+        material.contract,
+        data=data,
+        fingerprint=material.ingredients.rows,
+        conversations=conversations,
+    )
 
 
 def test_the_rows_a_run_held_out_are_found_again(tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -595,14 +742,47 @@ def test_the_rows_a_run_held_out_are_found_again(tmp_path: Path, tiny_model: Tin
         tmp_path, tiny_model("llama"), [long, *(row_of(f"{n}?") for n in range(12))], held_out_fraction=0.3
     )
     _, material = prepare_all(recipe)
-    chosen = rows_to_evaluate(recipe, material.contract, data=None, conversations=3)
+    chosen = to_evaluate(recipe, material, conversations=3)
     held = material.rows.held_out
     assert [row.place for row in chosen.rows] == [row.place for row in held]
     assert [each.place for each in chosen.conversations] == [row.place for row in held][:3]
-    own = write_lines(tmp_path / "own.jsonl", [row_of("own?"), long])
-    chosen = rows_to_evaluate(recipe, material.contract, data=own, conversations=0)
-    assert [row.place for row in chosen.rows] == [f"{own}, line 1"]
-    assert chosen.conversations == []
+    assert chosen.notes == ()
+    assert to_evaluate(recipe, material, conversations=0).conversations == []
+
+
+@pytest.mark.parametrize("count", [20, 100])
+def test_rows_that_were_trained_on_are_not_evaluated_after_the_file_changed(
+    tmp_path: Path, tiny_model: TinyModel, count: int
+) -> None:
+    rows = [row_of(f"{n}?") for n in range(60)]
+    recipe = make_recipe(tmp_path, tiny_model("llama"), rows, held_out_fraction=0.1)
+    _, material = prepare_all(recipe)
+    write_lines(tmp_path / "rows.jsonl", [row_of(f"{n}?") for n in range(count)])
+    with pytest.raises(BadRun, match="not those that the run first was made of"):
+        to_evaluate(recipe, material)
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert len(to_evaluate(recipe, material).rows) == len(material.rows.held_out)
+
+
+def test_rows_of_a_file_to_evaluate_are_stored_and_what_becomes_of_them_is_said(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"), [row_of("one?")])
+    _, material = prepare_all(recipe)
+    rows = [row_of("x " * 300, "y"), row_of("two?"), row_of("empty?", " "), row_of("long?", "y " * 300)]
+    own = write_lines(tmp_path / "own.jsonl", [*rows, row_of("three?")])
+    chosen = to_evaluate(recipe, material, data=own, conversations=9)
+    used = [f"{own}, line {line}" for line in (2, 4, 5)]
+    assert [row.place for row in chosen.rows] == used
+    assert [each.place for each in chosen.conversations] == used, "only rows that the loss counts are asked"
+    said = " / ".join(problem for problem, _ in chosen.notes)
+    for place in (1, 3, 4):
+        assert f"{own}, line {place}" in said
+    assert [part.prepared.is_new for part in chosen.parts] == [True]
+    assert not to_evaluate(recipe, material, data=own).parts[0].prepared.is_new
+    write_lines(own, rows[:1])
+    with pytest.raises(BadData, match="No row is left to evaluate on"):
+        to_evaluate(recipe, material, data=own)
 
 
 def test_a_resolved_recipe_names_its_day_and_whole_paths(

@@ -50,7 +50,7 @@ def evaluate(
 
 
 def evaluation_values(result: Evaluation) -> dict[str, object]:
-    """What `--json` prints: losses in nats per learned token, and every answer."""
+    """What `--json` prints: losses in nats per learned token, every answer, what became of rows."""
     return {
         "schema": 1,
         "rows": result.rows,
@@ -68,6 +68,7 @@ def evaluation_values(result: Evaluation) -> dict[str, object]:
             }
             for each in result.answers
         ],
+        "warnings": [{"problem": problem, "cure": cure} for problem, cure in result.notes],
     }
 
 
@@ -76,6 +77,8 @@ def _print(result: Evaluation, *, answers: int) -> None:
     from rich.text import Text
 
     screen = console()
+    for problem, cure in result.notes:
+        screen.print(Text(f"warning: {problem}\n         {cure}"))
     screen.print(f"{result.rows} rows, {result.supervised_tokens:,} learned tokens")
     table = Table("", "loss", "perplexity", box=None, pad_edge=False)
     table.add_row("with the adapter", f"{result.loss:.4f}", f"{result.perplexity:.2f}")

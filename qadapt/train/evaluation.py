@@ -35,13 +35,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss per learned token (nats) of the adapter and of the base alone, and greedy answers."""
+    """Mean loss per learned token (nats) of the adapter and of the base alone, and greedy answers.
+
+    `notes` are problems of the rows with their cures: which were cut, which were left out.
+    """
 
     rows: int
     supervised_tokens: int
     loss: float
     base_loss: float
     answers: tuple[Answer, ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def perplexity(self) -> float:
