@@ -438,17 +438,15 @@ def test_special_tokens_in_contents_stay_special_and_are_noted(
 
 
 @pytest.mark.parametrize("family", ["chatml", "zephyr", "gemma2", "qwen3"])
-@pytest.mark.parametrize("learn", ["answers", "all"])
-def test_an_answer_joined_with_what_asks_for_it_is_noted(
-    published: dict[str, Path], family: str, learn: Any
-) -> None:
-    contract = load_contract(published[family], learn=learn)
+def test_an_answer_joined_with_what_asks_for_it_is_noted(published: dict[str, Path], family: str) -> None:
+    contract, all_of_it = contracts(published, family), load_contract(published[family], learn="all")
     joined = 0
     for text in ("four", "[1, 2]", "<b>four</b>", "\nfour", "\U0001f642", "\u00fcber"):
         row = Conversation((Message("user", "two?"), Message("assistant", text)), "row")
         encoded, asked = contract.encode(row), contract.prompt_ids(row.turns[:1])
         is_joined = encoded.ids[: len(asked)].tolist() != asked
         assert encoded.notes == ({"joined with the prompt"} if is_joined else set()), text
+        assert not all_of_it.encode(row).notes, "where all is learned, nothing is lost"
         joined += is_joined
     assert joined == {"chatml": 3, "zephyr": 2, "gemma2": 2, "qwen3": 0}[family]
 
@@ -461,7 +459,7 @@ def test_a_joined_answer_that_is_not_learned_is_not_noted(published: dict[str, P
 
 
 def test_who_stops_early_waits_for_no_batch(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    contract, go_on, done = load_contract(tiny_model("qwen2")), Event(), Event()
+    contract, began, go_on, done = load_contract(tiny_model("qwen2")), Event(), Event(), Event()
     backend = contract.tokenizer.backend_tokenizer
 
     class Held:
@@ -472,6 +470,7 @@ def test_who_stops_early_waits_for_no_batch(tiny_model: TinyModel, monkeypatch: 
         def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> Any:
             Held.calls += 1
             if Held.calls == 2:
+                began.set()
                 go_on.wait(10)
                 done.set()
             return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
@@ -480,6 +479,7 @@ def test_who_stops_early_waits_for_no_batch(tiny_model: TinyModel, monkeypatch: 
     monkeypatch.setattr(contract._encoder, "_backend", Held())
     rows = contract.encode_all([ROW] * 3)
     next(rows)
+    assert began.wait(10)
     rows.close()
     is_over = done.is_set()
     go_on.set()

@@ -27,6 +27,8 @@ LEFT_OUT = {
 LOOK = "`qadapt data preview` shows how rows are seen."
 CURES = {
     "control tokens": "Take them out of the contents, if they are not meant.",
+    "joined with the prompt": "Nothing, if they are few; or begin these answers otherwise, without a line "
+    "break, say.",
     "truncated": "Raise data.length, or shorten what stands before the answers.",
     "empty answers": "Remove them, or fill the answers in.",
     "no learned turn": "Remove them, or change data.learn.",

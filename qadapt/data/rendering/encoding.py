@@ -211,7 +211,7 @@ class Encoder:
             if message.is_learned:
                 self._check_end(row, span, ids[first:after])
                 turn_ends.append(after)
-                if is_joined:
+                if is_joined and not learns_all:
                     notes.add("joined with the prompt")
         if learns_all and len(ids) and ids[0] == self._bos:
             supervised[0] = False
