@@ -111,7 +111,8 @@ def padded_question(recipe: Recipe, material: Material) -> Question:
 def step_sample(recipe: Recipe, material: Material) -> StepSample:
     """How the rows of the run's steps lie."""
     rows = material.rows
-    return StepSample(rows.train, order_of(recipe, rows), steps=step_count(recipe, rows))
+    steps = step_count(recipe, rows)
+    return StepSample(rows.train, order_of(recipe, rows), steps=steps, held_out=rows.held_out)
 
 
 def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["auto"]) -> Plan:
@@ -154,10 +155,10 @@ def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["
 def _packed_plan(padded: Question, sample: StepSample) -> Plan:
     """The fastest packed plan, for the fullest micro-batch of the steps that were looked at.
 
-    It has the most tokens, learned tokens and documents that any of them has. What a step that nobody looked
-    at has beyond that goes into another micro-batch (`LoopSettings`). How many tokens are learned at once
-    depends on how many rows a micro-batch holds, which is what is planned: the share is raised until it is
-    enough for the plan it gives.
+    It has the most tokens, learned tokens and documents that any of them has, and room for any row alone.
+    What a step that nobody looked at or an evaluation has beyond that goes into another micro-batch
+    (`LoopSettings`). How many tokens are learned at once depends on how many rows a micro-batch holds, which
+    is what is planned: the share is raised until it is enough for the plan it gives.
     """
     most: dict[str, object] = {
         "packed": True,
@@ -166,7 +167,7 @@ def _packed_plan(padded: Question, sample: StepSample) -> Plan:
     }
     asked = padded.changed(most)
     tokens, share = asked.setting.tokens, 0.0
-    while (needed := sample.packed(tokens).most_head_tokens / tokens) > share:
+    while (needed := max(sample.packed(tokens).most_head_tokens, sample.most_learned) / tokens) > share:
         share = needed
         plan = asked.changed({"supervised_share": share}).plan()
         tokens = plan.setting.tokens

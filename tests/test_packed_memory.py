@@ -109,9 +109,12 @@ def test_the_closed_form_of_many_documents_is_the_dry_run_within_its_error(
         ("gemma-2-2b", "A100 80GB", {"rows": 3, "length": 777, "supervised_share": 0.05}),
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"rows": 3, "length": 512, "supervised_share": 0.02}),
         ("Phi-3-mini-4k-instruct", None, {"rows": 2, "length": 3000, "supervised_share": 0.05, **FULL}),
+        ("Llama-3.2-1B", "RTX 3090", {"rows": 4, "length": 512, "documents": 9, "step_tokens": 1111}),
+        ("Mistral-7B-v0.1", "T4", {"rows": 4, "length": 512, "recompute": 2, "step_tokens": 777, **HALF}),
+        ("gemma-2-2b", "A100 80GB", {"rows": 5, "length": 600, "recompute": 1, "step_tokens": 1200}),
     ],
 )
-def test_the_closed_form_of_a_full_micro_batch_is_the_dry_run(
+def test_the_closed_form_of_a_packed_micro_batch_is_the_dry_run(
     model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
     found = compared(model, card, packed=True, **changes)
@@ -123,6 +126,8 @@ def test_a_packed_micro_batch_is_as_full_as_its_rows_and_length_allow() -> None:
     few, many = batch_of(PACKED), batch_of(dataclasses.replace(PACKED, documents=8))
     assert few.documents == (117, 117, 117)
     assert many.documents == (117, 117, 112, 1, 1, 1, 1, 1)
+    part = batch_of(dataclasses.replace(PACKED, documents=8, step_tokens=150))
+    assert part.documents == (117, 27, 1, 1, 1, 1, 1, 1)
     assert few.positions == few.supervised_tokens == PACKED.supervised_tokens
 
 

@@ -30,9 +30,16 @@ class StepSample:
         rows: The training rows.
         order: Which of them a step takes.
         steps: Steps of the run.
+        held_out: Rows that are evaluated on.
+
+    Attributes:
+        most_learned: Learned tokens of the row that has the most, of all training and held-out rows.
     """
 
-    def __init__(self, rows: RowSet, order: Order, *, steps: int) -> None:
+    def __init__(self, rows: RowSet, order: Order, *, steps: int, held_out: RowSet | None = None) -> None:
+        self.most_learned = max(
+            int(each.supervised_counts.max(initial=0)) for each in (rows, held_out) if each is not None
+        )
         whole_pass = -(-order.pass_rows // order.rows_per_step)
         count = min(steps, whole_pass)
         looked_at = max(1, min(count, MOST_STEPS, MOST_ROWS // order.rows_per_step))

@@ -43,8 +43,8 @@ MEMORY_EVERY = 10
 class LoopSettings:
     """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each.
 
-    Of `packed` micro-batches none has more than `packed_tokens`, nor, if it holds several rows, learns more
-    than `packed_learned` of them: what the plan has room for, in training and in evaluation.
+    Of `packed` micro-batches none has more than `packed_tokens`, nor learns more than `packed_learned` of
+    them: what the plan has room for, in training and in evaluation.
     """
 
     steps: int

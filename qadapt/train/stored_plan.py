@@ -42,7 +42,7 @@ class StoredPlan:
     """How a run's steps are placed on a device.
 
     `packed` came with a later release: a plan without it is of a run whose rows are filled up. Packed
-    micro-batches have at most `packed_tokens` and, one with several rows, `packed_learned` learned tokens.
+    micro-batches have at most `packed_tokens`, and learn at most `packed_learned` of them.
     """
 
     steps: int
