@@ -259,7 +259,7 @@ def evaluate(
     Args:
         name: Name or path of the run.
         data: A file of rows; None: the rows that the run held out.
-        answers: Let the model answer so many rows, too.
+        answers: Let the model answer so many rows, too; those that ask nothing are passed over.
         max_new_tokens: Longest answer in tokens.
         folder: Where the runs are.
 

@@ -39,8 +39,7 @@ from qadapt.model.load import load_base
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import load, resume, train
-from qadapt.train import evaluation
-from qadapt.train import loop
+from qadapt.train import evaluation, loop
 from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.evaluation import answer_rows
 from qadapt.train.optimizer import make_optimizer
