@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from qadapt.data.held_out import is_near
 from qadapt.data.new_tokens import absent_ids
 from qadapt.data.preparation import Found, Tally
 from qadapt.data.prepared import Part
@@ -50,8 +51,27 @@ def split_notes(split: Split) -> Iterator[Note]:
         )
     if split.dropped_rows:
         yield (
-            f"{split.dropped_rows:,} pieces of held-out documents are left out: equal ones are trained on.",
+            f"{split.dropped_rows:,} rows drawn to be held out are left out: equal ones are trained on.",
             "Nothing: no row stands on both sides.",
+        )
+    if split.shared.count:
+        yield (
+            f"{split.shared.count:,} held-out rows are left out: they are also trained on: "
+            f"{_places(split.shared)}.",
+            "Nothing: no row stands on both sides. Remove them from one of the two if that is not meant.",
+        )
+    if split.known.count:
+        yield (
+            f"{split.known.count:,} held-out rows begin as a training row does, up to the end of their first "
+            f"answer, so that answer is no test: {_places(split.known)}.",
+            "Keep such rows on one side: with data.held_out, name files that share no conversation.",
+        )
+    held_out = len(split.rows.held_out)
+    if split.asked_rows and not is_near(held_out + split.dropped_rows, split.asked_rows):
+        yield (
+            f"{held_out:,} rows are held out, not about {split.asked_rows:,} as asked: equal rows stay "
+            "together, and so do the pieces of a document.",
+            "Give held-out rows of their own with data.held_out, if that matters.",
         )
 
 

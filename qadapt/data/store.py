@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from qadapt.data.tokens import Flags, Tokens
+from qadapt.data.tokens import Flags, Ids, Tokens
 
 ROWS_FILE, FACTS_FILE = "rows.arrow", "facts.json"
 BATCH_ROWS = 4096
@@ -39,6 +39,7 @@ _SCHEMA = pyarrow.schema(
         ("number", pyarrow.uint32()),
         ("supervised", pyarrow.int32()),
         ("hash", pyarrow.uint64()),
+        ("opening", pyarrow.uint64()),
     ]
 )
 
@@ -117,7 +118,7 @@ class StoreWriter:
             pyarrow.array([row.place for row in self._rows], pyarrow.string()),
             pyarrow.array(self._numbers, pyarrow.uint32()),
             pyarrow.array(supervised, pyarrow.int32()),
-            pyarrow.array([row_hash(row) for row in self._rows], pyarrow.uint64()),
+            *self._hashes(bounds),
         ]
         self._writer.write_batch(pyarrow.record_batch(columns, schema=_SCHEMA))
         for part in (ids.offsets, ids.values, learned.offsets, learned.values):
@@ -125,6 +126,16 @@ class StoreWriter:
         self.tokens += self._waiting_tokens
         self.supervised_tokens += int(supervised.sum())
         self._rows, self._numbers, self._waiting_tokens = [], [], 0
+
+    def _hashes(self, bounds: tuple[Bounds, Bounds]) -> list[pyarrow.Array]:
+        """Of each row, a hash of all tokens, and one up to the end of what is learned first."""
+        values, offsets = bounds[0], bounds[1].tolist()
+        hashes = [row_hash(row.ids) for row in self._rows]
+        openings = [*hashes]
+        for number, (row, first, after) in enumerate(zip(self._rows, offsets, offsets[1:], strict=False)):
+            if after > first and (end := values[first + 1]) < len(row):
+                openings[number] = row_hash(row.ids[:end])
+        return [pyarrow.array(each, pyarrow.uint64()) for each in (hashes, openings)]
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,7 @@ class _Batch:
     numbers: Numbers  # (n,)
     supervised: Counts  # (n,)
     hashes: Hashes  # (n,)
+    openings: Hashes  # (n,)
 
 
 class Store:
@@ -157,10 +169,10 @@ class Store:
         try:
             self._mapped = pyarrow.memory_map(str(folder / ROWS_FILE))
             reader = pyarrow.ipc.open_file(self._mapped)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            self._batches = [_columns(batch) for batch in batches]
         except (OSError, pyarrow.ArrowException) as error:
             raise Damaged(f"{folder / ROWS_FILE} cannot be read: {error}") from None
-        self._batches = [_columns(batch) for batch in batches]
         self._starts = list(accumulate((len(batch.numbers) for batch in self._batches), initial=0))
         if self._starts[-1] != self.facts["rows"]:
             raise Damaged(f"{folder} has {self._starts[-1]} rows instead of {self.facts['rows']}.")
@@ -192,13 +204,32 @@ class Store:
         """Learned tokens of each row, (N,)."""
         return _joined([batch.supervised for batch in self._batches], np.int32)
 
-    def hashes(self) -> Hashes:
-        """A hash of each row's tokens, (N,); equal rows have equal ones."""
-        return _joined([batch.hashes for batch in self._batches], np.uint64)
+    def hashes(self, chosen: Numbers | None = None) -> Hashes:
+        """A hash of each row's tokens, (N,); equal rows have equal ones.
+
+        Args:
+            chosen: Of these rows only, ascending.
+        """
+        return self._picked([batch.hashes for batch in self._batches], chosen)
+
+    def openings(self, chosen: Numbers | None = None) -> Hashes:
+        """A hash of each row's tokens up to the end of its first learned turn, (N,); see `hashes`."""
+        return self._picked([batch.openings for batch in self._batches], chosen)
 
     def numbers(self) -> Numbers:
         """Of each row, the number of the row in its sources that it was made of, (N,)."""
         return _joined([batch.numbers for batch in self._batches], np.uint32)
+
+    def _picked(self, column: list[Hashes], chosen: Numbers | None) -> Hashes:
+        """A column as a whole, or some of its values, read batch by batch: no more than those in memory."""
+        if chosen is None:
+            return _joined(column, np.uint64)
+        edges = np.searchsorted(chosen, self._starts)
+        parts = zip(column, self._starts, edges[:-1], edges[1:], strict=False)
+        return _joined(
+            [part[chosen[first:after] - start] for part, start, first, after in parts if after > first],
+            np.uint64,
+        )
 
     def check(self) -> None:
         """Reads the file and compares it with its checksum.
@@ -212,9 +243,9 @@ class Store:
             raise Damaged(f"{self.folder / ROWS_FILE} was changed after it was written.")
 
 
-def row_hash(row: Tokens) -> int:
-    """64 bits that tell rows of different tokens apart (of 10 million, two collide with a chance of 3e-6)."""
-    return int.from_bytes(hashlib.blake2b(row.ids.tobytes(), digest_size=8).digest(), "little")
+def row_hash(ids: Ids) -> int:
+    """64 bits that tell different tokens apart (of 10 million rows, two collide with a chance of 3e-6)."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -239,6 +270,7 @@ def _columns(batch: pyarrow.RecordBatch) -> _Batch:
         numbers=batch.column("number").to_numpy(),
         supervised=batch.column("supervised").to_numpy(),
         hashes=batch.column("hash").to_numpy(),
+        openings=batch.column("opening").to_numpy(),
     )
 
 
