@@ -7,7 +7,7 @@ quick however many there are. Nothing is loaded onto a device. Knows no screen.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, islice
 
@@ -109,7 +109,9 @@ def check_data(
         new_tokens=_new_tokens(material),
         examples=_examples(recipe, material, count=examples, most_tokens=most_tokens),
     )
-    return replace(report, findings=(*findings, *_own_findings(report)))
+    if forecast.cure:
+        findings.append(Finding(forecast.problem, forecast.cure))
+    return replace(report, findings=tuple(findings))
 
 
 def _noted(
@@ -182,16 +184,6 @@ def _new_tokens(material: Material) -> dict[str, int]:
     ids = material.contract.new_ids
     found = occurrences(material.rows.train, ids) if ids else {}
     return {str(material.contract.tokenizer.convert_ids_to_tokens(token)): found[token] for token in ids}
-
-
-def _own_findings(report: DataReport) -> Iterator[Finding]:
-    if never := [token for token, count in report.new_tokens.items() if not count]:
-        yield Finding(
-            f"In no training row occurs the new token {', '.join(never)}: it would learn nothing.",
-            "Use it in the rows, or take it out of data.new_tokens.",
-        )
-    if report.forecast.cure:
-        yield Finding(report.forecast.problem, report.forecast.cure)
 
 
 def _prompt_lines(contract: PromptContract) -> tuple[tuple[str, str], ...]:

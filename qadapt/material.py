@@ -19,7 +19,7 @@ from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part, 
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.reading.sources import RowReader, Skipped
 from qadapt.data.row_cache import drop_unused
-from qadapt.data.row_notes import Note, no_rows_left, part_notes, split_notes, token_notes
+from qadapt.data.row_notes import Note, no_rows_left, part_notes, source_notes, split_notes, token_notes
 from qadapt.data.rows import Rows, RowSet
 from qadapt.data.split import Split, split_rows
 from qadapt.errors import BadRun
@@ -141,6 +141,7 @@ def prepare(
             yield from _warned(part_notes(part, kind, length=recipe.data.length))
             parts.append(part)
     split = divided(recipe, parts, contract)
+    yield from _warned(source_notes(parts[0], split.rows))
     yield from _warned(split_notes(split))
     yield from _warned(token_notes(split.rows.train, contract))
     drop_unused()

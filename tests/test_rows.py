@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qadapt.data.check import DataReport
 from qadapt.data.cutting import Why
 from qadapt.data.held_out import draw_held_out, repeated_rows, shared_rows
 from qadapt.data.preparation import Found, Tally, tally_of, token_rows
@@ -30,6 +31,7 @@ from qadapt.data.rows import RowSet
 from qadapt.data.split import Split, split_rows
 from qadapt.data.store import Hashes, Store, StoreWriter
 from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.data_check import check_data
 from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, StageAdvanced, Warned
 from qadapt.material import Chosen, Material, prepare, resolved, rows_to_evaluate, step_count
@@ -676,6 +678,34 @@ def test_weights_and_passes_decide_the_steps(tmp_path: Path, tiny_model: TinyMod
     _, material = prepare_all(weighted)
     assert material.rows.source_rows == (12, 4)
     assert step_count(weighted, material.rows) == 8  # 30 + 2 rows, 4 in a step
+
+
+def test_a_source_that_gives_nothing_is_named(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"), [row_of(f"{n}?") for n in range(12)])
+    paths = [
+        write_lines(tmp_path / "unanswered.jsonl", [row_of("a", "")]),
+        write_lines(tmp_path / "more.jsonl", [row_of("b")]),
+    ]
+    values = recipe.model_dump()
+    more = [{"path": str(path), "weight": 3} for path in paths]
+    values["data"]["sources"] = [*values["data"]["sources"], *more]
+    events, material = prepare_all(Recipe.model_validate(values))
+    assert material.rows.source_rows == (12, 0, 1)
+    said = warnings_of(events)
+    assert f"Nothing of the source {paths[0]} is trained on: all of its rows are left out" in said
+    assert said.count("Nothing of the source") == 1
+
+
+def test_a_new_token_that_no_row_has_is_said_once(tmp_path: Path, tiny_model: TinyModel) -> None:
+    rows = [row_of(f"{n}?") for n in range(9)]
+    recipe = make_recipe(tmp_path, tiny_model("llama"), rows, new_tokens=["<|never|>"])
+    made: list[DataReport] = []
+
+    def whole() -> Iterator[Event]:
+        made.append((yield from check_data(recipe)))
+
+    assert list(whole())
+    assert sum("<|never|>" in finding.message for finding in made[0].findings) == 1
 
 
 def test_a_mistake_in_the_rows_costs_no_download(

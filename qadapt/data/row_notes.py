@@ -11,6 +11,7 @@ from qadapt.data.prepared import Part
 from qadapt.data.prompt import PromptContract
 from qadapt.data.reading.sources import MOST_LISTED, SUFFIXES
 from qadapt.data.reasons import CURES, LEFT_OUT, LOOK, NOTES
+from qadapt.data.rows import Rows
 from qadapt.data.split import Split
 from qadapt.data.tokens import Tokens
 from qadapt.errors import BadData
@@ -39,6 +40,22 @@ def part_notes(part: Part, kind: str, *, length: int) -> Iterator[Note]:
     for note, found in part.tally.notes.items():
         problem = f"{_counted(found, kind)}: {NOTES.get(note, note)}: {_places(found)}."
         yield problem, CURES.get(note, LOOK)
+
+
+def source_notes(part: Part, rows: Rows) -> Iterator[Note]:
+    """Which sources give nothing to train on, whatever their weight says.
+
+    Args:
+        part: The training rows as they were prepared.
+        rows: What of them is trained on.
+    """
+    for source, made, trained in zip(part.sources, part.source_rows, rows.source_rows, strict=True):
+        if not trained:
+            why = "all of its rows are held out" if made else "all of its rows are left out"
+            yield (
+                f"Nothing of the source {source['path']} is trained on: {why}.",
+                "Correct the source, or take it out of data.sources.",
+            )
 
 
 def split_notes(split: Split) -> Iterator[Note]:
