@@ -193,15 +193,20 @@ def test_damage_that_only_the_content_shows_is_found_and_leaves_no_remains() -> 
     assert [path.name for path in row_cache.data_folder().iterdir() if path.is_dir()] == ["key"]
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "facts.json"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("rows.arrow", (b"ARROW1", b"arrow1")),
+        ("rows.arrow", (b"ow 1row 2", b"ow 1row 7")),
+        ("facts.json", (b'"rows": 3', b'"rows": 4')),
+    ],
+)
 def test_a_damaged_store_is_mapped_no_more_when_it_is_moved(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, change: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows moves and deletes no file that is mapped."""
     folder = find_or_make("key", writing(*simple_rows())).store.folder
-    content = (folder / name).read_bytes()
-    changed = content.replace(b'"rows": 3', b'"rows": 4') if name == "facts.json" else content.swapcase()
-    (folder / name).write_bytes(changed)
+    (folder / name).write_bytes((folder / name).read_bytes().replace(*change))
     opened: list[weakref.ref[Store]] = []
 
     class Watched(Store):
