@@ -367,7 +367,7 @@ def test_the_report_says_every_number() -> None:
         "8,256 in the training rows, 2,000 of them (24.2%)",
         "5 rows (3.8%): 4 whole turns left out, 1 cut inside a turn",
         "2 rows (1.5%): 2 nothing to learn within data.length",
-        "3 rows (2.3%)", "<call> 12 times, <never> never", "32 of 8 rows, 2.00 passes of 16.0 steps",
+        "3 rows (2.3%)", "<call> 12 times, <never> never", "32 steps of 8 rows each",
         "about 1.00 GiB of 8.00 GiB", "unknown: nobody has measured this device",
         "2 rows (1.5%): contents hold the text of control tokens",
         "No problems",

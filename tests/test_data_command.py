@@ -69,7 +69,7 @@ def test_check_says_what_a_run_will_see_and_keeps_its_folder_clean(
     for words in (
         "24 to train on; none held out", "messages 25 rows", "1 whole turns left out, 1 cut inside a turn",
         "1 row (4.0%): 1 nothing to learn", "repeated 1 row",
-        "12 of 4 rows, 2.00 passes of 6.0 steps", "data.length 192",
+        "12 steps of 4 rows each; 2.00 passes, 6.0 steps a pass", "data.length 192",
         "⟦one 👩‍👩‍👧⟨<|eot_id|>⟩⟧",
         "‹1b›]0;title‹07›[red]<script>", "cut inside an answer, whose end is not learned",
         "see above what to do",

@@ -203,6 +203,11 @@ class DataReport:
     examples: tuple[ShownRow, ...] = ()
 
     @property
+    def read_rows(self) -> int:
+        """Rows that were read and could be: a long document is one, though it is trained on in pieces."""
+        return sum(self.formats.values())
+
+    @property
     def supervised_share(self) -> float:
         """Learned tokens among all."""
         return self.supervised_tokens / self.tokens

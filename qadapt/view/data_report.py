@@ -107,7 +107,9 @@ def report_lines(report: DataReport) -> Iterator[Line]:
 
 def _row_lines(report: DataReport) -> Iterator[Line]:
     held_out = f"; {report.held_out_rows:,} held out" if report.held_out_rows else "; none held out"
-    yield "rows", f"{report.rows:,} to train on{held_out}"
+    made = report.rows + report.held_out_rows
+    origin = f"; made of {counted(report.read_rows)}" if report.read_rows < made else ""
+    yield "rows", f"{report.rows:,} to train on{held_out}{origin}"
     if report.formats:
         yield "formats", ", ".join(f"{name} {counted(count)}" for name, count in report.formats.items())
     share = f"{report.supervised_tokens:,} of them ({report.supervised_share:.1%}) learned"
@@ -122,7 +124,7 @@ def _row_lines(report: DataReport) -> Iterator[Line]:
 
 
 def _lost_lines(report: DataReport) -> Iterator[Line]:
-    everything = report.rows + report.held_out_rows + sum(report.left_out.values())
+    everything, made = report.read_rows, report.rows + report.held_out_rows
     cut = sum(report.cut.values())
     yield "cut", f"{share_of(cut, everything)}{_kinds(report.cut, _CUT_WORDS)}" if cut else "no row"
     if report.left_out:
@@ -134,7 +136,7 @@ def _lost_lines(report: DataReport) -> Iterator[Line]:
         yield "malformed", f"{counted(report.skipped_rows)} skipped, as asked"
     for note, count in report.notes.items():
         yield "note", f"{share_of(count, everything)}: {NOTES.get(note, note)}"
-    yield "repeated", share_of(report.duplicates, everything)
+    yield "repeated", share_of(report.duplicates, made)
     if report.held_out_rows:
         yield "overlap", "none: no held-out row is trained on, token for token"
 
@@ -147,10 +149,9 @@ def _kinds(counts: Mapping[str, int], words: Mapping[str, str]) -> str:
 def _step_lines(report: DataReport) -> Iterator[Line]:
     per_pass = report.pass_rows / report.rows_per_step
     passes = report.steps / per_pass
-    yield (
-        "steps",
-        f"{report.steps:,} of {counted(report.rows_per_step)}, {passes:,.2f} passes of {per_pass:,.1f} steps",
-    )
+    steps = "1 step" if report.steps == 1 else f"{report.steps:,} steps"
+    pace = f"{passes:,.2f} passes, {per_pass:,.1f} steps a pass"
+    yield "steps", f"{steps} of {counted(report.rows_per_step)} each; {pace}"
     layout = report.layout
     looked = f" (by {layout.steps:,} step{'s' if layout.steps > 1 else ''})"
     packed = (
@@ -194,7 +195,10 @@ def _drawn(report: DataReport, width: int, *, is_ascii: bool) -> Iterator[Text]:
     room = max(4, min(60, width - name_width - count_width - 5))
     most = max(drawn.counts) or 1
     place = limit_place(report)
+    first = next(number for number, count in enumerate(drawn.counts) if count)
     for number, (name, count) in enumerate(zip(names, drawn.counts, strict=True)):
+        if number < first:
+            continue  # no row is so short
         style = "cyan" if place is None or number < place else "yellow"
         stroke = bar(count / most, room, is_ascii=is_ascii)
         yield Text.assemble(f"{name:>{name_width}}  ", (f"{count:>{count_width},} ", "dim"), (stroke, style))
