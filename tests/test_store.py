@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -179,6 +180,15 @@ def test_a_damaged_store_is_made_anew_and_says_so() -> None:
     assert again.damage is not None
     assert "bytes instead of" in again.damage
     assert len(again.store) == 5
+
+
+def test_a_file_in_the_place_of_a_store_makes_room_for_it() -> None:
+    folder = find_or_make("key", writing(*simple_rows())).store.folder
+    shutil.rmtree(folder)
+    folder.write_text("no store", encoding="utf-8")
+    again = find_or_make("key", writing(*simple_rows()))
+    assert again.damage == "a file stands in its place"
+    assert len(again.store) == 3
 
 
 def test_damage_that_only_the_content_shows_is_found_and_leaves_no_remains() -> None:

@@ -152,8 +152,10 @@ def _put_aside(root: Path, key: str, damage: str) -> None:
 def _opened(root: Path, key: str) -> tuple[Store, FileLock] | None:
     folder = root / key
     with _locked(root):
-        if not folder.is_dir():
+        if not folder.exists():
             return None
+        if not folder.is_dir():
+            raise Damaged("a file stands in its place")
         os.utime(folder)
         lock = FileLock(folder / f"{_USE}{uuid.uuid4().hex}")
         lock.acquire(timeout=0)
