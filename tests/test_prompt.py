@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from tiny_model import FAMILIES as TINY
 from qadapt.data.conversation import Conversation, Document, Message
 from qadapt.data.cutting import cut
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, load_contract, saved_contract
-from qadapt.data.rendering import encoding
 from qadapt.data.rendering.encoding import Encoded, Refused
 from qadapt.errors import BadData, BadModel, BadRecipe, BadRun
 
@@ -456,35 +454,6 @@ def test_a_joined_answer_that_is_not_learned_is_not_noted(published: dict[str, P
     turns = [Message("user", "two?"), Message("assistant", "[1, 2]", is_learned=False)]
     turns += [Message("user", "two?"), Message("assistant", "four")]
     assert not contract.encode(Conversation(tuple(turns), "row")).notes
-
-
-def test_who_stops_early_waits_for_no_batch(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    contract, began, go_on, done = load_contract(tiny_model("qwen2")), Event(), Event(), Event()
-    backend = contract.tokenizer.backend_tokenizer
-
-    class Held:
-        """A tokenizer whose second batch takes until it is let go."""
-
-        calls = 0
-
-        def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> Any:
-            Held.calls += 1
-            if Held.calls == 2:
-                began.set()
-                go_on.wait(10)
-                done.set()
-            return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-
-    monkeypatch.setattr(encoding, "_BATCH_ROWS", 1)
-    monkeypatch.setattr(contract._encoder, "_backend", Held())
-    rows = contract.encode_all([ROW] * 3)
-    next(rows)
-    assert began.wait(10)
-    rows.close()
-    is_over = done.is_set()
-    go_on.set()
-    assert not is_over
-    assert done.wait(10)
 
 
 def test_a_role_that_the_template_refuses_names_the_row(tiny_model: TinyModel) -> None:

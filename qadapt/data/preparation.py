@@ -1,7 +1,6 @@
 """Rows to tokens, one after another: rendered by the contract, cut, and what became of each counted.
 
-Knows no file and no store: takes rows, gives tokens, and holds none of them. The contract renders rows while
-its tokenizer, which is no Python, works on those before.
+Knows no file and no store: takes rows, gives tokens, and holds none of them.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def token_rows(
     """The rows as tokens, each with the number (by `tally.read`, from 0) of the row that it was made of.
 
     Args:
-        rows: Read two batches ahead.
+        rows: Read a batch ahead.
         contract: How they become tokens.
         length: Longest row in tokens.
         skips_refused: Leave out a row that the contract refuses instead of raising its error.

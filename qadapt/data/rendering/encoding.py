@@ -1,4 +1,4 @@
-"""Rows to tokens, many at a time: the tokenizer works on some while the next ones are rendered.
+"""Rows to tokens, many at a time: some are rendered, then the tokenizer works on all of them at once.
 
 Spans of the text become tokens by the offsets the tokenizer keeps; no list of them is made. Knows no template
 and no file: layouts are handed in.
@@ -9,7 +9,6 @@ Legend: T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +23,10 @@ from qadapt.data.rendering.tokenizer import starts_with_bos, tokens_between
 from qadapt.data.tokens import Flags, Ids
 from qadapt.errors import BadData
 
-_BATCH_ROWS = 2048
+_BATCH_ROWS = 4096
 _BATCH_CHARACTERS = 4_000_000
-"""Of one batch; the tokenizer's own record of a token takes some 100 bytes, of four characters as a rule."""
+"""Of one batch: long enough to keep all threads of the tokenizer busy to its end; its own record of a token
+takes some 100 bytes, of four characters as a rule."""
 Unlearned = Literal["", "no learned turn", "empty answers"]
 
 
@@ -87,9 +87,6 @@ class _Prepared:
     layout: Layout
 
 
-_Waiting = tuple[list[_Prepared | Refused], Future[list[Encoding]]]
-
-
 class Encoder:
     """Makes tokens of rows.
 
@@ -112,20 +109,12 @@ class Encoder:
         self._starts_with_bos = starts_with_bos(tokenizer)
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Encoded | Refused]:
-        """The rows as tokens, in their order, each whole or refused; two batches of them are on their way."""
-        waiting: _Waiting | None = None
-        pool = ThreadPoolExecutor(1)
-        try:
-            for prepared in self._batches(rows):
-                texts = [each.layout.text for each in prepared if isinstance(each, _Prepared)]
-                encodings = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
-                if waiting is not None:
-                    yield from self._finished(*waiting)
-                waiting = prepared, encodings
-            if waiting is not None:
-                yield from self._finished(*waiting)
-        finally:  # whoever stops early (on a bad row, say) does not wait for a batch that nobody wants
-            pool.shutdown(wait=False, cancel_futures=True)
+        """The rows as tokens, in their order, each whole or refused; a batch of them is in memory."""
+        for prepared in self._batches(rows):
+            texts = [each.layout.text for each in prepared if isinstance(each, _Prepared)]
+            encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+            for each in prepared:
+                yield each if isinstance(each, Refused) else self._checked(each, next(encodings))
 
     def _batches(self, rows: Iterable[Row]) -> Iterator[list[_Prepared | Refused]]:
         """The rows with their layouts, some at a time."""
@@ -162,13 +151,6 @@ class Encoder:
                 f"{place}: a text begins with {self._bos_token!r}, which opens the row already (double BOS).",
                 cure=f"Remove {self._bos_token!r} from the row: it is written for you.",
             )
-
-    def _finished(
-        self, prepared: list[_Prepared | Refused], encodings: Future[list[Encoding]]
-    ) -> Iterator[Encoded | Refused]:
-        found = iter(encodings.result())
-        for each in prepared:
-            yield each if isinstance(each, Refused) else self._checked(each, next(found))
 
     def _checked(self, prepared: _Prepared, encoding: Encoding) -> Encoded | Refused:
         row = prepared.row
