@@ -17,6 +17,7 @@ from rich.console import Console
 from template_families import family_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from qadapt.cli.output_file import check_place, write_whole
 from qadapt.data.batches import micro_batches
 from qadapt.data.check import (
     DataReport,
@@ -40,7 +41,7 @@ from qadapt.hardware.cards import find_card
 from qadapt.plan import speed
 from qadapt.plan.setting import Setting
 from qadapt.shape import find_shape
-from qadapt.view.data_page import check_page, data_page, write_page
+from qadapt.view.data_page import data_page
 from qadapt.view.data_report import DataReportView, limit_place
 from qadapt.view.data_rows import RowsView
 from qadapt.view.visible import PLAIN_SIGNS, one_line, visible
@@ -437,9 +438,9 @@ def test_the_page_stands_alone_and_escapes_everything() -> None:
 
 def test_the_page_is_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "rows.html"
-    write_page(path, report())
+    write_whole(path, data_page(report()))
     first = path.read_text(encoding="utf-8")
-    write_page(path, report(length=64))
+    write_whole(path, data_page(report(length=64)))
     assert path.read_text(encoding="utf-8") != first
     assert [each.name for each in tmp_path.iterdir()] == ["rows.html"]
 
@@ -457,4 +458,10 @@ def test_a_page_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(error, match=problem):
-        check_page(tmp_path / name)
+        check_place(
+            tmp_path / name,
+            "--html",
+            what="the page is HTML",
+            suffixes=(".html",),
+            example="rows.html",
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from qadapt.cli.output_file import check_place, write_whole
 from qadapt.cli.screen import console, error_console
 
 if TYPE_CHECKING:
@@ -60,18 +61,18 @@ def check(
     Examples: `qadapt data check my.yaml`, `qadapt data check my.yaml data.length=1024 --html rows.html`.
     """
     from qadapt.recipe_file import read_recipe
-    from qadapt.view.data_page import check_page, write_page
+    from qadapt.view.data_page import data_page
 
     checked = read_recipe(recipe, overrides or [])
     if html is not None:
-        check_page(html)
+        check_place(html, "--html", what="the page is HTML", suffixes=(".html", ".htm"), example="rows.html")
     with error_console().status("starting"):
         from qadapt.data_check import MOST_PAGE_TOKENS, MOST_TOKENS, check_data
     most_tokens = None if whole else MOST_TOKENS if html is None else MOST_PAGE_TOKENS
     shown = rows if rows is not None else EXAMPLES if html is None else PAGE_ROWS
     report = _watched(check_data(checked, examples=shown, most_tokens=most_tokens))
     if html is not None:
-        write_page(html, report)
+        write_whole(html, data_page(report))
     if json:
         from qadapt.view.data_record import data_record
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qadapt.errors import BadOutput, BadRecipe
+from qadapt.cli.output_file import check_place, write_whole
 from qadapt.plan.answer import Answer
 from qadapt.plan.setting import ALLOCATION_BYTES
 from qadapt.plan.trace import TraceEvent
@@ -19,19 +18,7 @@ def check_plot(path: Path) -> None:
         BadRecipe: The name does not end in .svg.
         BadOutput: It is a folder, or lies in none.
     """
-    if path.suffix.lower() != ".svg":
-        raise BadRecipe(
-            f"--plot is {str(path)!r}: the picture is an SVG.", cure="Give a file such as memory.svg."
-        )
-    if path.is_dir():
-        raise BadOutput(
-            f"--plot is {str(path)!r}, which is a folder.", cure="Give a file such as memory.svg."
-        )
-    if not path.absolute().parent.is_dir():
-        raise BadOutput(
-            f"--plot is {str(path)!r}, and there is no folder {str(path.parent)!r}.",
-            cure="Make the folder first, or give another one.",
-        )
+    check_place(path, "--plot", what="the picture is an SVG", suffixes=(".svg",), example="memory.svg")
 
 
 def write_plot(path: Path, answer: Answer, trace: Sequence[TraceEvent]) -> None:
@@ -48,15 +35,4 @@ def write_plot(path: Path, answer: Answer, trace: Sequence[TraceEvent]) -> None:
     limit = target.free_bytes - answer.estimate.context_bytes
     unit = ALLOCATION_BYTES[setting.device]
     text = memory_svg(trace, title=title, limit_bytes=max(0, limit), unit_bytes=unit)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise BadOutput(
-            f"{path} cannot be written: {error.strerror}.",
-            cure="Give a place that is writable for this user and has room.",
-        ) from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    write_whole(path, text)

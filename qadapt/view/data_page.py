@@ -2,19 +2,16 @@
 
 Every word that is not ours is escaped, and what would steer a screen is named (`visible.py`); the page's own
 policy forbids whatever might slip through. Each token shows its id under the pointer, or all of them by the
-box on top. Knows no command; `write_page` knows that a page is whole or not there.
+box on top. Knows no command and no file.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 
 from qadapt.data.check import DataReport, ShownRow
 from qadapt.data.pieces import Gap, Piece
-from qadapt.errors import BadOutput, BadRecipe
 from qadapt.view.data_report import bin_names, headline, limit_place, report_lines, verdict
 from qadapt.view.data_rows import gap_words, piece_parts
 from qadapt.view.visible import one_line
@@ -121,41 +118,3 @@ def _span(row: ShownRow, place: int, piece: Piece | Gap) -> str:
     words = inside.removesuffix("\n")  # the id stands before the line end
     named = f' class="{kinds}"' if kinds else ""
     return f'<span{named} data-id="{ids}" title="{ids}">{words}</span>{inside[len(words) :]}'
-
-
-def check_page(path: Path) -> None:
-    """Refuses what cannot become a page.
-
-    Raises:
-        BadRecipe: The name does not end in .html.
-        BadOutput: It is a folder, or lies in none.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise BadRecipe(f"--html is {str(path)!r}: the page is HTML.", cure="Give a file such as rows.html.")
-    if path.is_dir():
-        raise BadOutput(f"--html is {str(path)!r}, which is a folder.", cure="Give a file such as rows.html.")
-    if not path.absolute().parent.is_dir():
-        raise BadOutput(
-            f"--html is {str(path)!r}, and there is no folder {str(path.parent)!r}.",
-            cure="Make the folder first, or give another one.",
-        )
-
-
-def write_page(path: Path, report: DataReport) -> None:
-    """Puts the page in its place, whole; one that is there already is replaced.
-
-    Raises:
-        BadOutput: The place is read-only or full.
-    """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(data_page(report), encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise BadOutput(
-            f"{path} cannot be written: {error.strerror}.",
-            cure="Give a place that is writable for this user and has room.",
-        ) from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qadapt.data.conversation import Conversation, Document, Message, Row
-from qadapt.data.reading.message_formats import read_turns, refuse
+from qadapt.data.reading.message_formats import MEDIA, read_turns, refuse
 from qadapt.data.reading.preference import context, read_chosen
 from qadapt.data.reading.values import CORRECT, is_filled, kind_of, listed, parsed, text_of, tools_of
 from qadapt.errors import BadData
@@ -35,14 +35,6 @@ _KEYS: dict[Format, tuple[tuple[str, ...], ...]] = {
 }
 """The columns of each format; of several ways, a row has one."""
 
-_UNSUPPORTED = {
-    "image": "images",
-    "images": "images",
-    "video": "videos",
-    "videos": "videos",
-    "audio": "sounds",
-    "audios": "sounds",
-}
 _BESIDE: dict[Format, tuple[str, ...]] = {
     "alpaca": ("context",),
     "prompt-completion": ("context", "input"),
@@ -146,9 +138,7 @@ def read_row(row: object, form: Format, *, place: str) -> Row:
             f"{place}: the row has no {keys}, which the format {form} takes; it {found}.",
             cure="Correct the row; or data.format, if the rows are of another one.",
         )
-    unsupported = (
-        _UNSUPPORTED if form in _OF_TEXTS else _UNSUPPORTED | {"history": "earlier turns in `history`"}
-    )
+    unsupported = MEDIA if form in _OF_TEXTS else MEDIA | {"history": "earlier turns in `history`"}
     refuse(row, unsupported, place=place)
     if form == "text":
         return _document(row, place=place)

@@ -44,15 +44,16 @@ CALLERS = ("function_call", "function-call", "tool_call")
 """Names under which such exports write an assistant's calls of tools, as JSON."""
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_UNSUPPORTED = {
+MEDIA = {
     "image": "images",
     "images": "images",
     "video": "videos",
     "videos": "videos",
     "audio": "sounds",
     "audios": "sounds",
-    "refusal": "refusals apart from the content",
 }
+"""Keys of what is no text, by what stands there; rows and messages have the same."""
+_UNSUPPORTED = MEDIA | {"refusal": "refusals apart from the content"}
 
 
 def read_turns(value: object, column: str, *, place: str) -> tuple[Message, ...]:
