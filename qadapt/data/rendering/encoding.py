@@ -24,7 +24,7 @@ from qadapt.data.tokens import Flags, Ids
 from qadapt.errors import BadData
 
 _BATCH_ROWS = 4096
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 8_000_000
 """Of one batch: long enough to keep all threads of the tokenizer busy to its end; its own record of a token
 takes some 100 bytes, of four characters as a rule."""
 Unlearned = Literal["", "no learned turn", "empty answers"]
