@@ -155,10 +155,82 @@ class Resumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something asked for is not given, or something to know about; nothing stops."""
+    """Something asked for is not given, or something to know about; nothing stops.
+
+    `step` is the step it was seen after, if it belongs to one.
+    """
 
     message: str
     cure: str
+    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsed(Event):
+    """The longest rows went through everything once, and all is as it was before.
+
+    `measured_bytes` is the peak of that, above the level after imports; `parts` are seconds of each part.
+    """
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    longest_row_tokens: int
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eased(Event):
+    """Memory ran out in step `step`, nothing was lost, and the same rows are done again with less memory.
+
+    `phase` is where it ran out (`training`, `update`, `evaluation`, `generation`), `knob` and `value` what is
+    changed from this step on, `price` says in words what that costs.
+    """
+
+    step: int
+    phase: str
+    knob: str
+    value: int | str
+    price: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSkipped(Event):
+    """The loss or the gradient of a step was not finite: nothing was changed. `cause` says where it began."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(Event):
+    """The run waits, saved, for `reason` to pass; it goes on by itself."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continued(Event):
+    """The reason for a pause is over."""
+
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Event):
+    """What the model answers to one of the recipe's prompts with the adapter, and without it.
+
+    `divergence` is KL(base || adapted) on the prompt, in nats per token: how far the adapter has gone.
+    """
+
+    step: int
+    prompt: str
+    answer: str
+    base_answer: str
+    divergence: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +267,8 @@ EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
         RunStarted, StageStarted, StageAdvanced, Planned, DataReady, BaseLoaded, AdapterAttached, StepDone,
-        MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Warned, Stopped, RunFinished, Exported,
+        MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Warned, Rehearsed, Eased, UpdateSkipped, Paused,
+        Continued, Sampled, Stopped, RunFinished, Exported,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from qadapt.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    Resumed,
     StepDone,
     Warned,
     from_line,
@@ -29,7 +30,10 @@ STRATEGIES: dict[Any, st.SearchStrategy[Any]] = {
     float: NUMBERS,
     bool: st.booleans(),
     str | int: TEXTS | st.integers(min_value=1, max_value=200),
+    int | str: TEXTS | st.integers(min_value=1, max_value=200),
     float | None: st.none() | NUMBERS,
+    int | None: st.none() | st.integers(min_value=0, max_value=2**40),
+    dict[str, float]: st.dictionaries(TEXTS, NUMBERS, max_size=4),
     dict[str, int]: st.dictionaries(TEXTS, st.integers(min_value=0, max_value=2**48), max_size=4),
     tuple[str, ...]: st.lists(TEXTS, max_size=3).map(tuple),
 }
@@ -68,8 +72,8 @@ def test_a_loss_that_is_no_number_survives() -> None:
 
 
 def test_a_line_names_its_kind_and_version() -> None:
-    values = json.loads(to_line(Warned(message="m", cure="c", time=5.0)))
-    assert values == {"event": "Warned", "version": VERSION, "message": "m", "cure": "c", "time": 5.0}
+    values = json.loads(to_line(Resumed(step=3, time=5.0)))
+    assert values == {"event": "Resumed", "version": VERSION, "step": 3, "time": 5.0}
 
 
 def test_a_kind_from_a_newer_version_is_passed_over() -> None:

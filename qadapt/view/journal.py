@@ -17,15 +17,20 @@ from types import TracebackType
 from qadapt.errors import BadOutput, BadRun
 from qadapt.events import (
     CheckpointSaved,
+    Continued,
+    Eased,
     Evaluated,
     Event,
     MemoryMeasured,
+    Paused,
     Resumed,
     RunFinished,
     RunStarted,
+    Sampled,
     StageAdvanced,
     StepDone,
     Stopped,
+    UpdateSkipped,
     Warned,
     from_line,
     to_line,
@@ -33,7 +38,10 @@ from qadapt.events import (
 from qadapt.run_folder import run_names
 
 FILE_NAME = "events.jsonl"
-STEPPED = (StepDone, MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Stopped, RunFinished)
+STEPPED = (
+    StepDone, MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Eased, UpdateSkipped, Paused, Continued,
+    Sampled, Stopped, RunFinished,
+)  # fmt: skip
 # Many, and cheap to lose in a power cut: these reach the disk when the system likes or with the next other
 # event.
 _FREQUENT = (StepDone, StageAdvanced, MemoryMeasured)
@@ -119,9 +127,13 @@ def effective(events: Iterable[Event]) -> list[Event]:
     kept: list[Event] = []
     for event in events:
         if isinstance(event, Resumed):
-            kept = [one for one in kept if not (isinstance(one, STEPPED) and one.step > event.step)]
+            kept = [one for one in kept if not _is_after(one, event.step)]
         kept.append(event)
     return kept
+
+
+def _is_after(event: Event, step: int) -> bool:
+    return isinstance(event, (*STEPPED, Warned)) and event.step is not None and event.step > step
 
 
 def follow(
