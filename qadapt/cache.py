@@ -22,9 +22,11 @@ from pathlib import Path
 import platformdirs
 import psutil
 
-from qadapt.errors import BadOutput
+from qadapt.errors import BadOutput, NoRoom
 from qadapt.units import format_bytes
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The system's words for a full disk: no room, a quota, or the largest file it allows."""
 _SPARE_BYTES = 64 * 1024**2
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -50,11 +52,11 @@ def require_free(folder: Path, needed_bytes: int, *, purpose: str) -> None:
     """Checks the disk before the first byte is written; a little stays spare.
 
     Raises:
-        BadOutput: Less is free than is needed.
+        NoRoom: Less is free than is needed.
     """
     free = free_bytes(folder)
     if needed_bytes + _SPARE_BYTES > free:
-        raise BadOutput(
+        raise NoRoom(
             f"{purpose} needs {format_bytes(needed_bytes)} in {folder}; {format_bytes(free)} are free there.",
             cure=f"Free {format_bytes(needed_bytes + _SPARE_BYTES - free)} on that disk, "
             "or put the cache on a larger one.",
@@ -67,10 +69,8 @@ def output_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise BadOutput(
-                f"The disk of {folder} is full.", cure="Free space there, then try again."
-            ) from None
+        if error.errno in FULL:
+            raise NoRoom(f"The disk of {folder} is full.", cure="Free space there, then try again.") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise BadOutput(
                 f"{folder} cannot be written: {error.strerror}.",

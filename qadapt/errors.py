@@ -8,6 +8,7 @@ QadaptError            caught once, in cli/: two lines on the screen, exit code 
 ├── BadData            a source, a row or a template cannot be trained on
 ├── BadRun             a run folder is missing, taken, damaged or already finished
 ├── BadOutput          the place to write to is read-only, full or taken
+│   └── NoRoom         it is full: a run waits, and goes on when there is room
 ├── BadExport          the exported numbers would not be the trained ones
 ├── Diverged           the loss or a gradient is no number any more
 ├── DoesNotFit         the smallest setting allowed needs more memory than there is
@@ -60,6 +61,10 @@ class BadRun(QadaptError):
 
 class BadOutput(QadaptError):
     """The place to write to is read-only, full or taken."""
+
+
+class NoRoom(BadOutput):
+    """The disk is full, or a file may not grow: nothing is wrong that room would not cure."""
 
 
 class BadExport(QadaptError):

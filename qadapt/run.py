@@ -104,7 +104,7 @@ def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
         if any(isinstance(event, RunFinished) for event in effective(read_events(run.path))):
             cure = f"`qadapt export {name}` writes the merged model."
             raise BadRun(f"The run {name} has finished.", cure=cure)
-        control.take(run.path, "stop")  # one that an earlier process did not live to see
+        control.take(run.path)  # what an earlier process did not live to do
         with Journal(run.journal) as journal:
             yield from journal.record(_resumed_run(run))
 
