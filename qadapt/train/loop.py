@@ -189,6 +189,7 @@ class Loop:
                 "the best one.",
                 cure="Look at the held-out rows (qadapt data preview); if the loss of the steps rises, too, "
                 "lower train.learning_rate.",
+                step=evaluated.step,
             )
 
     def _evaluate(self) -> Evaluated:
@@ -221,7 +222,7 @@ class Loop:
     def save(self) -> CheckpointSaved:
         """Writes a checkpoint of where the run stands and drops old ones."""
         progress = self.progress
-        values = {"progress": asdict(progress)}
+        values = {"progress": asdict(progress), "memory": self._memory.values()}
         if self._scaler is not None:
             values["loss_scale"] = self._scaler.state_dict()
         folder = save_checkpoint(
@@ -249,6 +250,8 @@ class Loop:
         self.optimizer.load(checkpoint.optimizer)
         restore_random_state(checkpoint.random, self._device)
         self.progress = Progress(**checkpoint.values["progress"])
+        if "memory" in checkpoint.values:  # came with a later release
+            self._memory.restore(checkpoint.values["memory"])
         if self._scaler is not None:
             self._scaler.load_state_dict(checkpoint.values["loss_scale"])
 

@@ -6,8 +6,9 @@ steps that were watched. A watched step costs a few per cent more time and no ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -36,6 +37,7 @@ class MemoryMeter:
         self._device = next(model.parameters()).device
         self._peak_bytes = 0
         self._categories: dict[str, int] = {}
+        self._before: tuple[dict[str, int], int] = {}, 0  # what earlier processes of the run measured
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -59,8 +61,21 @@ class MemoryMeter:
         """Bytes by category at the highest watched moment, and the peak; they sum up to it.
 
         On CUDA what the allocator counts above the ledger (kernels' workspaces, steps that were not watched)
-        is `temporary`.
+        is `temporary`. Of a resumed run it is the highest moment of all its processes.
         """
+        now = self._measured_here()
+        return now if now[1] > self._before[1] else (dict(self._before[0]), self._before[1])
+
+    def values(self) -> dict[str, Any]:
+        """The highest moment as plain values for a checkpoint."""
+        categories, peak_bytes = self.measured()
+        return {"categories": categories, "peak_bytes": peak_bytes}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Takes over what `values` gave in an earlier process of the run."""
+        self._before = dict(values["categories"]), int(values["peak_bytes"])
+
+    def _measured_here(self) -> tuple[dict[str, int], int]:
         categories, peak_bytes = dict(self._categories), self._peak_bytes
         if self._device.type == "cuda":
             peak_bytes = torch.cuda.max_memory_allocated(self._device) + self._optimizer.paged_bytes
