@@ -22,7 +22,7 @@ from qadapt.data.conversation import Conversation, Message
 from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.recompute import set_recompute
-from qadapt.errors import BadOutput, BadRecipe, BadRun, Diverged, QadaptError, Unsupported
+from qadapt.errors import BadOutput, BadRecipe, BadRun, QadaptError, Unsupported
 from qadapt.events import (
     CheckpointSaved,
     Evaluated,
@@ -43,7 +43,7 @@ from qadapt.train import evaluation, loop
 from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.evaluation import answer_rows
 from qadapt.train.optimizer import make_optimizer
-from qadapt.train.step import evaluate_loss, train_step
+from qadapt.train.step import evaluate_loss, find_gradient, train_step
 from qadapt.view.journal import effective, read_events
 
 if TYPE_CHECKING:
@@ -374,23 +374,37 @@ def test_a_width_that_four_bits_on_a_cpu_compute_wrong_is_refused(tiny_model: Ti
         adapted(tiny_model("llama", width=96))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_the_update(tiny_model: TinyModel) -> None:
+def test_an_update_whose_loss_is_no_number_is_left_out(tiny_model: TinyModel) -> None:
     model = adapted(tiny_model("llama"))
     parameters = trainable(model)
     name = next(iter(parameters))
     parameters[name].data.fill_(math.nan)
     others = {key: value.detach().clone() for key, value in parameters.items() if key != name}
     optimizer = make_optimizer(parameters, kind="adamw", betas=(0.9, 0.999), weight_decay=0.0)
-    with pytest.raises(Diverged, match="diverged: the loss is nan"):
-        train_step(
-            model,
-            optimizer,
-            micro_batches(rows(), size=5, pad_id=0),
-            learning_rate=1.0,
-            clip_norm=1.0,
-            scaler=None,
-        )
+    batches = micro_batches(rows(), size=5, pad_id=0)
+    result = train_step(model, optimizer, batches, learning_rate=1.0, clip_norm=1.0, scaler=None)
+    assert math.isnan(result.loss)
+    assert not result.is_applied
     assert_same(others, {key: value.detach() for key, value in parameters.items() if key != name})
+    assert all(parameter.grad is None for parameter in parameters.values())
+
+
+def test_a_step_that_is_left_between_micro_batches_leaves_no_gradient(tiny_model: TinyModel) -> None:
+    model = adapted(tiny_model("llama"))
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters, kind="adamw", betas=(0.9, 0.999), weight_decay=0.0)
+    asked: list[int] = []
+
+    def is_leaving() -> bool:
+        asked.append(1)
+        return len(asked) == 2
+
+    batches = micro_batches(rows(), size=1, pad_id=0)
+    assert len(batches) > 3
+    left = find_gradient(model, optimizer, batches, clip_norm=1.0, scaler=None, is_leaving=is_leaving)
+    assert left is None
+    assert len(asked) == 2
+    assert all(parameter.grad is None for parameter in parameters.values())
 
 
 def test_a_held_out_loss_that_is_no_number_is_never_the_best(

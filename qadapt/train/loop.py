@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
+from qadapt.errors import Diverged
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import (
     Checkpoint,
@@ -33,7 +34,7 @@ from qadapt.train.checkpoint import (
 from qadapt.train.memory import MemoryMeter
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.schedule import learning_rate
-from qadapt.train.step import evaluate_loss, train_step
+from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient, never
 
 MEMORY_EVERY = 10
 """Steps from one whose memory is counted to the next."""
@@ -83,6 +84,7 @@ class Loop:
         order: Which of them each step takes.
         settings: How.
         run_folder: Where checkpoints go and requests come from.
+        is_leaving: Asked between micro-batches: whether to leave now, the step undone.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Loop:
         order: Order,
         settings: LoopSettings,
         run_folder: Path,
+        is_leaving: Callable[[], bool] = never,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -102,6 +105,7 @@ class Loop:
         self.settings = settings
         self.run_folder = run_folder
         self.progress = Progress()
+        self._is_leaving = is_leaving
         self._batches = StepBatches(rows.train, order, self._split)
         self._memory = MemoryMeter(model, optimizer)
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
@@ -127,6 +131,9 @@ class Loop:
             is_watched = self._is_watched(self.progress.step + 1)
             with self._memory.watching() if is_watched else nullcontext():
                 done = self._step()
+            if done is None:
+                yield from self._stop("asked to leave")
+                return
             yield done
             step = self.progress.step
             if is_watched:
@@ -139,7 +146,8 @@ class Loop:
             if has_evaluated or is_last or _is_due(step, self.settings.checkpoint_every):
                 yield self.save()
 
-    def _step(self) -> StepDone:
+    def _step(self) -> StepDone | None:
+        """One step; None, and all is as before it, if this process is asked to leave in the middle of it."""
         settings, step = self.settings, self.progress.step
         start = time.perf_counter()
         rate = learning_rate(
@@ -150,14 +158,20 @@ class Loop:
             warmup_steps=settings.warmup_steps,
             final_share=settings.final_share,
         )
-        result = train_step(
+        before = random_state(self._device)
+        result = find_gradient(
             self.model,
             self.optimizer,
             self._batches[step],
-            learning_rate=rate,
             clip_norm=settings.clip_norm,
             scaler=self._scaler,
+            is_leaving=self._is_leaving,
         )
+        if result is None:
+            restore_random_state(before, self._device)
+            return None
+        _check_finite(result, has_scaler=self._scaler is not None)
+        apply_gradient(self.optimizer, result, learning_rate=rate, scaler=self._scaler)
         self.progress = replace(self.progress, step=step + 1)
         return StepDone(
             step=step + 1,
@@ -264,3 +278,12 @@ class Loop:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _check_finite(result: StepResult, *, has_scaler: bool) -> None:
+    """Refuses a step without a finite gradient; with a scaler it is an overflow, which lowers the scale."""
+    if not result.is_applied and not (has_scaler and math.isfinite(result.loss)):
+        raise Diverged(
+            f"Training diverged: the loss is {result.loss}, the norm of the gradient {result.gradient_norm}.",
+            cure="Lower train.learning_rate, or look at the rows of this step; the last checkpoint is whole.",
+        )

@@ -8,7 +8,7 @@ All that happens between two steps' weights is on this page.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,18 +18,26 @@ from torch import Tensor, nn
 from qadapt.data.batches import IGNORED, MicroBatch
 from qadapt.engine.documents import isolating
 from qadapt.engine.loss import loss_sum
-from qadapt.errors import Diverged
 from qadapt.train.optimizer import AdapterOptimizer
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss before the update, norm of the gradient before clipping, and what went in."""
+    """Mean loss before the update, norm of the gradient before clipping, and what went in.
+
+    `is_applied` is False where loss or norm is not finite: then the update is left out.
+    """
 
     loss: float
     gradient_norm: float
     tokens: int
     supervised_tokens: int
+    is_applied: bool
+
+
+def never() -> bool:
+    """The answer of a run that nobody asks to leave."""
+    return False
 
 
 def train_step(
@@ -41,7 +49,7 @@ def train_step(
     clip_norm: float | None,
     scaler: torch.amp.GradScaler | None,
 ) -> StepResult:
-    """Applies one step.
+    """Finds the gradient of one step and applies it, unless it is not finite.
 
     Args:
         model: The adapted model, in training mode.
@@ -50,15 +58,35 @@ def train_step(
         learning_rate: Of this step.
         clip_norm: Largest norm of the gradient; None leaves it.
         scaler: Loss scaling, for fp16 products only.
+    """
+    result = find_gradient(model, optimizer, micro_batches, clip_norm=clip_norm, scaler=scaler)
+    assert result is not None, "nobody asks to leave"
+    apply_gradient(optimizer, result, learning_rate=learning_rate, scaler=scaler)
+    return result
 
-    Raises:
-        Diverged: The loss or the gradient is not finite (with a scaler: only the loss); nothing was changed.
+
+def find_gradient(
+    model: nn.Module,
+    optimizer: AdapterOptimizer,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    clip_norm: float | None,
+    scaler: torch.amp.GradScaler | None,
+    is_leaving: Callable[[], bool] = never,
+) -> StepResult | None:
+    """The first half of `train_step`: the gradients of the parameters, clipped, and what to say about them.
+
+    `is_leaving` is asked between micro-batches. If it says so, the gradients are dropped and None comes back;
+    nothing was changed but the random state, which whoever calls puts back.
     """
     device = next(model.parameters()).device
     supervised_tokens = sum(batch.supervised_tokens for batch in micro_batches)
     loss = torch.zeros((), device=device)
     with _attention_for(model, micro_batches):  # recomputation attends in the backward pass, too
-        for batch in micro_batches:
+        for place, batch in enumerate(micro_batches):
+            if place and is_leaving():
+                drop_gradients(optimizer)
+                return None
             part = _part(model, batch.to(device)) / supervised_tokens
             (part if scaler is None else scaler.scale(part)).backward()
             loss += part.detach()
@@ -67,19 +95,29 @@ def train_step(
     parameters = list(optimizer.parameters.values())
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf).item()
     tokens = sum(batch.tokens for batch in micro_batches)
-    result = StepResult(loss.item(), norm, tokens, supervised_tokens)
-    if math.isfinite(result.loss) and math.isfinite(norm):
+    is_finite = math.isfinite(loss.item()) and math.isfinite(norm)
+    return StepResult(loss.item(), norm, tokens, supervised_tokens, is_applied=is_finite)
+
+
+def apply_gradient(
+    optimizer: AdapterOptimizer,
+    result: StepResult,
+    *,
+    learning_rate: float,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """The second half of `train_step`: the update, and no gradients after it."""
+    if result.is_applied:
         optimizer.step(learning_rate)
-    elif scaler is None or not math.isfinite(result.loss):
-        raise Diverged(
-            f"Training diverged: the loss is {result.loss}, the norm of the gradient {norm}.",
-            cure="Lower train.learning_rate, or look at the rows of this step; the last checkpoint is whole.",
-        )
-    if scaler is not None:  # after an overflow the step is skipped and the scale falls
+    if scaler is not None:  # after an overflow the scale falls
         scaler.update()
-    for parameter in parameters:
+    drop_gradients(optimizer)
+
+
+def drop_gradients(optimizer: AdapterOptimizer) -> None:
+    """Frees the gradients of the trained parameters."""
+    for parameter in optimizer.parameters.values():
         parameter.grad = None
-    return result
 
 
 @torch.no_grad()
@@ -89,11 +127,13 @@ def evaluate_loss(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> floa
     was_training = model.training
     model.eval()
     total, supervised_tokens = torch.zeros((), device=device, dtype=torch.float64), 0
-    for batch in micro_batches:
-        with _attention_for(model, [batch]):
-            total += _part(model, batch.to(device))
-        supervised_tokens += batch.supervised_tokens
-    model.train(was_training)
+    try:
+        for batch in micro_batches:
+            with _attention_for(model, [batch]):
+                total += _part(model, batch.to(device))
+            supervised_tokens += batch.supervised_tokens
+    finally:
+        model.train(was_training)
     return total.item() / supervised_tokens
 
 
