@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qadapt.pause_rules import parse_pause_rules
 from qadapt.units import parse_bytes
 
 Positive = Annotated[int, Field(gt=0)]
@@ -158,6 +159,8 @@ class TrainSection(Section):
     """Steps between saved states; none: at evaluations and at the end."""
     keep_checkpoints: Positive = 2
     """Newest saved states to keep; the best one is kept besides."""
+    rehearse: bool = True
+    """Put the rows that take the most memory through everything once before step 1; takes a step's time."""
     seed: int = 0
     """Seed of the row order, the held-out draw, the adapter's start and dropout."""
 
@@ -216,6 +219,16 @@ class RunSection(Section):
     """Name of the run's folder."""
     folder: str = "runs"
     """Folder that holds the runs."""
+    pause_when: dict[str, bool | int | float | str] = {}
+    """Save and wait while a rule holds: `temperature: 85` (the card's, in °C), `hours: "18:00-23:00"`,
+    `free_disk: 5GiB`, `battery: true`; save and leave when another program leaves less: `vram: 2GiB`."""
+
+    @field_validator("pause_when", mode="before")
+    @classmethod
+    def _are_rules(cls, value: object) -> object:
+        if isinstance(value, dict):
+            parse_pause_rules(value)
+        return value
 
 
 class Recipe(Section):

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "qadapt"
 
 RUNGS = (
     {"errors", "units", "quiet"},
-    {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "events"}
-    | {"control", "stage", "run_folder", "hardware"},
+    {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
+    | {"control", "pause_rules", "stage", "run_folder", "hardware"},
     {"plan"},
     {"engine"},
     {"model", "adapters", "data"},

@@ -81,6 +81,7 @@ FIELDS = [
     "train.patience",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.rehearse",
     "train.seed",
     "memory.budget",
     "memory.device",
@@ -92,6 +93,7 @@ FIELDS = [
     "export.shard",
     "run.name",
     "run.folder",
+    "run.pause_when",
 ]
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
