@@ -1,8 +1,8 @@
 """The cache on disk: where it lies, whether there is room, and folders that appear whole or not at all.
 
 Knows nothing of models. What is written under `staged` has a temporary name until it is complete, then one
-rename makes it visible; so whatever carries a final name in the cache is whole, whoever was interrupted. What
-a killed process leaves is cleared by the next one that works on the same target.
+rename makes it visible (`durable.py`); so whatever carries a final name in the cache is whole, whoever was
+interrupted. What a killed process leaves is cleared by the next one that works on the same target.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import platformdirs
 import psutil
 
+from qadapt.durable import flush_folder, flush_tree
 from qadapt.errors import BadOutput, NoRoom
 from qadapt.units import format_bytes
 
@@ -48,8 +49,16 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def require_free(folder: Path, needed_bytes: int, *, purpose: str) -> None:
+def require_free(
+    folder: Path, needed_bytes: int, *, purpose: str, or_else: str = "put the cache on a larger one"
+) -> None:
     """Checks the disk before the first byte is written; a little stays spare.
+
+    Args:
+        folder: Where it will be written.
+        needed_bytes: How much.
+        purpose: What needs it, the subject of a sentence.
+        or_else: What to do if that disk cannot be freed, as an instruction.
 
     Raises:
         NoRoom: Less is free than is needed.
@@ -58,8 +67,7 @@ def require_free(folder: Path, needed_bytes: int, *, purpose: str) -> None:
     if needed_bytes + _SPARE_BYTES > free:
         raise NoRoom(
             f"{purpose} needs {format_bytes(needed_bytes)} in {folder}; {format_bytes(free)} are free there.",
-            cure=f"Free {format_bytes(needed_bytes + _SPARE_BYTES - free)} on that disk, "
-            "or put the cache on a larger one.",
+            cure=f"Free {format_bytes(needed_bytes + _SPARE_BYTES - free)} on that disk, or {or_else}.",
         )
 
 
@@ -98,11 +106,13 @@ def staged(target: Path) -> Iterator[Path]:
 def _publish(folder: Path, target: Path) -> None:
     if target.exists():
         return
+    flush_tree(folder)
     try:
         folder.replace(target)
     except OSError:
         if not target.is_dir():  # or another process was faster by a moment
             raise
+    flush_folder(target.parent)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from qadapt.durable import flush_folder, make_folder, write_whole
 from qadapt.errors import BadOutput, BadRun
 
 
@@ -69,15 +70,18 @@ class RunFolder:
         """The result; there once the run has finished."""
         return self.path / "adapter"
 
+    @property
+    def rehearsal(self) -> Path:
+        """Where the rehearsal writes; there only while it lasts."""
+        return self.path / ".rehearsal"
+
     def export(self, form: str) -> Path:
         """Where an exported model goes."""
         return self.path / "export" / form
 
     def write(self, path: Path, text: str) -> None:
-        """Writes a file, whole or not at all."""
-        building = path.with_name(f".{path.name}.tmp")
-        building.write_text(text, encoding="utf-8")
-        building.replace(path)
+        """Writes a file, whole or not at all, also after a power cut."""
+        write_whole(path, text)
 
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Writes a file of plain values, whole or not at all."""
@@ -93,7 +97,9 @@ def create_run(folder: Path, name: str) -> RunFolder:
     """
     path = folder / name
     try:
-        path.mkdir(parents=True)
+        make_folder(folder)
+        path.mkdir()
+        flush_folder(folder)
     except FileExistsError:
         problem = f"There is a run named {name!r} in {folder} already."
         cure = (

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qadapt import cache
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.cli.export import result_values, show_export
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
-from qadapt.errors import BadModel, BadOutput
+from qadapt.errors import BadModel, BadOutput, NoRoom
 from qadapt.events import Evaluated, Event, Exported, StageAdvanced, StageStarted, StepDone
-from qadapt.export import merged_rows, staging
+from qadapt.export import merged_rows
 from qadapt.export.card import CardFacts, card_facts, card_text, licence_of
 from qadapt.export.merge import Writing, merge
 from qadapt.model.tensor_files import TensorReader, open_model
@@ -141,8 +142,8 @@ def test_existing_target_is_kept(parts, tmp_path):
 
 
 def test_full_disk_is_found_before_the_first_byte(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "free_bytes", lambda _: 40_000_000)
-    with pytest.raises(BadOutput, match=r"needs 32\.\d MiB; 38\.1 MiB are free there"):
+    monkeypatch.setattr(cache, "free_bytes", lambda _: 40_000_000)
+    with pytest.raises(NoRoom, match=r"needs 32\.\d MiB in .*; 38\.1 MiB are free there"):
         export(parts, tmp_path / "exports" / "out")
     assert list(tmp_path.iterdir()) == []
 

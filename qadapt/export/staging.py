@@ -1,21 +1,18 @@
 """A new folder that appears whole or not at all.
 
-Everything is written into a hidden folder beside the target and renamed at the end; whatever happens before
-leaves no trace. Knows nothing of models.
+Everything is written into a hidden folder beside the target and renamed at the end (`durable.py`); whatever
+happens before leaves no trace, not even the folders it was to lie in. Knows nothing of models.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qadapt.cache import free_bytes, output_errors
+from qadapt.cache import output_errors, require_free
+from qadapt.durable import make_folder, whole_folder
 from qadapt.errors import BadOutput
-from qadapt.units import MIB, format_bytes
-
-_SPARE_BYTES = 16 * MIB
 
 
 @contextmanager
@@ -29,39 +26,37 @@ def new_folder(target: Path, *, needed_bytes: int) -> Iterator[Path]:
         needed_bytes: What will be written, checked against the disk before the first byte.
 
     Raises:
-        BadOutput: The target exists, or the place is read-only or too full.
+        BadOutput: The target exists, or the place is read-only.
+        NoRoom: The place is too full.
     """
     if target.exists():
         raise BadOutput(
             f"{target} exists already; an export never overwrites.",
             cure="Give another folder with --to, or remove this one.",
         )
-    free = free_bytes(target.parent)
-    if needed_bytes + _SPARE_BYTES > free:
-        raise BadOutput(
-            f"An export to {target} needs {format_bytes(needed_bytes)}; {format_bytes(free)} are free there.",
-            cure="Free space on that disk, or give a folder on a larger one with --to.",
-        )
+    require_free(
+        target.parent,
+        needed_bytes,
+        purpose=f"An export to {target.name}",
+        or_else="give a folder on a larger one with --to",
+    )
     made = [folder for folder in target.parents if not folder.exists()]
-    part = target.with_name(f".{target.name}.partial")
     try:
         with output_errors(target.parent):
-            shutil.rmtree(part, ignore_errors=True)
-            _make(part)
-            yield part
-            part.rename(target)
+            _make(target.parent)
+            with whole_folder(target) as folder:
+                yield folder
     finally:
         if not target.exists():
-            shutil.rmtree(part, ignore_errors=True)
             _remove_empty(made)
 
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True)
+        make_folder(folder)
     except (FileExistsError, NotADirectoryError):
         raise BadOutput(
-            f"{folder.parent} cannot hold a folder: a part of that path is a file.",
+            f"{folder} cannot hold a folder: a part of that path is a file.",
             cure="Give another folder with --to.",
         ) from None
 
