@@ -36,6 +36,11 @@ class RunFolder:
     path: Path
 
     @property
+    def name(self) -> str:
+        """The folder's name, which is the run's, wherever it was moved."""
+        return self.path.absolute().name
+
+    @property
     def recipe(self) -> Path:
         """The recipe as used, every field written out."""
         return self.path / "recipe.yaml"
@@ -100,13 +105,13 @@ def create_run(folder: Path, name: str) -> RunFolder:
         make_folder(folder)
         path.mkdir()
         flush_folder(folder)
-    except FileExistsError:
-        problem = f"There is a run named {name!r} in {folder} already."
-        cure = (
-            f"Choose another name with run.name=..., or go on with `qadapt resume {name}`, or delete {path}."
-        )
-        raise BadRun(problem, cure=cure) from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            raise BadRun(
+                f"There is a run named {name!r} in {folder} already.",
+                cure="Choose another name with run.name=..., or go on with "
+                f"`qadapt resume {name}`, or delete {path}.",
+            ) from None
         raise BadOutput(
             f"The run cannot be written to {path}: {error}",
             cure="Make the folder writable, or choose another with run.folder=...",
