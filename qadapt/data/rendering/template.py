@@ -70,7 +70,7 @@ class ChatTemplate:
         self.variables = dict(variables)
         self.day = day
         environment = _environment(day)
-        self._compiled = {name: environment.from_string(text) for name, text in self.texts.items()}
+        self._compiled = {name: _compiled(environment, text) for name, text in self.texts.items()}
         trees = [environment.parse(text) for text in self.texts.values()]
         self.sought = tuple(sorted({text for tree in trees for text in _sought(tree)}, key=len, reverse=True))
         used = {node.name for tree in trees for node in tree.find_all(nodes.Name)}
@@ -108,10 +108,10 @@ class ChatTemplate:
 def _aliased(turn: Mapping[str, Any]) -> dict[str, Any]:
     """The turn without empty keys, its reasoning under the older name too."""
     kept = {key: value for key, value in turn.items() if value is not None}
-    reasoning = next((kept[key] for key in _REASONING_KEYS if key in kept), None)
-    if reasoning is None:
-        return kept
-    return {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+    for key in _REASONING_KEYS:
+        if key in kept:
+            return {"thinking": kept[key], **kept, "reasoning_content": kept[key]}
+    return kept
 
 
 class _Generation(Extension):
@@ -154,6 +154,12 @@ def _environment(day: date) -> ImmutableSandboxedEnvironment:
     environment.globals["strftime_now"] = moment.strftime
     environment.globals["namespace"] = _Namespace
     return environment
+
+
+def _compiled(environment: ImmutableSandboxedEnvironment, text: str) -> jinja2.Template:
+    """As `from_string`, but with what templates may call in a plain dictionary, copied for each rendering."""
+    code = environment.compile(text)
+    return environment.template_class.from_code(environment, code, dict(environment.globals))
 
 
 def _raise(message: str) -> NoReturn:
