@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
-from qadapt.errors import Diverged
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import (
     Checkpoint,
@@ -31,10 +30,14 @@ from qadapt.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from qadapt.train.guards import Guards
+from qadapt.train.health import Health
 from qadapt.train.memory import MemoryMeter
 from qadapt.train.optimizer import AdapterOptimizer
+from qadapt.train.pauses import Leaving, Pauses
+from qadapt.train.replay import Replay
 from qadapt.train.schedule import learning_rate
-from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient, never
+from qadapt.train.step import apply_gradient, evaluate_loss, find_gradient
 
 MEMORY_EVERY = 10
 """Steps from one whose memory is counted to the next."""
@@ -72,6 +75,8 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     evaluations_since_best: int = 0
+    owes_evaluation: bool = False
+    """It left in the middle of the evaluation after `step`, or before it."""
 
 
 class Loop:
@@ -84,7 +89,6 @@ class Loop:
         order: Which of them each step takes.
         settings: How.
         run_folder: Where checkpoints go and requests come from.
-        is_leaving: Asked between micro-batches: whether to leave now, the step undone.
     """
 
     def __init__(
@@ -96,7 +100,6 @@ class Loop:
         order: Order,
         settings: LoopSettings,
         run_folder: Path,
-        is_leaving: Callable[[], bool] = never,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -105,11 +108,14 @@ class Loop:
         self.settings = settings
         self.run_folder = run_folder
         self.progress = Progress()
-        self._is_leaving = is_leaving
+        self._pauses = Pauses(run_folder)
         self._batches = StepBatches(rows.train, order, self._split)
         self._memory = MemoryMeter(model, optimizer)
+        self._health = Health(optimizer, steps=settings.steps, clip_norm=settings.clip_norm)
+        self._is_applied = True
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._device = next(model.parameters()).device
+        self._random_before = random_state(self._device)
         self._scaler: torch.amp.GradScaler | None = None
 
     def scale_loss(self) -> None:
@@ -121,30 +127,46 @@ class Loop:
         """The highest memory measured so far; 0 before the first step. On a CPU, of watched steps only."""
         return self._memory.measured()[1]
 
+    def pause_when(self, guards: Guards) -> None:
+        """Pauses from now on when a rule says so."""
+        self._pauses.guards = guards
+
     def events(self) -> Iterator[Event]:
-        """Trains from where the run stands to its last step, an early stop, or a request to stop."""
+        """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
-        while self.progress.step < self.settings.steps and not self._has_lost_patience():
-            if control.is_asked(self.run_folder, "stop"):
-                yield from self._stop("asked to stop")
+        yield from self._pauses.guards.warnings()
+        while True:
+            reason = yield from self._pauses.between_steps(self.progress.step, self._saved)
+            if reason is not None:
+                yield from self._leave(reason)
                 return
-            is_watched = self._is_watched(self.progress.step + 1)
-            with self._memory.watching() if is_watched else nullcontext():
-                done = self._step()
-            if done is None:
-                yield from self._stop("asked to leave")
-                return
-            yield done
-            step = self.progress.step
-            if is_watched:
-                measured, peak_bytes = self._memory.measured()
-                yield MemoryMeasured(step=step, measured=measured, peak_bytes=peak_bytes)
-            is_last = step == self.settings.steps
-            has_evaluated = self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every))
-            if has_evaluated:
+            if self.progress.owes_evaluation:
                 yield from self._evaluation()
-            if has_evaluated or is_last or _is_due(step, self.settings.checkpoint_every):
-                yield self.save()
+            elif self.progress.step == self.settings.steps or self._has_lost_patience():
+                return
+            else:
+                yield from self._next_step()
+
+    def _next_step(self) -> Iterator[Event]:
+        """One step and what is said about it; nothing if the run is asked to leave in the middle of it."""
+        is_watched = self._is_watched(self.progress.step + 1)
+        with self._memory.watching() if is_watched else nullcontext():
+            done = self._step()
+        if done is None:
+            return
+        yield done
+        yield from self._health.after_step(
+            done, is_applied=self._is_applied, loss_scale=self._loss_scale(), replay=self._replay
+        )
+        step = self.progress.step
+        if is_watched:
+            measured, peak_bytes = self._memory.measured()
+            yield MemoryMeasured(step=step, measured=measured, peak_bytes=peak_bytes)
+        is_last = step == self.settings.steps
+        if self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every)):
+            self.progress = replace(self.progress, owes_evaluation=True)
+        elif is_last or _is_due(step, self.settings.checkpoint_every):
+            yield from self._saved()
 
     def _step(self) -> StepDone | None:
         """One step; None, and all is as before it, if this process is asked to leave in the middle of it."""
@@ -158,19 +180,19 @@ class Loop:
             warmup_steps=settings.warmup_steps,
             final_share=settings.final_share,
         )
-        before = random_state(self._device)
+        self._random_before = random_state(self._device)
         result = find_gradient(
             self.model,
             self.optimizer,
             self._batches[step],
             clip_norm=settings.clip_norm,
             scaler=self._scaler,
-            is_leaving=self._is_leaving,
+            is_leaving=self._pauses.is_leaving,
         )
         if result is None:
-            restore_random_state(before, self._device)
+            restore_random_state(self._random_before, self._device)
             return None
-        _check_finite(result, has_scaler=self._scaler is not None)
+        self._is_applied = result.is_applied
         apply_gradient(self.optimizer, result, learning_rate=rate, scaler=self._scaler)
         self.progress = replace(self.progress, step=step + 1)
         return StepDone(
@@ -184,6 +206,24 @@ class Loop:
             seconds=time.perf_counter() - start,
         )
 
+    def _loss_scale(self) -> float | None:
+        """The loss scale, if there is one and its last step says something about it; asking a card waits."""
+        return None if self._scaler is None or self._is_applied else self._scaler.get_scale()
+
+    def _replay(self) -> Replay:
+        """The last step, to be looked at again."""
+        scale = self._loss_scale()
+        return Replay(
+            self.model,
+            self.optimizer.parameters,
+            rows=[self.rows.train[index] for index in self.order.rows_of_step(self.progress.step - 1)],
+            divide=self._split,
+            random=self._random_before,
+            loss_scale=1.0
+            if scale is None or self._scaler is None
+            else scale / self._scaler.get_backoff_factor(),
+        )
+
     def _split(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         settings = self.settings
         if settings.packed:
@@ -195,7 +235,10 @@ class Loop:
         return is_known or step % MEMORY_EVERY == 0
 
     def _evaluation(self) -> Iterator[Event]:
+        """An evaluation and a checkpoint after it; nothing if the run is asked to leave meanwhile."""
         evaluated = self._evaluate()
+        if evaluated is None:
+            return
         yield evaluated
         if not math.isfinite(evaluated.loss):
             yield Warned(
@@ -205,12 +248,16 @@ class Loop:
                 "lower train.learning_rate.",
                 step=evaluated.step,
             )
+        yield from self._saved()
 
-    def _evaluate(self) -> Evaluated:
+    def _evaluate(self) -> Evaluated | None:
         start = time.perf_counter()
         at_once = self.order.rows_per_step if self.settings.packed else None  # no more documents than planned
         batches = all_batches(self.rows.held_out, self._split, at_once=at_once)
-        loss = evaluate_loss(self.model, batches)
+        try:
+            loss = evaluate_loss(self.model, self._pauses.unless_leaving(batches))
+        except Leaving:
+            return None
         best = self.progress.best_loss
         is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best:
@@ -220,6 +267,7 @@ class Loop:
         else:
             since = self.progress.evaluations_since_best + 1
             self.progress = replace(self.progress, evaluations_since_best=since)
+        self.progress = replace(self.progress, owes_evaluation=False)
         return Evaluated(
             step=self.progress.step, loss=loss, is_best=is_best, seconds=time.perf_counter() - start
         )
@@ -228,15 +276,22 @@ class Loop:
         patience = self.settings.patience
         return patience is not None and self.progress.evaluations_since_best >= patience
 
-    def _stop(self, reason: str) -> Iterator[Event]:
-        yield self.save()
-        control.take(self.run_folder, "stop")
+    def _leave(self, reason: str) -> Iterator[Event]:
+        yield from self._saved()
+        control.take(self.run_folder)
         yield Stopped(step=self.progress.step, reason=reason)
+
+    def _saved(self) -> Iterator[Event]:
+        return self._pauses.when_room(self.progress.step, self.save)
 
     def save(self) -> CheckpointSaved:
         """Writes a checkpoint of where the run stands and drops old ones."""
         progress = self.progress
-        values = {"progress": asdict(progress), "memory": self._memory.values()}
+        values = {
+            "progress": asdict(progress),
+            "memory": self._memory.values(),
+            "health": self._health.values(),
+        }
         if self._scaler is not None:
             values["loss_scale"] = self._scaler.state_dict()
         folder = save_checkpoint(
@@ -250,10 +305,14 @@ class Loop:
             ),
         )
         drop_old(self.run_folder, keep=self.settings.keep_checkpoints, best_step=progress.best_step)
+        return self.saved(folder)
+
+    def saved(self, folder: Path) -> CheckpointSaved:
+        """What the journal says of the checkpoint of where the run stands."""
         return CheckpointSaved(
-            step=progress.step,
+            step=self.progress.step,
             folder=folder.name,
-            is_best=progress.best_step == progress.step,
+            is_best=self.progress.best_step == self.progress.step,
             bytes=sum(path.stat().st_size for path in folder.iterdir()),
         )
 
@@ -266,6 +325,8 @@ class Loop:
         self.progress = Progress(**checkpoint.values["progress"])
         if "memory" in checkpoint.values:  # came with a later release
             self._memory.restore(checkpoint.values["memory"])
+        if "health" in checkpoint.values:  # so did this
+            self._health.restore(checkpoint.values["health"])
         if self._scaler is not None:
             self._scaler.load_state_dict(checkpoint.values["loss_scale"])
 
@@ -278,12 +339,3 @@ class Loop:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _check_finite(result: StepResult, *, has_scaler: bool) -> None:
-    """Refuses a step without a finite gradient; with a scaler it is an overflow, which lowers the scale."""
-    if not result.is_applied and not (has_scaler and math.isfinite(result.loss)):
-        raise Diverged(
-            f"Training diverged: the loss is {result.loss}, the norm of the gradient {result.gradient_norm}.",
-            cure="Lower train.learning_rate, or look at the rows of this step; the last checkpoint is whole.",
-        )
