@@ -6,6 +6,10 @@ optimizers: arXiv:2010.06192) and adds it to the next update. The library's opti
 a parameter that is zero, where bf16 is exact to 0.4 % of the update itself; then weight + lost part + update
 are summed in fp32.
 
+An update can be gone on with: if memory runs out in the middle of `step`, calling it again ends it as if
+nothing had happened (what allocates comes before what changes, tensor by tensor). Not so within bitsandbytes'
+kernels on a CPU, which allocate between their own changes; on CUDA its kernels, as torch's, allocate nothing.
+
 A trained parameter takes, in bytes: weight 2, gradient 2, lost part 2, states 2 (8-bit) or 8 (fp32); the
 update's 2 are there only within `step`, when no activations are.
 """
@@ -39,29 +43,68 @@ class CompensatedAdamW:
         self.parameters = parameters
         self.weight_decay = weight_decay
         self.lost = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self.is_piecewise = False
         self._updates = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters.values()]
         self.inner = _library_optimizer(self._updates, kind=kind, betas=betas, weight_decay=0.0)
-        self._let_updates_go()
+        self._library = _LibraryStep(self.inner)
+        self._nothing = self._updates[0].new_empty(0)
+        self._found = self._added = 0  # of how many parameters the update under way is known, and added
+        self._let_go(range(len(self._updates)))
+
+    @property
+    def progress(self) -> int:
+        """How far an update that memory ran out in has come; only for comparison."""
+        return self._found + self._added
+
+    def ease(self) -> bool:
+        """From now on updates one parameter at a time, which takes less memory; False if it did before."""
+        was_piecewise, self.is_piecewise = self.is_piecewise, True
+        self._let_go(range(self._added))
+        return not was_piecewise
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Applies the gradients of the parameters."""
-        _set_rate(self.inner, learning_rate)
-        for parameter, update in zip(self.parameters.values(), self._updates, strict=True):
-            update.data = torch.zeros_like(parameter)
-            update.grad = parameter.grad
-        self.inner.step()
-        decay = 1 - learning_rate * self.weight_decay
-        for (name, parameter), update in zip(self.parameters.items(), self._updates, strict=True):
-            lost = self.lost[name]
-            exact = (parameter.float() + lost.float()).mul_(decay).add_(update.float())
-            parameter.copy_(exact)
-            lost.copy_(exact.sub_(parameter.float()))
-        self._let_updates_go()
+        """Applies the gradients of the parameters, or goes on with it where memory ran out."""
+        while self._added < len(self._updates):
+            if self._found == self._added:
+                end = self._added + 1 if self.is_piecewise else len(self._updates)
+                self._find_updates(range(self._added, end), learning_rate)
+            self._add_updates(learning_rate)
+        self._found = self._added = 0
 
-    def _let_updates_go(self) -> None:
-        for update in self._updates:
-            update.data, update.grad = update.new_empty(0), None
+    def _find_updates(self, places: range, learning_rate: float) -> None:
+        try:
+            for place, parameter in zip(places, self._parameters(places), strict=True):
+                self._updates[place].data = torch.zeros_like(parameter)
+                self._updates[place].grad = parameter.grad
+            self._library.step(learning_rate)
+            self._found = places.stop
+        except BaseException:  # those whose gradient is gone are done
+            waiting = (place for place in places if self._updates[place].grad is not None)
+            self._found = next(waiting, places.start)
+            self._let_go(range(self._found, places.stop))
+            raise
+
+    def _add_updates(self, learning_rate: float) -> None:
+        decay = 1 - learning_rate * self.weight_decay
+        places = range(self._added, self._found)
+        names = list(self.parameters)
+        for place, parameter in zip(places, self._parameters(places), strict=True):
+            lost = self.lost[names[place]]
+            exact = (parameter.float() + lost.float()).mul_(decay).add_(self._updates[place].float())
+            rounded = exact.to(parameter.dtype)
+            exact.sub_(rounded.float())
+            parameter.copy_(rounded)  # from here on nothing is allocated
+            lost.copy_(exact)
+            self._added += 1
+        self._let_go(places)
+
+    def _parameters(self, places: range) -> list[Tensor]:
+        return list(self.parameters.values())[places.start : places.stop]
+
+    def _let_go(self, places: range) -> None:
+        for place in places:
+            self._updates[place].data, self._updates[place].grad = self._nothing, None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name."""
@@ -73,6 +116,7 @@ class CompensatedAdamW:
         for name, value in self.lost.items():
             value.copy_(tensors[f"lost/{name}"])
         _load_state(self.inner, self.parameters, tensors)
+        self._library = _LibraryStep(self.inner)
 
     @property
     def paged_bytes(self) -> int:
@@ -90,11 +134,20 @@ class PlainAdamW:
         self.inner = _library_optimizer(
             parameters.values(), kind=kind, betas=betas, weight_decay=weight_decay
         )
+        self._library = _LibraryStep(self.inner)
+
+    @property
+    def progress(self) -> int:
+        """How far an update that memory ran out in has come; only for comparison."""
+        return self._library.done
+
+    def ease(self) -> bool:
+        """False: it takes no memory of its own that it could do without."""
+        return False
 
     def step(self, learning_rate: float) -> None:
-        """Applies the gradients of the parameters."""
-        _set_rate(self.inner, learning_rate)
-        self.inner.step()
+        """Applies the gradients of the parameters, or goes on with it where memory ran out."""
+        self._library.step(learning_rate)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name."""
@@ -103,6 +156,7 @@ class PlainAdamW:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over what `tensors` gave."""
         _load_state(self.inner, self.parameters, tensors)
+        self._library = _LibraryStep(self.inner)
 
     @property
     def paged_bytes(self) -> int:
@@ -111,6 +165,47 @@ class PlainAdamW:
 
 
 AdapterOptimizer = CompensatedAdamW | PlainAdamW
+
+
+class _LibraryStep:
+    """The step of a library's optimizer; where memory runs out in it, the next call does what is left.
+
+    bitsandbytes goes from parameter to parameter, each counted just before it is updated: the last one
+    counted is the one that failed. torch updates all at once, after all are counted. What is done loses its
+    gradient, which the library takes for nothing to do.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._inner = inner
+        self._chosen: list[Tensor] = inner.param_groups[0]["params"]
+        self._counts = [0 if each.is_meta else int(inner.state[each]["step"]) for each in self._chosen]
+        self.done = 0
+
+    def step(self, learning_rate: float) -> None:
+        _set_rate(self._inner, learning_rate)
+        taken = [place for place, each in enumerate(self._chosen) if each.grad is not None]
+        try:
+            self._inner.step()
+        except BaseException:
+            self._go_back(taken)
+            raise
+        self._count(taken)
+
+    def _go_back(self, taken: list[int]) -> None:
+        states = [self._inner.state[each] for each in self._chosen]
+        begun = [place for place in taken if int(states[place]["step"]) > self._counts[place]]
+        is_at_once = isinstance(states[0]["step"], Tensor)
+        done = [] if is_at_once else begun[:-1]
+        for place in begun[len(done) :]:
+            states[place]["step"] -= 1  # in place where it is a tensor
+        for place in done:
+            self._chosen[place].grad = None
+        self._count(done)
+
+    def _count(self, places: list[int]) -> None:
+        for place in places:
+            self._counts[place] += 1
+        self.done += len(places)
 
 
 def held_tensors(optimizer: AdapterOptimizer) -> list[Tensor]:
