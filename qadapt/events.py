@@ -167,9 +167,10 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsed(Event):
-    """The longest rows went through everything once, and all is as it was before.
+    """The rows that take the most memory went through everything once, and all is as it was before.
 
-    `measured_bytes` is the peak of that, above the level after imports; `parts` are seconds of each part.
+    `measured_peak_bytes` is the peak of the step and the evaluation, above the level after imports (on a CPU
+    of the step alone); `parts` are seconds: `step`, `evaluation`, `checkpoint`, `answer`, those there were.
     """
 
     predicted_peak_bytes: int

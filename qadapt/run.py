@@ -9,6 +9,7 @@ surface, too (`qadapt.train`, ...).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from qadapt.stage import with_progress
 from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.loop import Loop
+from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.stored_plan import StoredPlan, read_plan
 from qadapt.units import parse_bytes
 from qadapt.view.journal import Journal, effective, read_events
@@ -74,7 +76,23 @@ def train(recipe: Recipe) -> Iterator[Event]:
             discard_run(run)
 
 
-def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
+def rehearse(recipe: Recipe) -> Iterator[Event]:
+    """Prepares a run and rehearses it (`train/rehearsal.py`), and leaves no run behind.
+
+    What it measured is remembered for the next plans on this machine.
+
+    Raises:
+        QadaptError: Something cannot be done, as in `train`; `DoesNotFit` where memory ran out.
+    """
+    run = create_run(Path(recipe.run.folder), f".rehearsal-{os.getpid()}")
+    try:
+        with working_on(run):
+            yield from _new_run(resolved(recipe), run, is_rehearsal=True)
+    finally:
+        discard_run(run)
+
+
+def _new_run(recipe: Recipe, run: RunFolder, *, is_rehearsal: bool = False) -> Iterator[Event]:
     quiet_libraries()
     material = yield from prepare(recipe, revision=recipe.model.revision)
     plan = make_plan(recipe, material)
@@ -87,6 +105,10 @@ def _new_run(recipe: Recipe, run: RunFolder) -> Iterator[Event]:
             run.write(run.skipped, skipped_lines(material.skipped))
     yield started(recipe, plan, run)
     yield plan.event()
+    if is_rehearsal:
+        loop = yield from _placed(recipe, plan, run, material=material)
+        yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
+        return
     yield from _steps(recipe, plan, run, material=material, is_resumed=False)
 
 
@@ -123,6 +145,39 @@ def _steps(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, is_resumed: bool
 ) -> Iterator[Event]:
     start = time.monotonic()
+    loop = yield from _placed(recipe, plan, run, material=material)
+    if is_resumed:
+        yield from _restore(loop, run)
+    elif recipe.train.rehearse:
+        yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
+    for event in loop.events():
+        yield event
+        if isinstance(event, Stopped):
+            return
+    remember_peak(recipe, plan, run, measured_bytes=loop.peak_bytes)
+    facts = adapter_facts(recipe, plan, material)
+    best = yield from _best(loop, run)
+    contract = material.contract
+    save_adapter(
+        loop.model,
+        run.adapter,
+        facts=facts,
+        tokenizer=contract.tokenizer,
+        beside={CONTRACT_FILE: contract.facts()},
+    )
+    yield RunFinished(
+        step=loop.progress.step,
+        adapter=str(run.adapter),
+        best_step=best,
+        best_loss=loop.progress.best_loss,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _placed(
+    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material
+) -> Generator[Event, None, Loop]:
+    """Base, adapter and optimizer in memory, and the loop over them before its first step."""
     base = yield from place_base(recipe, plan, material.files)
     model = yield from adapt(recipe, plan, base, new_ids=material.contract.new_ids)
     torch.manual_seed(recipe.train.seed)
@@ -136,30 +191,14 @@ def _steps(
     )
     if plan.compute_dtype == "fp16":
         loop.scale_loss()
-    if is_resumed:
-        yield from _restore(loop, run)
-    for event in loop.events():
-        yield event
-        if isinstance(event, Stopped):
-            return
-    remember_peak(recipe, plan, measured_bytes=loop.peak_bytes)
-    facts = adapter_facts(recipe, plan, material)
-    best = yield from _best(loop, run)
-    contract = material.contract
-    save_adapter(
-        model,
-        run.adapter,
-        facts=facts,
-        tokenizer=contract.tokenizer,
-        beside={CONTRACT_FILE: contract.facts()},
-    )
-    yield RunFinished(
-        step=loop.progress.step,
-        adapter=str(run.adapter),
-        best_step=best,
-        best_loss=loop.progress.best_loss,
-        seconds=time.monotonic() - start,
-    )
+    return loop
+
+
+def _rehearsal(
+    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, contract: PromptContract
+) -> Iterator[Event]:
+    rehearsed = yield from rehearse_loop(loop, plan, contract=contract, folder=run.rehearsal)
+    remember_peak(recipe, plan, run, measured_bytes=rehearsed.measured_peak_bytes)
 
 
 def _restore(loop: Loop, run: RunFolder) -> Iterator[Event]:

@@ -282,8 +282,11 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
     )
 
 
-def remember_peak(recipe: Recipe, plan: StoredPlan, *, measured_bytes: int) -> None:
-    """Keeps how far the plan's peak was from the measured one, for later estimates on this machine."""
+def remember_peak(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, measured_bytes: int) -> None:
+    """Keeps how far the plan's peak was from the measured one, for later estimates on this machine.
+
+    Called again for the same plan of the same run, it takes the place of what was kept before.
+    """
     device = torch.cuda.get_device_name() if plan.device == "cuda" else "cpu"
     kind = kind_of(
         model=recipe.model.source,
@@ -291,7 +294,12 @@ def remember_peak(recipe: Recipe, plan: StoredPlan, *, measured_bytes: int) -> N
         method=recipe.adapter.method,
         quantization=recipe.model.quantization,
     )
-    remember(kind, predicted_bytes=plan.predicted_peak_bytes, measured_bytes=measured_bytes)
+    remember(
+        kind,
+        predicted_bytes=plan.predicted_peak_bytes,
+        measured_bytes=measured_bytes,
+        run=f"{run.path.absolute()} {run.plan.stat().st_mtime_ns}",
+    )
 
 
 def adapter_facts(recipe: Recipe, plan: StoredPlan, material: Material) -> AdapterFacts:

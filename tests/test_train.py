@@ -71,12 +71,12 @@ def write_rows(folder: Path) -> tuple[Path, Path]:
 
 def make_recipe(folder: Path, model: Path, **train_fields: Any) -> Recipe:
     rows, held_out = write_rows(folder)
-    section = {"steps": 6, "rows_per_step": 5, "learning_rate": 1e-2, "evaluate_every": 3, **train_fields}
+    section = {"steps": 6, "rows_per_step": 5, "learning_rate": 1e-2, "evaluate_every": 3, "rehearse": False}
     values = {
         "model": str(model),
         "adapter": {"rank": 4, "dropout": 0.1},
         "data": {"sources": [{"path": str(rows)}], "held_out": str(held_out), "length": 128},
-        "train": section,
+        "train": section | train_fields,
         "memory": {"compute_dtype": "fp32", "micro_batch": 2},
         "run": {"name": "first", "folder": str(folder / "runs")},
     }

@@ -1,9 +1,9 @@
 """What earlier runs on this machine measured against their estimate: a small file of the user. No torch.
 
-One JSON line per run that came to its end. Comparable are runs of the same model on the same device of the
-same machine, with the same method, quantization and version of torch; the last five of them are looked at.
-Nothing is corrected by them: the estimate stays what the arithmetic says, its `±` is widened to what was
-seen.
+One JSON line per run that was rehearsed or came to its end. Comparable are runs of the same model on the same
+device of the same machine, with the same method, quantization and version of torch; the last five of them are
+looked at. Nothing is corrected by them: the estimate stays what the arithmetic says, its `±` is widened to
+what was seen.
 
 A file that cannot be read, or lines of it, count for nothing and stay where they are until they age out; a
 folder that cannot be written means that nothing is remembered, without a word: the run is not concerned.
@@ -99,13 +99,17 @@ def kind_of(*, model: str, device: str, method: str, quantization: str) -> Kind:
     return Kind(machine, Path(model).name.lower(), device, method, quantization, torch)
 
 
-def remember(kind: Kind, *, predicted_bytes: int, measured_bytes: int, path: Path | None = None) -> bool:
-    """Keeps what a finished run measured, in one whole step.
+def remember(
+    kind: Kind, *, predicted_bytes: int, measured_bytes: int, run: str = "", path: Path | None = None
+) -> bool:
+    """Keeps what a run measured, in one whole step.
 
     Args:
         kind: Which runs it compares with; see `kind_of`.
         predicted_bytes: The peak that its plan predicted, allocated bytes.
         measured_bytes: The peak that it measured, of the same quantity.
+        run: What tells the run from all others, kept as a number made of it; what was kept of it before, by
+            its rehearsal, is replaced. Empty: a run that is told once.
         path: The file; default: the user's.
 
     Returns:
@@ -115,10 +119,12 @@ def remember(kind: Kind, *, predicted_bytes: int, measured_bytes: int, path: Pat
         return False
     path = path or calibration_file()
     values = {**asdict(kind), "predicted_bytes": predicted_bytes, "measured_bytes": measured_bytes}
+    mark = f"{zlib.crc32(run.encode()):08x}" if run else ""
+    others = [line for line in _lines(path) if not mark or f'"run": "{mark}"'.encode() not in line]
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _newest([*_lines(path), json.dumps(values).encode()])
+        lines = _newest([*others, json.dumps({**values, "run": mark}).encode()])
         temporary.write_bytes(b"".join(line + b"\n" for line in lines))
         temporary.replace(path)
     except OSError:

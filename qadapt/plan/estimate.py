@@ -18,6 +18,7 @@ allocated bytes, rows with fused attention, go up to 1.25.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
@@ -121,6 +122,19 @@ class Estimate:
     def fits(self, budget_bytes: int) -> bool:
         """Whether it fits even if the estimate is off by its stated error."""
         return self.needed_bytes + self.error_bytes <= budget_bytes
+
+
+def peak_error_bytes(categories: Mapping[str, int], *, device: str) -> int:
+    """How far the allocated bytes of a step's peak may be from its estimate, either way.
+
+    Args:
+        categories: The estimate's bytes at the peak.
+        device: `cpu` or `cuda`.
+    """
+    working = sum(size for name, size in categories.items() if name not in STATIC)
+    if device == "cuda":
+        return round(working * (CLOSED_ERROR + KERNEL_ERROR)) + UNSEEN_BYTES
+    return round(working * CLOSED_ERROR)
 
 
 def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = None) -> Estimate:

@@ -38,8 +38,7 @@ class MemoryMeter:
         self._peak_bytes = 0
         self._categories: dict[str, int] = {}
         self._before: tuple[dict[str, int], int] = {}, 0  # what earlier processes of the run measured
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        reset_peak(self._device)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -81,6 +80,12 @@ class MemoryMeter:
             peak_bytes = torch.cuda.max_memory_allocated(self._device) + self._optimizer.paged_bytes
             categories["temporary"] = max(0, categories.get("temporary", 0) + peak_bytes - self._peak_bytes)
         return categories, peak_bytes
+
+
+def reset_peak(device: torch.device) -> None:
+    """Lets a card's allocator find its peak anew; on a CPU there is nothing to forget."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def static_tensors(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, list[Tensor]]:
