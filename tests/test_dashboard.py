@@ -16,18 +16,24 @@ from qadapt.events import (
     AdapterAttached,
     BaseLoaded,
     CheckpointSaved,
+    Continued,
     DataReady,
+    Eased,
     Evaluated,
     Event,
     MemoryMeasured,
+    Paused,
     Planned,
+    Rehearsed,
     Resumed,
     RunFinished,
     RunStarted,
+    Sampled,
     StageAdvanced,
     StageStarted,
     StepDone,
     Stopped,
+    UpdateSkipped,
     Warned,
 )
 from qadapt.view.chart import LossChart, smoothed
@@ -124,6 +130,32 @@ def run(steps: int = 60, done: int = 60) -> list[Event]:
     return events
 
 
+HEAT = "the card has 91 °C; it is to stay below 83"
+PAUSED = Paused(step=42, reason=HEAT, time=START + 126)
+CARED = [
+    Rehearsed(
+        predicted_peak_bytes=622 * MIB,
+        measured_peak_bytes=630 * MIB,
+        longest_row_tokens=142,
+        parts={"step": 3.5, "evaluation": 1.5},
+        time=START,
+    ),
+    Eased(step=42, phase="training", knob="micro_batch", value=4, price="about 3 % slower", time=START + 126),
+    UpdateSkipped(step=42, loss=math.nan, gradient_norm=math.inf, cause="row 17", time=START + 126),
+    *[
+        Sampled(
+            step=40,
+            prompt=f"Order {number}: two loaves",
+            answer='{"items": 2}',
+            base_answer="Sure! I would be glad to help you with that. " * 9,
+            divergence=0.25,
+            time=START + 126,
+        )
+        for number in range(3)
+    ],
+]
+
+
 def console(width: int = 100, height: int = 30, **options) -> Console:
     options = {
         "force_terminal": True,
@@ -159,7 +191,19 @@ def test_the_dashboard_shows_what_matters_at_every_usual_size(width, height):
         assert words in text, f"{words!r} is missing at {width} × {height}"
 
 
-@pytest.mark.parametrize("events", [[], run(done=0)[:1], run(done=0)[:5], run(done=0), run(done=1), run()])
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        run(done=0)[:1],
+        run(done=0)[:5],
+        run(done=0),
+        run(done=1),
+        run(),
+        [*run(done=42), *CARED],
+        [*run(done=42), *CARED, PAUSED],
+    ],
+)
 @pytest.mark.parametrize(
     ("width", "height"), [(20, 5), (40, 10), (60, 20), (76, 18), (80, 24), (100, 27), (140, 40), (250, 80)]
 )
@@ -198,6 +242,42 @@ def test_a_silent_run_is_said_to_be_silent():
     assert "no news" not in dashboard(run(done=42), later=179)
     assert "no news for 5 min 00 s" in dashboard(run(done=42), later=300)
     assert "no news" not in dashboard(run(), later=300), "a finished run has nothing more to say"
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 10), (60, 20), (80, 24), (140, 40)])
+def test_a_paused_run_cannot_be_taken_for_a_running_one(width, height):
+    text = dashboard([*run(done=42), PAUSED], width, height, later=300)
+    assert "paused for 5 min 00 s" in text
+    assert "paused after step 42" in text
+    assert "no news" not in text
+    assert "training" not in text.splitlines()[0]
+    assert " left" not in text
+    if width >= 80:
+        assert HEAT in text
+    again = dashboard(
+        [*run(done=42), PAUSED, Continued(step=42, seconds=300.0, time=START + 426)], width, height
+    )
+    assert "paused for" not in again
+    assert "training" in again.splitlines()[0]
+
+
+def test_what_care_was_taken_stands_in_numbers_and_last_events():
+    text = dashboard([*run(done=42), *CARED], 140, 48)
+    for words in (
+        "updates left out", "since step 42", "micro_batch 4", "memory ran out", "about 3 % slower",
+        "update left out", "row 17",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_sample_answers_stand_side_by_side_where_there_is_room():
+    text = dashboard([*run(done=42), *CARED], 140, 48)
+    line = next(line for line in text.splitlines() if '{"items": 2}' in line and "Sure!" in line)
+    assert line.index("Sure!") < line.index("│", 5) < line.index('{"items": 2}')
+    assert "answers after step 40" in text
+    assert "Order 2: two loaves" in text
+    assert "0.25 nats from the base" in text
+    assert "answers after" not in dashboard([*run(done=42), *CARED], 80, 24)
 
 
 def test_the_end_is_shown():
@@ -361,6 +441,32 @@ def test_quiet_prints_warnings_and_the_end_only():
     assert lines[:2] == ["warning: bf16 is slow here", "         set compute_dtype=bf16"]
     assert lines[2].startswith("finished 60 steps")
     assert len(lines) == 7
+
+
+def test_plain_lines_say_what_care_was_taken():
+    lines = printed([*run(done=42), *CARED, PAUSED, Continued(step=42, seconds=300.0, time=START + 426)])
+    for line in (
+        "rehearsed with a row of 142 tokens in 5.0 s: peak 630.0 MiB measured (+1.3 % of the plan's)",
+        "step 42: memory ran out (training) and nothing is lost: "
+        "micro_batch is 4 from here on, about 3 % slower",
+        "step 42: update left out, nothing changed: row 17",
+        "step 40: asked    Order 1: two loaves",
+        '         now      {"items": 2}',
+        f"paused after step 42: {HEAT}",
+        "goes on after a pause of 5 min 00 s",
+    ):
+        assert line in lines, line
+    base = next(line for line in lines if line.startswith("         base"))
+    assert len(base) < 120
+    assert base.endswith(" …")
+
+
+def test_quiet_still_says_why_nothing_moves():
+    lines = printed([*run(done=42), *CARED, PAUSED], is_quiet=True)
+    assert f"paused after step 42: {HEAT}" in lines
+    assert any("memory ran out" in line for line in lines)
+    assert any("update left out" in line for line in lines)
+    assert not any("asked" in line for line in lines)
 
 
 def test_a_stopped_run_says_how_to_go_on():

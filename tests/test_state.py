@@ -9,18 +9,24 @@ from hypothesis import strategies as st
 
 from qadapt.events import (
     CheckpointSaved,
+    Continued,
     DataReady,
+    Eased,
     Evaluated,
     Exported,
     MemoryMeasured,
+    Paused,
     Planned,
+    Rehearsed,
     Resumed,
     RunFinished,
     RunStarted,
+    Sampled,
     StageAdvanced,
     StageStarted,
     StepDone,
     Stopped,
+    UpdateSkipped,
     Warned,
 )
 from qadapt.plan.categories import STATIC, WORKING
@@ -28,7 +34,15 @@ from qadapt.view.figures import figures
 from qadapt.view.journal import effective
 from qadapt.view.memory import difference_percent, memory_rows
 from qadapt.view.series import LIMIT, Series
-from qadapt.view.state import KEPT_EVENTS, KEPT_WARNINGS, RECENT_STEPS, RunState, fold, fold_all
+from qadapt.view.state import (
+    KEPT_EVENTS,
+    KEPT_PROMPTS,
+    KEPT_WARNINGS,
+    RECENT_STEPS,
+    RunState,
+    fold,
+    fold_all,
+)
 
 START = 1_000.0
 
@@ -67,6 +81,22 @@ def planned(**predicted: int) -> Planned:
         budget_bytes=1000,
         time=START,
     )
+
+
+def eased(number: int) -> Eased:
+    return Eased(step=number, phase="training", knob="micro_batch", value=1, price="about 3 % slower")
+
+
+def skipped(number: int) -> UpdateSkipped:
+    return UpdateSkipped(step=number, loss=math.nan, gradient_norm=math.inf, cause="row 7")
+
+
+def sampled(number: int, prompt: str = "p", answer: str = "a") -> Sampled:
+    return Sampled(step=number, prompt=prompt, answer=answer, base_answer="b", divergence=0.5)
+
+
+def warned(number: int | None) -> Warned:
+    return Warned(message=f"at {number}", cure="c", step=number)
 
 
 def test_a_hundred_thousand_steps_are_kept_in_bounded_memory_with_first_last_and_lowest():
@@ -217,6 +247,53 @@ def test_preparing_a_resumed_process_counts_and_the_pause_before_it_does_not():
     assert state.elapsed_seconds(START + 9_007) == pytest.approx(11 + 5 + 2)
 
 
+def test_a_pause_takes_no_time_of_the_run_and_is_over_when_it_goes_on():
+    before = [started(steps=60), *map(step, range(1, 21))]
+    paused = fold_all([*before, Paused(step=20, reason="the card has 91 °C", time=START + 40)])
+    assert paused.status == "paused"
+    assert not paused.is_over
+    assert paused.elapsed_seconds(START + 4_000) == 40
+    assert paused.seconds_left(START + 4_000) == pytest.approx(40 * 2.0)
+    assert paused.silent_seconds(START + 4_000) == 3_960
+    again = fold(paused, Continued(step=20, seconds=3_960.0, time=START + 4_000))
+    assert again.status == "training"
+    assert again.elapsed_seconds(START + 4_001) == 41
+    assert again.seconds_left(START + 4_001) == pytest.approx(40 * 2.0 - 1.0)
+    later = fold(again, step(21, time=START + 4_002))
+    assert later.seconds_left(START + 4_002) == pytest.approx(39 * 2.0), "the pause is no overhead of steps"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [Resumed(step=1), Stopped(step=1, reason="r"), started(), step(2), Continued(step=1, seconds=1.0)],
+)
+def test_whatever_happens_after_a_pause_ends_it(event):
+    state = fold_all([started(), step(1), Paused(step=1, reason="r"), event])
+    assert state.paused is None
+    assert state.status != "paused"
+
+
+def test_a_process_that_died_in_a_pause_left_its_clock_where_the_pause_began():
+    paused = [started(), *map(step, range(1, 6)), Paused(step=5, reason="r", time=START + 10)]
+    again = fold_all([*paused, started(time=START + 9_000), Resumed(step=5, time=START + 9_003)])
+    assert again.elapsed_seconds(START + 9_004) == pytest.approx(10 + 4)
+
+
+def test_a_step_whose_loss_is_no_number_is_no_part_of_the_recent_mean():
+    state = fold_all([started(), step(1, loss=2.0), step(2, loss=math.nan), skipped(2), step(3, loss=4.0)])
+    assert state.recent_loss == pytest.approx(3.0)
+    assert state.skipped_steps == (2,)
+
+
+def test_of_each_prompt_the_latest_answer_is_kept():
+    state = fold_all([sampled(10, "x", "old"), sampled(10, "y"), sampled(20, "x", "new"), sampled(20, "y")])
+    assert [(sample.step, sample.prompt, sample.answer) for sample in state.samples] == [
+        (20, "x", "new"),
+        (20, "y", "a"),
+    ]
+    assert len(fold_all([sampled(1, f"p{number}") for number in range(99)]).samples) == KEPT_PROMPTS
+
+
 def test_an_export_long_after_the_end_is_no_training_time():
     end = RunFinished(step=2, adapter="a", best_step=2, best_loss=None, seconds=4.0, time=START + 5)
     exported = Exported(form="merged-fp16", base="b", folder="f", bytes=1, seconds=1.0, time=START + 9_000)
@@ -240,9 +317,19 @@ def test_a_resumed_run_folds_like_one_that_never_took_the_superseded_steps(moves
             done += 1
             events += [step(done, loss=loss, tokens=done), evaluated(done, loss / 2)]
             events += [CheckpointSaved(step=done, folder="c", is_best=False, bytes=1)]
+            events += [
+                eased(done),
+                skipped(done),
+                sampled(done, prompt=f"p{done}"),
+                warned(done),
+                warned(None),
+            ]
     folded, straight = fold_all(events), fold_all(effective(events))
     for name in ("done_steps", "saved_step", "step", "recent", "losses", "evaluations", "best", "memory"):
         assert getattr(folded, name) == getattr(straight, name), name
+    if len(moves) < KEPT_PROMPTS:
+        for name in ("eased", "skipped_steps", "samples", "warnings", "warning_count"):
+            assert getattr(folded, name) == getattr(straight, name), name
     assert folded.done_steps == done
 
 
@@ -319,18 +406,33 @@ FIELDS = {
     "recent_loss", "evaluation_loss", "best_step", "best_loss", "learning_rate", "gradient_norm",
     "tokens", "supervised_share", "tokens_per_second", "elapsed_seconds", "seconds_left",
     "silent_seconds", "saved_step", "memory", "predicted_peak_bytes", "peak_bytes",
-    "peak_difference_percent", "budget_bytes", "warnings", "stop_reason", "adapter",
+    "peak_difference_percent", "budget_bytes", "rehearsal", "eased", "skipped_steps", "samples", "warnings",
+    "pause_reason", "stop_reason", "adapter",
 }  # fmt: skip
 
 
 def test_figures_are_strict_json_with_the_documented_fields():
     memory = MemoryMeasured(step=1, measured={"base_weights": 11}, peak_bytes=11)
-    state = fold_all([started(), planned(base_weights=10), step(1, loss=math.nan), memory])
+    cared = [
+        Rehearsed(predicted_peak_bytes=9, measured_peak_bytes=8, longest_row_tokens=7, parts={"step": 0.5}),
+        eased(1),
+        skipped(1),
+        dataclasses.replace(sampled(1), divergence=math.nan),
+        warned(1),
+    ]
+    state = fold_all([started(), planned(base_weights=10), step(1, loss=math.nan), memory, *cared])
+    state = fold(state, Paused(step=1, reason="it is between 18:00 and 23:00"))
     for one in (RunState(), state):
         numbers = json.loads(json.dumps(figures(one, START + 5), allow_nan=False))
         assert set(numbers) == FIELDS
         assert all(f"`{name}`" in (figures.__doc__ or "") for name in FIELDS)
     assert numbers["loss"] is None
+    assert (numbers["status"], numbers["pause_reason"]) == ("paused", "it is between 18:00 and 23:00")
+    assert numbers["rehearsal"]["parts"] == {"step": 0.5}
+    assert numbers["eased"][0]["price"] == "about 3 % slower"
+    assert numbers["skipped_steps"] == [1]
+    assert (numbers["samples"][0]["base_answer"], numbers["samples"][0]["divergence"]) == ("b", None)
+    assert numbers["warnings"] == [{"message": "at 1", "cure": "c", "step": 1}]
     assert numbers["peak_difference_percent"] == pytest.approx(10.0)
     assert numbers["memory"] == [{"category": "base_weights", "predicted_bytes": 10, "measured_bytes": 11}]
 

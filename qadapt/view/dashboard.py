@@ -25,11 +25,16 @@ from qadapt.events import (
     BaseLoaded,
     CheckpointSaved,
     DataReady,
+    Eased,
     Evaluated,
     Event,
+    Paused,
     Planned,
+    Rehearsed,
     RunStarted,
+    Sampled,
     Stopped,
+    UpdateSkipped,
     Warned,
 )
 from qadapt.units import format_bytes, format_count, format_seconds
@@ -37,10 +42,12 @@ from qadapt.view.chart import LossChart
 from qadapt.view.lines import describe, format_loss, format_recompute
 from qadapt.view.memory import MemoryRow, difference_percent, memory_rows
 from qadapt.view.memory_table import MemoryTable
+from qadapt.view.sample_table import SampleTable
 from qadapt.view.state import RunState
 
 LARGEST_WIDTH, LARGEST_HEIGHT = 160, 48  # beyond this, more room only pulls things apart
 SIDE_BY_SIDE_WIDTH, SIDE_BY_SIDE_HEIGHT = 76, 18
+SAMPLES_FROM_HEIGHT = 24  # of the panels; answers stand in the list of last events on smaller screens
 SILENT_SECONDS = 180.0  # a first step or an evaluation may well take a minute or two
 
 
@@ -77,7 +84,17 @@ class Dashboard:
 
 
 def _grid(state: RunState, *, width: int, height: int) -> RenderableType:
-    """Four panels: loss and numbers above, memory and last events below."""
+    """Loss and numbers above, memory and last events below, then sample answers if there is room."""
+    samples = state.samples[-max(1, (height - SAMPLES_FROM_HEIGHT) // 5 + 1) :]
+    if samples and height >= SAMPLES_FROM_HEIGHT:
+        answers = _panel(
+            SampleTable(samples), f"answers after step {samples[-1].step:,}", height=3 * len(samples) + 2
+        )
+        return Group(_four(state, width=width, height=height - 3 * len(samples) - 2), answers)
+    return _four(state, width=width, height=height)
+
+
+def _four(state: RunState, *, width: int, height: int) -> RenderableType:
     right = max(31, min(52, width * 36 // 100))
     left = width - right
     is_compact = height < 26
@@ -134,6 +151,8 @@ def _title(state: RunState, now: float) -> RenderableType:
 def _status(state: RunState, now: float) -> tuple[str, str]:
     if state.status in ("finished", "stopped"):
         return state.status, "bold green" if state.finished else "bold yellow"
+    if state.paused is not None:
+        return f"paused for {format_seconds(state.silent_seconds(now))}", "bold reverse yellow"
     silent = state.silent_seconds(now)
     step_seconds = state.step.seconds if state.step else 0.0
     if silent > max(SILENT_SECONDS, 10 * step_seconds):
@@ -162,6 +181,9 @@ def _facts(state: RunState) -> Text:
 
 
 def _progress(state: RunState, now: float) -> RenderableType:
+    if state.paused is not None:
+        words = f" paused after step {state.done_steps:,} of {state.total_steps:,}: {state.paused.reason} "
+        return Text(words, style="bold reverse yellow", no_wrap=True, overflow="ellipsis")
     total, done = float(state.total_steps or 1), float(state.done_steps)
     text = f"step {state.done_steps:,} of {state.total_steps:,}" if state.total_steps else ""
     left = state.seconds_left(now)
@@ -211,6 +233,11 @@ def _progress_numbers(state: RunState) -> list[tuple[str, Text]]:
         ("gradient norm", _finite(step.gradient_norm if step else None)),
         ("tokens/s", Text("–" if speed is None else f"{speed:,.0f}")),
         ("supervised", Text("–" if share is None else f"{share:.0%}".replace("%", " %"))),
+        *(
+            [("updates left out", Text(f"{len(state.skipped_steps):,}", style="bold red"))]
+            * bool(state.skipped_steps)
+        ),
+        *((f"since step {eased.step:,}", Text(f"{eased.knob} {eased.value}")) for eased in state.eased[-2:]),
     ]
 
 
@@ -274,9 +301,10 @@ def _notes(state: RunState, *, width: int, height: int) -> Text:
         words = _short(event) if width < 38 else describe(event)
         if words is None or isinstance(event, RunStarted):
             continue
-        style = "yellow" if isinstance(event, Warned | Stopped) else ""
+        is_care = isinstance(event, Warned | Stopped | Paused | Eased | UpdateSkipped)
+        style = "yellow" if is_care else ""
         style = "magenta" if isinstance(event, Evaluated) else style
-        most = 3 if isinstance(event, Warned) else 2
+        most = 3 if isinstance(event, Warned | Eased | UpdateSkipped) else 2
         clock = _clock(seconds)
         wrapped = textwrap.wrap(words, width - len(clock) - 1, max_lines=most, placeholder=" …")
         if len(lines) + len(wrapped) > height:
@@ -302,7 +330,20 @@ def _short(event: Event) -> str | None:
             return f"evaluated {format_loss(event.loss)}{' best' if event.is_best else ''}"
         case CheckpointSaved():
             return f"saved step {event.step:,}"
-    return describe(event)
+    return _short_care(event) or describe(event)
+
+
+def _short_care(event: Event) -> str | None:
+    match event:
+        case Rehearsed():
+            return f"rehearsed: peak {format_bytes(event.measured_peak_bytes)}"
+        case Eased():
+            return f"out of memory: {event.knob} {event.value}, {event.price}"
+        case UpdateSkipped():
+            return f"update {event.step:,} left out: {event.cause}"
+        case Sampled():
+            return f"answered {event.answer!r}"
+    return None
 
 
 def _clock(seconds: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
+from qadapt.events import Event
 from qadapt.view.memory import difference_percent, memory_rows
 from qadapt.view.state import RunState
 
@@ -12,12 +14,15 @@ def figures(state: RunState, now: float) -> dict[str, object]:
     """The state as plain numbers for programs: what `qadapt watch --json` prints.
 
     Fields, null where unknown and in place of NaN: `schema` (1), `name`, `model`, `method`, `device`,
-    `status` (`waiting`, `preparing`, `training`, `stopped`, `finished`), `stage`, `step`, `steps`, `loss`,
-    `recent_loss`, `evaluation_loss`, `best_step`, `best_loss`, `learning_rate`, `gradient_norm`, `tokens`,
-    `supervised_share`, `tokens_per_second`, `elapsed_seconds`, `seconds_left`, `silent_seconds`,
+    `status` (`waiting`, `preparing`, `training`, `paused`, `stopped`, `finished`), `stage`, `step`, `steps`,
+    `loss`, `recent_loss`, `evaluation_loss`, `best_step`, `best_loss`, `learning_rate`, `gradient_norm`,
+    `tokens`, `supervised_share`, `tokens_per_second`, `elapsed_seconds`, `seconds_left`, `silent_seconds`,
     `saved_step`, `memory` (a list of `category`, `predicted_bytes`, `measured_bytes`),
-    `predicted_peak_bytes`, `peak_bytes`, `peak_difference_percent`, `budget_bytes`, `warnings` (a list of
-    `message`, `cure`), `stop_reason`, `adapter`.
+    `predicted_peak_bytes`, `peak_bytes`, `peak_difference_percent`, `budget_bytes`, `rehearsal`
+    (`predicted_peak_bytes`, `measured_peak_bytes`, `longest_row_tokens`, `parts`: seconds of each), `eased`
+    (a list of `step`, `phase`, `knob`, `value`, `price`), `skipped_steps` (whose update was left out),
+    `samples` (the latest for each prompt: `step`, `prompt`, `answer`, `base_answer`, `divergence`),
+    `warnings` (a list of `message`, `cure`, `step`), `pause_reason`, `stop_reason`, `adapter`.
 
     Args:
         state: The run.
@@ -50,7 +55,12 @@ def figures(state: RunState, now: float) -> dict[str, object]:
         "silent_seconds": state.silent_seconds(now),
         "saved_step": state.saved_step,
         **_memory(state),
-        "warnings": [{"message": warned.message, "cure": warned.cure} for warned in state.warnings],
+        "rehearsal": _fields(state.rehearsed) if state.rehearsed else None,
+        "eased": [_fields(eased) for eased in state.eased],
+        "skipped_steps": list(state.skipped_steps),
+        "samples": [_fields(sample) for sample in state.samples],
+        "warnings": [_fields(warned) for warned in state.warnings],
+        "pause_reason": state.paused.reason if state.paused else None,
         "stop_reason": state.stopped.reason if state.stopped else None,
         "adapter": state.finished.adapter if state.finished else None,
     }
@@ -73,6 +83,15 @@ def _memory(state: RunState) -> dict[str, object]:
         "peak_bytes": state.peak_bytes,
         "peak_difference_percent": difference_percent(predicted_peak_bytes, state.peak_bytes),
         "budget_bytes": plan.budget_bytes if plan else None,
+    }
+
+
+def _fields(event: Event) -> dict[str, object]:
+    """An event's fields, its time left out, null in place of NaN."""
+    values = {name: value for name, value in asdict(event).items() if name != "time"}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
     }
 
 

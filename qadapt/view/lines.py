@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +13,23 @@ from qadapt.events import (
     AdapterAttached,
     BaseLoaded,
     CheckpointSaved,
+    Continued,
     DataReady,
+    Eased,
     Evaluated,
     Event,
     Exported,
+    Paused,
     Planned,
+    Rehearsed,
     Resumed,
     RunFinished,
     RunStarted,
+    Sampled,
     StageStarted,
     StepDone,
     Stopped,
+    UpdateSkipped,
     Warned,
 )
 from qadapt.units import format_bytes, format_count, format_seconds
@@ -30,13 +37,14 @@ from qadapt.view.memory import difference_percent
 from qadapt.view.state import RunState
 
 LINES_PER_RUN = 50
+SAMPLE_WIDTH = 90
 SHORTEST_PAUSE_SECONDS = 3.0
 LONGEST_PAUSE_SECONDS = 60.0  # CI systems take a long silence for a hang
 
 
 def describe(event: Event) -> str | None:
     """The event in a few words; None for the many that only move numbers."""
-    return _preparation(event) or _progress(event) or _end(event)
+    return _preparation(event) or _progress(event) or _care(event) or _end(event)
 
 
 def _preparation(event: Event) -> str | None:
@@ -78,6 +86,30 @@ def _progress(event: Event) -> str | None:
     return None
 
 
+def _care(event: Event) -> str | None:
+    match event:
+        case Rehearsed():
+            percent = difference_percent(event.predicted_peak_bytes, event.measured_peak_bytes)
+            off = "" if percent is None else f" ({percent:+.1f} % of the plan's)"
+            return (
+                f"rehearsed with a row of {event.longest_row_tokens:,} tokens in "
+                f"{format_seconds(sum(event.parts.values()))}: peak "
+                f"{format_bytes(event.measured_peak_bytes)} measured{off}"
+            )
+        case Eased():
+            now = f"{event.knob} is {event.value} from here on, {event.price}"
+            return f"step {event.step:,}: memory ran out ({event.phase}) and nothing is lost: {now}"
+        case UpdateSkipped():
+            return f"step {event.step:,}: update left out, nothing changed: {event.cause}"
+        case Paused():
+            return f"paused after step {event.step:,}: {event.reason}"
+        case Continued():
+            return f"goes on after a pause of {format_seconds(event.seconds)}"
+        case Sampled():
+            return f"step {event.step:,}: answered {cut_text(event.answer, 60)!r}"
+    return None
+
+
 def _end(event: Event) -> str | None:
     match event:
         case Stopped():
@@ -94,7 +126,7 @@ class Lines:
     """Turns events into lines; keeps when the last step was written, nothing else.
 
     Args:
-        is_quiet: Only warnings and the end.
+        is_quiet: Only warnings (pauses, eased steps and skipped updates are some) and the end.
     """
 
     is_quiet: bool = False
@@ -110,7 +142,7 @@ class Lines:
         """
         if isinstance(event, Warned):
             return [f"warning: {event.message}", f"         {event.cure}"]
-        if isinstance(event, Stopped):
+        if isinstance(event, Stopped | Paused | Continued | Eased | UpdateSkipped):
             return [str(describe(event))]
         if self.is_quiet:
             return []
@@ -120,6 +152,8 @@ class Lines:
             return [_step(event, state)] if self._is_due(event, state.total_steps) else []
         if isinstance(event, StageStarted) and state.session.steps:
             return []  # between steps a stage leaves its own event (evaluated, saved) behind
+        if isinstance(event, Sampled):
+            return _sample(event)
         text = describe(event)
         return [] if text is None else [text]
 
@@ -137,7 +171,10 @@ class Lines:
 
 
 def summary(state: RunState) -> list[str]:
-    """The end of a run in three to six lines, the last one the next command; nothing when it is not over."""
+    """The end of a run in three to six lines, the last one the next command; nothing when it is not over.
+
+    Of a rehearsal without a run: what it measured, and what was needed to make it fit.
+    """
     name = _run_argument(state)
     if state.stopped is not None:
         kept = (
@@ -146,12 +183,25 @@ def summary(state: RunState) -> list[str]:
         done = f"{state.done_steps:,} of {state.total_steps:,} steps; {kept}"
         return [f"stopped: {state.stopped.reason}", done, f"go on with: qadapt resume {name}"]
     if state.finished is None:
-        return []
+        return [] if state.rehearsed is None or state.done_steps else _rehearsal(state.rehearsed, state.eased)
     lines = [_losses(state), _speed(state)]
     if state.peak_bytes is not None:
         lines.append(_peak(state))
     lines += [f"adapter: {state.finished.adapter}", f"next: qadapt export {name}"]
     return lines
+
+
+def _rehearsal(rehearsed: Rehearsed, eased: Sequence[Eased]) -> list[str]:
+    measured, predicted = rehearsed.measured_peak_bytes, rehearsed.predicted_peak_bytes
+    percent = difference_percent(predicted, measured)
+    difference = "" if percent is None else f" ({percent:+.1f} %)"
+    parts = (f"{name} {format_seconds(seconds)}" for name, seconds in rehearsed.parts.items())
+    return [
+        f"peak memory: {format_bytes(measured)} measured, {format_bytes(predicted)} predicted{difference}",
+        *(f"memory ran out ({each.phase}): {each.knob} {each.value}, {each.price}" for each in eased),
+        f"rehearsed: {', '.join(parts)}; the longest row has {rehearsed.longest_row_tokens:,} tokens",
+        "it fits; without --rehearse-only it is trained",
+    ]
 
 
 def _run_argument(state: RunState) -> str:
@@ -167,6 +217,20 @@ def format_recompute(recompute: str | int) -> str:
     if isinstance(recompute, str):
         return recompute
     return "1 layer" if recompute == 1 else f"{recompute} layers"
+
+
+def cut_text(text: str, width: int) -> str:
+    """A text on one line of at most `width` letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: max(0, width - 2)].rstrip()} …"
+
+
+def _sample(event: Sampled) -> list[str]:
+    return [
+        f"step {event.step:,}: asked    {cut_text(event.prompt, SAMPLE_WIDTH)}",
+        f"         now      {cut_text(event.answer, SAMPLE_WIDTH)}",
+        f"         base     {cut_text(event.base_answer, SAMPLE_WIDTH)}",
+    ]
 
 
 def format_loss(loss: float | None) -> str:

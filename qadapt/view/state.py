@@ -8,26 +8,34 @@ seconds since the epoch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from qadapt.events import (
     AdapterAttached,
     BaseLoaded,
     CheckpointSaved,
+    Continued,
     DataReady,
+    Eased,
     Evaluated,
     Event,
     Exported,
     MemoryMeasured,
+    Paused,
     Planned,
+    Rehearsed,
     Resumed,
     RunFinished,
     RunStarted,
+    Sampled,
     StageAdvanced,
     StageStarted,
     StepDone,
     Stopped,
+    UpdateSkipped,
     Warned,
 )
 from qadapt.view.series import Series
@@ -35,6 +43,10 @@ from qadapt.view.series import Series
 RECENT_STEPS = 20  # tokens/s, the mean loss and the time left look at so many steps
 KEPT_EVENTS = 40
 KEPT_WARNINGS = 40
+KEPT_EASED = 40
+KEPT_PROMPTS = 20
+
+AtStep = TypeVar("AtStep", Eased, Warned, Sampled)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Session:
-    """One process's share of a run: its clock stands still while no process works on the run.
+    """One process's share of a run: its clock stands still while no process works on the run, or it pauses.
 
     `active_seconds` are those up to the last event, earlier sessions included. `first_step_began` is when
     this session's first step began (None before), `steps` and `step_seconds` count this session's steps,
@@ -85,6 +97,11 @@ class RunState:
     saved_step: int | None = None
     warnings: tuple[Warned, ...] = ()
     warning_count: int = 0
+    rehearsed: Rehearsed | None = None
+    eased: tuple[Eased, ...] = ()
+    skipped_steps: tuple[int, ...] = ()  # whose update was left out; health ends a run before they are many
+    samples: tuple[Sampled, ...] = ()  # the latest answers to each prompt
+    paused: Paused | None = None
     notes: tuple[tuple[float, Event], ...] = ()  # (seconds into the run, event), for people to read
     finished: RunFinished | None = None
     stopped: Stopped | None = None
@@ -98,9 +115,11 @@ class RunState:
 
     @property
     def status(self) -> str:
-        """`waiting`, `preparing`, `training`, `stopped` or `finished`."""
+        """`waiting`, `preparing`, `training`, `paused`, `stopped` or `finished`."""
         if self.is_over:
             return "finished" if self.finished else "stopped"
+        if self.paused is not None:
+            return "paused"
         if self.session.steps:
             return "training"
         return "waiting" if self.session.last_event is None else "preparing"
@@ -117,11 +136,15 @@ class RunState:
 
     @property
     def recent_loss(self) -> float | None:
-        """The mean loss of the recent steps, weighted by their supervised tokens as the training is."""
-        weight = sum(step.supervised_tokens for step in self.recent)
+        """The mean loss of the recent steps, weighted by their supervised tokens as the training is.
+
+        A step whose loss was no number changed nothing, and does not count.
+        """
+        counted = [step for step in self.recent if math.isfinite(step.loss)]
+        weight = sum(step.supervised_tokens for step in counted)
         if not weight:
             return None
-        return sum(step.loss * step.supervised_tokens for step in self.recent) / weight
+        return sum(step.loss * step.supervised_tokens for step in counted) / weight
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -137,9 +160,10 @@ class RunState:
         return self.data.supervised_tokens / self.data.tokens if self.data and self.data.tokens else None
 
     def elapsed_seconds(self, now: float) -> float:
-        """Seconds that processes worked on the run; time between a stop and a resume does not count."""
+        """Seconds that processes worked on the run, without pauses and the time from a stop to a resume."""
         last = self.session.last_event
-        running = 0.0 if self.is_over or last is None else max(0.0, now - last)
+        is_still = self.is_over or self.paused is not None or last is None
+        running = 0.0 if is_still or last is None else max(0.0, now - last)
         return self.session.active_seconds + running
 
     def silent_seconds(self, now: float) -> float:
@@ -151,7 +175,8 @@ class RunState:
         """Seconds until the last step; None while unknown.
 
         The recent time per step, times the share by which this session took longer than its steps did
-        (evaluation, saving), times the steps left, less the time since the last step.
+        (evaluation, saving), times the steps left, less the time since the last step. It stands still in a
+        pause.
         """
         session = self.session
         if not self.recent or not self.total_steps or session.step_seconds <= 0:
@@ -163,6 +188,8 @@ class RunState:
         spent = session.last_step_ended - session.first_step_began
         overhead = max(1.0, spent / session.step_seconds)
         left = (self.total_steps - self.done_steps) * recent_seconds * overhead
+        if self.paused is not None and session.last_event is not None:
+            now = session.last_event
         return max(0.0, left - max(0.0, now - session.last_step_ended))
 
 
@@ -185,7 +212,7 @@ def fold(state: RunState, event: Event) -> RunState:
         return replace(state, stage=Stage(event.stage, event.done, event.total, event.unit))
     if isinstance(event, Resumed):
         state = _back_to(state, event.step)
-    state = _with_end(_with_progress(_with_fact(state, event), event), event)
+    state = _with_end(_with_care(_with_progress(_with_fact(state, event), event), event), event)
     if isinstance(event, StageStarted) and state.session.steps:
         return state  # between steps a stage leaves its own event (evaluated, saved) behind
     note = (state.session.active_seconds, event)
@@ -195,7 +222,7 @@ def fold(state: RunState, event: Event) -> RunState:
 def _with_fact(state: RunState, event: Event) -> RunState:
     match event:
         case RunStarted():
-            return replace(state, run=event, stage=None, finished=None, stopped=None)
+            return replace(state, run=event, stage=None, finished=None, stopped=None, paused=None)
         case StageStarted():
             return replace(state, stage=Stage(event.stage))
         case Planned():
@@ -221,12 +248,30 @@ def _with_progress(state: RunState, event: Event) -> RunState:
     return state
 
 
+def _with_care(state: RunState, event: Event) -> RunState:
+    match event:
+        case Rehearsed():
+            return replace(state, rehearsed=event, stage=None)
+        case Eased():
+            return replace(state, eased=(*state.eased, event)[-KEPT_EASED:])
+        case UpdateSkipped():
+            return replace(state, skipped_steps=(*state.skipped_steps, event.step))
+        case Sampled():
+            others = tuple(sample for sample in state.samples if sample.prompt != event.prompt)
+            return replace(state, samples=(*others, event)[-KEPT_PROMPTS:], stage=None)
+        case Paused():
+            return replace(state, paused=event, stage=None)
+        case Continued():
+            return replace(state, paused=None)
+    return state
+
+
 def _with_end(state: RunState, event: Event) -> RunState:
     match event:
         case Stopped():
-            return replace(state, stopped=event, stage=None)
+            return replace(state, stopped=event, stage=None, paused=None)
         case RunFinished():
-            return replace(state, finished=event, stage=None)
+            return replace(state, finished=event, stage=None, paused=None)
         case Exported():
             return replace(state, exported=event, stage=None)
     return state
@@ -245,12 +290,14 @@ def _with_step(state: RunState, event: StepDone) -> RunState:
         losses=losses,
         finished=None,
         stopped=None,
+        paused=None,
     )
 
 
 def _back_to(state: RunState, step: int) -> RunState:
     # What came after the checkpoint no longer counts; speed, memory and a step's numbers are the new
     # process's.
+    warnings = _up_to(step, state.warnings)
     return replace(
         state,
         step=None,
@@ -261,9 +308,19 @@ def _back_to(state: RunState, step: int) -> RunState:
         evaluations=state.evaluations.up_to(step),
         memory=None,
         peak_bytes=None,
+        warnings=warnings,
+        warning_count=state.warning_count - len(state.warnings) + len(warnings),
+        eased=_up_to(step, state.eased),
+        skipped_steps=tuple(skipped for skipped in state.skipped_steps if skipped <= step),
+        samples=_up_to(step, state.samples),
+        paused=None,
         finished=None,
         stopped=None,
     )
+
+
+def _up_to(step: int, events: tuple[AtStep, ...]) -> tuple[AtStep, ...]:
+    return tuple(event for event in events if event.step is None or event.step <= step)
 
 
 def _clocked(state: RunState, event: Event) -> Session:
@@ -288,10 +345,23 @@ def _moved(state: RunState, event: Event) -> Session:
     if state.is_over:  # an export long after the end is no training time
         return Session(before.active_seconds, event.time) if is_working else before
     gap = max(0.0, event.time - before.last_event)
-    active, widest = before.active_seconds + gap, max(before.widest_gap, gap)
+    waited = gap if state.paused is not None else 0.0
+    active, widest = before.active_seconds + gap - waited, max(before.widest_gap, gap - waited)
     if before.steps and isinstance(event, RunStarted | Resumed):
         # Another process, after a crash. It may have prepared before it said so: the widest gap since the
         # last step is the time when nothing ran.
         return Session(active - widest, event.time)
     widest = 0.0 if isinstance(event, StepDone | Evaluated | CheckpointSaved | MemoryMeasured) else widest
-    return replace(before, active_seconds=active, last_event=event.time, widest_gap=widest)
+    return replace(
+        before,
+        active_seconds=active,
+        last_event=event.time,
+        widest_gap=widest,
+        # a pause is no part of what steps take
+        first_step_began=_later(before.first_step_began, waited),
+        last_step_ended=_later(before.last_step_ended, waited),
+    )
+
+
+def _later(moment: float | None, seconds: float) -> float | None:
+    return None if moment is None else moment + seconds
