@@ -84,6 +84,14 @@ def publish(building: Path, target: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def put_back(parent: Path) -> None:
+    """Puts back what `publish` had put aside when its process was killed, where nothing took its place."""
+    for former in parent.glob(".*.former"):
+        target = former.with_name(former.name.removeprefix(".").removesuffix(".former"))
+        if not target.exists():
+            former.replace(target)
+
+
 def flush_tree(folder: Path) -> None:
     """Returns when a folder and all in it have reached the disk."""
     for path in folder.rglob("*"):

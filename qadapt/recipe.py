@@ -159,6 +159,8 @@ class TrainSection(Section):
     """Steps between saved states; none: at evaluations and at the end."""
     keep_checkpoints: Positive = 2
     """Newest saved states to keep; the best one is kept besides."""
+    keep_every: Positive | None = None
+    """Keep for good those whose step is a multiple of this, too; none: no others."""
     rehearse: bool = True
     """Put the rows that take the most memory through everything once before step 1; takes a step's time."""
     seed: int = 0

@@ -3,6 +3,7 @@
 ```
 runs/<name>/
   recipe.yaml  plan.json  environment.json     resolved, as used
+  identity                                     what it was first made of, which its checkpoints carry
   data.json                                    the rows: files and hashes, what became of them, where they lie
   skipped.jsonl                                rows left out, if the recipe asks for that
   events.jsonl                                 the journal
@@ -15,6 +16,7 @@ runs/<name>/
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -39,6 +41,21 @@ class RunFolder:
     def name(self) -> str:
         """The folder's name, which is the run's, wherever it was moved."""
         return self.path.absolute().name
+
+    @property
+    def identity(self) -> str:
+        """What tells this run's checkpoints from another's; empty in a folder that is no run of its own."""
+        path = self.path / "identity"
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+    def identify(self, *made_of: str) -> None:
+        """Gives a run that has none an identity, by what it is made of; it keeps it whatever changes later.
+
+        Two runs that are made of the same to the letter are the same run.
+        """
+        if not self.identity:
+            digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
+            self.write(self.path / "identity", f"{digest}\n")
 
     @property
     def recipe(self) -> Path:

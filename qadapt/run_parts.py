@@ -279,6 +279,7 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         patience=section.patience,
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
+        keep_every=section.keep_every,
     )
 
 

@@ -81,6 +81,7 @@ FIELDS = [
     "train.patience",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.rehearse",
     "train.seed",
     "memory.budget",

@@ -514,21 +514,6 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, tiny_model: Tin
     assert isinstance(error, BadOutput)
 
 
-def test_a_disk_that_fills_up_leaves_no_half_checkpoint(
-    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    from qadapt.train import checkpoint
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    error = refused(make_recipe(tmp_path, tiny_model("llama")))
-    assert isinstance(error, BadOutput)
-    assert "No space left" in error.problem
-    assert list((tmp_path / "runs/first/checkpoints").iterdir()) == []
-
-
 def test_a_run_with_changed_rows_is_not_resumed(tmp_path: Path, tiny_model: TinyModel) -> None:
     events = train(make_recipe(tmp_path, tiny_model("llama")))
     for event in events:

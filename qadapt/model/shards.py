@@ -100,7 +100,7 @@ def write_shards(
         names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
         with (folder / name).open("wb") as file:
-            file.write(_header(group))
+            file.write(header_bytes(group))
             for entry in group:
                 written = sum(file.write(piece) for piece in values(entry))
                 assert written == entry.size_bytes, f"{entry.name}: {written} of {entry.size_bytes} bytes"
@@ -129,7 +129,8 @@ def _groups(entries: Sequence[TensorEntry], shard_bytes: int) -> list[list[Tenso
     return groups
 
 
-def _header(entries: Sequence[TensorEntry]) -> bytes:
+def header_bytes(entries: Sequence[TensorEntry]) -> bytes:
+    """What a file begins with whose tensors' bytes follow in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:

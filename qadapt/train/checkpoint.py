@@ -1,29 +1,42 @@
 """A saved state a run can go on from: safetensors and JSON only, written whole or not at all.
 
-A checkpoint is built in a temporary folder, its manifest with sizes and SHA-256 last, flushed to disk, then
-renamed. What is read is checked against the manifest first. Nothing is ever unpickled.
+The manifest, last, has size and SHA-256 of every file as it was meant; what is read is checked against it
+first. Nothing is ever unpickled. Files that are not in the manifest are never looked at. A checkpoint is
+shown (`durable.py`) after the journal of its steps has reached the disk, so that no power cut leaves a gap
+there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from qadapt.errors import BadOutput, BadRun
+from qadapt.cache import FULL, require_free
+from qadapt.durable import flush_file, put_back, whole_folder
+from qadapt.errors import BadOutput, BadRun, NoRoom
+from qadapt.model.shards import TensorEntry, header_bytes
+from qadapt.model.tensor_values import FORMAT_NAMES, bytes_of
+from qadapt.run_folder import RunFolder
+from qadapt.units import MIB
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 GROUPS = ("adapter", "optimizer", "random")
+FILES = (*(f"{group}.safetensors" for group in GROUPS), STATE)
+VERSION = 1
+_NAME = re.compile(r"step-\d+")
+_ROOM_BESIDE_TENSORS_BYTES = MIB
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,16 @@ class Checkpoint:
     random: dict[str, Tensor]
     values: dict[str, Any]
 
+    @property
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors by the name of their file."""
+        return dict(zip(GROUPS, (self.adapter, self.optimizer, self.random), strict=True))
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, which is nearly what a checkpoint takes on the disk."""
+        return sum(tensor.nbytes for tensors in self.groups.values() for tensor in tensors.values())
+
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lives."""
@@ -46,44 +69,60 @@ def save_checkpoint(run_folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint and returns its folder.
 
     Raises:
-        BadOutput: The folder cannot be written, or the disk is full; nothing half-written stays.
+        NoRoom: The disk is too full; nothing half-written stays, older checkpoints are as they were.
+        BadOutput: The folder cannot be written; likewise.
     """
     target = checkpoint_folder(run_folder, checkpoint.step)
-    if target.exists() and find_damage(target) is None:
-        return target  # this very state was saved before (an evaluation, then a request to stop)
-    building = target.with_name(f".{target.name}.tmp")
+    state = {"step": checkpoint.step, "run": RunFolder(run_folder).identity, **checkpoint.values}
+    if target.exists() and find_damage(target) is None and _read_state(target) == state:
+        return target  # this very state was saved before (by plan, then because of a request to stop)
+    for left in target.parent.glob(".step-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    check_room(run_folder, checkpoint)
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        for name, tensors in _groups(checkpoint).items():
-            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(whole, building / f"{name}.safetensors")
-        state = {"step": checkpoint.step, **checkpoint.values}
-        (building / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        _write_manifest(building)
-        if target.exists():
-            shutil.rmtree(target)
-        building.replace(target)
-        _flush_folder(target.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise BadOutput(
+        with whole_folder(target) as folder:
+            _write_files(folder, checkpoint, state)
+            _flush_journal(run_folder)
+    except OSError as error:
+        kind = NoRoom if error.errno in FULL else BadOutput
+        raise kind(
             f"The checkpoint {target} cannot be written: {error}",
             cure="Make room or make the folder writable, then `qadapt resume`.",
         ) from None
     return target
 
 
+def check_room(run_folder: Path, checkpoint: Checkpoint) -> None:
+    """Looks whether a checkpoint has room on the disk, before its first byte.
+
+    Raises:
+        NoRoom: It has not.
+    """
+    require_free(
+        run_folder,
+        checkpoint.tensor_bytes + _ROOM_BESIDE_TENSORS_BYTES,
+        purpose=f"The checkpoint after step {checkpoint.step}",
+        or_else="move the run to a larger one, then `qadapt resume`",
+    )
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint after checking every file against the manifest.
 
     Raises:
-        BadRun: A file is missing, cut off or changed; names it.
+        BadRun: A file is missing, cut off, changed or not readable for this user, or the checkpoint is of
+        another run; says which.
     """
     damage = find_damage(folder)
     if damage is not None:
         raise BadRun(damage, cure="Use an older checkpoint.")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = _read_state(folder)
+    run, identity = state.pop("run"), RunFolder(folder.parent.parent).identity
+    if identity and run != identity:
+        raise BadRun(
+            f"The checkpoint {folder} is of another run: it was copied here.",
+            cure="Move it away, then `qadapt resume` goes on from this run's own.",
+        )
     # read, not mapped: Windows cannot delete a file that is mapped
     groups = {name: load((folder / f"{name}.safetensors").read_bytes()) for name in GROUPS}
     return Checkpoint(step=state.pop("step"), values=state, **groups)
@@ -91,7 +130,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def find_checkpoints(run_folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first."""
-    return sorted((run_folder / "checkpoints").glob("step-*"), key=step_of)
+    named = (run_folder / "checkpoints").glob("step-*")
+    return sorted((path for path in named if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -100,7 +140,14 @@ def step_of(folder: Path) -> int:
 
 
 def load_newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, if any, and a sentence for each newer one that is damaged."""
+    """The newest whole checkpoint, if any, and a sentence for each newer one that is damaged.
+
+    For the one process that works on the run.
+
+    Raises:
+        BadRun: A checkpoint cannot be read by this user, or is of another run.
+    """
+    put_back(run_folder / "checkpoints")
     problems: list[str] = []
     for folder in reversed(find_checkpoints(run_folder)):
         damage = find_damage(folder)
@@ -110,28 +157,24 @@ def load_newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def drop_old(run_folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and the best one."""
-    for folder in find_checkpoints(run_folder)[:-keep]:
-        if step_of(folder) != best_step:
-            _remove(folder)
-
-
 def drop_newer(run_folder: Path, step: int) -> None:
-    """Removes the checkpoints after `step`: damaged ones that a resumed run went back behind."""
+    """Removes the checkpoints after `step`: damaged ones that a resumed run went back behind.
+
+    The one it went back to is not touched, so that a process that is killed here loses nothing; what is left
+    of a damaged one is no less damaged.
+
+    Raises:
+        BadOutput: One cannot be removed.
+    """
     for folder in find_checkpoints(run_folder):
         if step_of(folder) > step:
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise BadOutput(
-            f"The old checkpoint {folder} cannot be removed: {error}",
-            cure="Close what has its files open, then `qadapt resume`.",
-        ) from None
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise BadOutput(
+                    f"The damaged checkpoint {folder} cannot be removed: {error}",
+                    cure="Close what has its files open, then `qadapt resume`.",
+                ) from None
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -149,46 +192,76 @@ def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> 
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _groups(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    return dict(zip(GROUPS, (checkpoint.adapter, checkpoint.optimizer, checkpoint.random), strict=True))
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {path.name: _facts(path) for path in sorted(folder.iterdir())}
-    for name in files:
-        _flush(folder / name)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": files}, indent=2), encoding="utf-8")
-    _flush(manifest)
-
-
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: each is compared with the manifest."""
+    """What is wrong with a checkpoint, or None: each file is compared with the manifest, name with content.
+
+    Raises:
+        BadRun: This user may not read it, which says nothing about it.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        damaged = [name for name, facts in files.items() if _facts(folder / name) != facts]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = {name: _facts(folder / name) for name in FILES}
+        damaged = [name for name in FILES if manifest["files"][name] != found[name]]
+        if not damaged and manifest != _manifest(found):
+            damaged = [MANIFEST]
+        step = None if damaged else _read_state(folder)["step"]
+    except PermissionError as error:
+        raise BadRun(
+            f"The checkpoint {folder} cannot be read: {error}",
+            cure="Make its files readable for this user, or resume as the user who trained.",
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"The checkpoint {folder} is incomplete: {error}"
-    return f"The checkpoint {folder} is damaged: {', '.join(damaged)}." if damaged else None
+    if damaged:
+        return f"The checkpoint {folder} is damaged: {', '.join(damaged)}."
+    return None if step == step_of(folder) else f"The checkpoint {folder} was renamed: it is of step {step}."
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Writes all files; each tensor is brought to the host by itself: there is no second copy of all."""
+    found = {}
+    for group, tensors in checkpoint.groups.items():
+        entries = [
+            TensorEntry(name, FORMAT_NAMES[tensor.dtype], tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
+        pieces = (bytes_of(tensor.detach().cpu()) for tensor in tensors.values())
+        name = f"{group}.safetensors"
+        found[name] = _write(folder / name, chain([header_bytes(entries)], pieces))
+    found[STATE] = _write(folder / STATE, [json.dumps(state, indent=2).encode()])
+    _write(folder / MANIFEST, [json.dumps(_manifest(found), indent=2).encode()])
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file and returns what the manifest says of it: of the bytes as meant, not as they arrived."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _manifest(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {"version": VERSION, "files": files}
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def _facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.sha256()
-        while block := file.read(1 << 20):
+        while block := file.read(MIB):
             digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are journaled
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _flush_journal(run_folder: Path) -> None:
+    """Steps are written to the journal one by one and reach the disk when the system likes, or here."""
+    journal = RunFolder(run_folder).journal
+    if journal.exists():
+        flush_file(journal)

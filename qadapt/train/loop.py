@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,14 +21,13 @@ from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.data.tokens import Tokens
+from qadapt.errors import NoRoom
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import (
     Checkpoint,
     drop_newer,
-    drop_old,
     random_state,
     restore_random_state,
-    save_checkpoint,
 )
 from qadapt.train.guards import Guards
 from qadapt.train.health import Health
@@ -36,6 +35,7 @@ from qadapt.train.memory import MemoryMeter
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Leaving, Pauses
 from qadapt.train.replay import Replay
+from qadapt.train.saver import Saver, saved_event
 from qadapt.train.schedule import learning_rate
 from qadapt.train.step import apply_gradient, evaluate_loss, find_gradient
 
@@ -65,6 +65,7 @@ class LoopSettings:
     patience: int | None
     checkpoint_every: int | None
     keep_checkpoints: int
+    keep_every: int | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Loop:
         self.settings = settings
         self.run_folder = run_folder
         self.progress = Progress()
+        self._saver = Saver(run_folder, keep=settings.keep_checkpoints, keep_every=settings.keep_every)
         self._pauses = Pauses(run_folder)
         self._batches = StepBatches(rows.train, order, self._split)
         self._memory = MemoryMeter(model, optimizer)
@@ -135,17 +137,20 @@ class Loop:
         """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
         yield from self._pauses.guards.warnings()
-        while True:
-            reason = yield from self._pauses.between_steps(self.progress.step, self._saved)
-            if reason is not None:
-                yield from self._leave(reason)
-                return
-            if self.progress.owes_evaluation:
-                yield from self._evaluation()
-            elif self.progress.step == self.settings.steps or self._has_lost_patience():
-                return
-            else:
-                yield from self._next_step()
+        with self._saver:
+            while True:
+                yield from self._look_at_save(self._saver.finished)
+                reason = yield from self._pauses.between_steps(self.progress.step, self._saved)
+                if reason is not None:
+                    yield from self._leave(reason)
+                    return
+                if self.progress.owes_evaluation:
+                    yield from self._evaluation()
+                elif self.progress.step == self.settings.steps or self._has_lost_patience():
+                    yield from self._look_at_save(self._saver.wait)
+                    return
+                else:
+                    yield from self._next_step()
 
     def _next_step(self) -> Iterator[Event]:
         """One step and what is said about it; nothing if the run is asked to leave in the middle of it."""
@@ -166,7 +171,7 @@ class Loop:
         if self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every)):
             self.progress = replace(self.progress, owes_evaluation=True)
         elif is_last or _is_due(step, self.settings.checkpoint_every):
-            yield from self._saved()
+            yield from self._begin_save()
 
     def _step(self) -> StepDone | None:
         """One step; None, and all is as before it, if this process is asked to leave in the middle of it."""
@@ -248,7 +253,7 @@ class Loop:
                 "lower train.learning_rate.",
                 step=evaluated.step,
             )
-        yield from self._saved()
+        yield from self._begin_save()
 
     def _evaluate(self) -> Evaluated | None:
         start = time.perf_counter()
@@ -281,11 +286,23 @@ class Loop:
         control.take(self.run_folder)
         yield Stopped(step=self.progress.step, reason=reason)
 
-    def _saved(self) -> Iterator[Event]:
-        return self._pauses.when_room(self.progress.step, self.save)
+    def _begin_save(self) -> Iterator[Event]:
+        """Saves where the run stands, beside what comes next."""
+        return self._pauses.when_room(self.progress.step, self._save)
 
-    def save(self) -> CheckpointSaved:
-        """Writes a checkpoint of where the run stands and drops old ones."""
+    def _saved(self) -> Iterator[Event]:
+        """Saves where the run stands, and returns when that is on the disk."""
+        return self._pauses.when_room(self.progress.step, lambda: [*self._save(), *self._saver.wait()])
+
+    def _look_at_save(self, look: Callable[[], list[Event]]) -> Iterator[Event]:
+        """What became of a save; if there was no room for it, where the run stands now is saved instead."""
+        try:
+            events: Iterable[Event] = look()
+        except NoRoom:
+            events = self._saved()  # begun outside of the handler, which holds the copy that had no room
+        yield from events
+
+    def _save(self) -> list[Event]:
         progress = self.progress
         values = {
             "progress": asdict(progress),
@@ -294,27 +311,18 @@ class Loop:
         }
         if self._scaler is not None:
             values["loss_scale"] = self._scaler.state_dict()
-        folder = save_checkpoint(
-            self.run_folder,
-            Checkpoint(
-                step=progress.step,
-                adapter=dict(self.optimizer.parameters),
-                optimizer=self.optimizer.tensors(),
-                random=random_state(self._device),
-                values=values,
-            ),
+        checkpoint = Checkpoint(
+            step=progress.step,
+            adapter=dict(self.optimizer.parameters),
+            optimizer=self.optimizer.tensors(),
+            random=random_state(self._device),
+            values=values,
         )
-        drop_old(self.run_folder, keep=self.settings.keep_checkpoints, best_step=progress.best_step)
-        return self.saved(folder)
+        return self._saver.save(checkpoint, best_step=progress.best_step)
 
     def saved(self, folder: Path) -> CheckpointSaved:
         """What the journal says of the checkpoint of where the run stands."""
-        return CheckpointSaved(
-            step=self.progress.step,
-            folder=folder.name,
-            is_best=self.progress.best_step == self.progress.step,
-            bytes=sum(path.stat().st_size for path in folder.iterdir()),
-        )
+        return saved_event(folder, is_best=self.progress.best_step == self.progress.step)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes back to a checkpoint: the next step is the one the saved run would have done."""

@@ -8,7 +8,7 @@ from a clock that never goes back.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,7 +76,7 @@ class Pauses:
             return "asked to stop"
         return None if reason is None else reason.text
 
-    def when_room(self, step: int, write: Callable[[], Event]) -> Iterator[Event]:
+    def when_room(self, step: int, write: Callable[[], Sequence[Event]]) -> Iterator[Event]:
         """What `write` gives; while the disk is full, waits and tries again.
 
         Args:
@@ -101,7 +101,7 @@ class Pauses:
             self._sleep(RETRY_SECONDS)
         if start is not None:
             yield Continued(step=step, seconds=time.monotonic() - start)
-        yield written
+        yield from written
 
     def _wait(self, step: int, reason: str) -> Iterator[Event]:
         yield Paused(step=step, reason=reason)

@@ -1,0 +1,141 @@
+"""Saves checkpoints beside the training: a copy on the host, written by a thread, old ones dropped after it.
+
+The copy is taken before `save` returns, so training may go on at once and changes nothing that is written.
+There is one copy at most: a save that comes while another is being written waits for it. What the thread did
+or could not do is handed out at the next look. Knows no model: a checkpoint is tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from qadapt.events import CheckpointSaved, Event, Warned
+from qadapt.train.checkpoint import Checkpoint, check_room, find_checkpoints, save_checkpoint, step_of
+
+
+class Saver:
+    """Writes the checkpoints of a run and drops old ones. A context manager: leaving it waits.
+
+    An interpreter that ends meanwhile waits for the thread, too; one that is killed leaves a hidden folder,
+    which the next save clears away.
+
+    Args:
+        run_folder: The run's folder, of which this process is the only writer.
+        keep: So many of the newest stay; the best one stays besides.
+        keep_every: Those whose step is a multiple of this stay, too.
+        in_background: Write in a thread; otherwise `save` returns when it is written. The files are the same.
+    """
+
+    def __init__(
+        self, run_folder: Path, *, keep: int, keep_every: int | None = None, in_background: bool = True
+    ) -> None:
+        self.run_folder = run_folder
+        self.keep = keep
+        self.keep_every = keep_every
+        self.in_background = in_background
+        self._writing: Future[list[Event]] | None = None
+
+    def save(self, checkpoint: Checkpoint, *, best_step: int | None) -> list[Event]:
+        """Begins to write a checkpoint; its tensors may change as soon as this returns.
+
+        Args:
+            checkpoint: The state, on any device.
+            best_step: The step of the best evaluation so far, whose checkpoint stays.
+
+        Returns:
+            What became of the save before, and without a thread of this one.
+
+        Raises:
+            NoRoom: There is no room for this one, or there was none for the one before.
+            BadOutput: The one before could not be written.
+        """
+        events = self.wait()
+        if not self.in_background:
+            return events + self._write(checkpoint, best_step)
+        check_room(self.run_folder, checkpoint)
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
+        self._writing = thread.submit(self._write, _copied(checkpoint), best_step)
+        thread.shutdown(wait=False)  # takes no more work, and ends with this one
+        return events
+
+    def finished(self) -> list[Event]:
+        """What became of a save that is done; empty while it goes on. Raises what `wait` raises."""
+        return self.wait() if self._writing is not None and self._writing.done() else []
+
+    def wait(self) -> list[Event]:
+        """Waits for the save that goes on, if any, and says what became of it.
+
+        Raises:
+            NoRoom: There was no room for it; the older checkpoints are whole.
+            BadOutput: It could not be written; likewise.
+        """
+        if self._writing is None:
+            return []
+        wait([self._writing])  # an interrupt in here forgets nothing
+        done, self._writing = self._writing, None
+        return done.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or kind is GeneratorExit:
+            self.wait()
+        elif self._writing is not None:  # what ends the run is said; why its last save failed is not, too
+            wait([self._writing])
+
+    def _write(self, checkpoint: Checkpoint, best_step: int | None) -> list[Event]:
+        folder = save_checkpoint(self.run_folder, checkpoint)
+        saved = saved_event(folder, is_best=best_step == checkpoint.step)
+        return [saved, *self._drop_old(checkpoint.step, best_step)]
+
+    def _drop_old(self, step: int, best_step: int | None) -> list[Event]:
+        events: list[Event] = []
+        for folder in find_checkpoints(self.run_folder)[: -self.keep]:
+            if step_of(folder) == best_step or self._is_kept_for_good(step_of(folder)):
+                continue
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:  # on Windows, while something reads it; the next save tries again
+                events.append(
+                    Warned(
+                        message=f"The old checkpoint {folder} cannot be removed: {error}",
+                        cure="It is tried again after the next one; or remove it yourself.",
+                        step=step,
+                    )
+                )
+        return events
+
+    def _is_kept_for_good(self, step: int) -> bool:
+        return self.keep_every is not None and step % self.keep_every == 0
+
+
+def saved_event(folder: Path, *, is_best: bool) -> CheckpointSaved:
+    """What the journal says of a checkpoint."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return CheckpointSaved(step=step_of(folder), folder=folder.name, is_best=is_best, bytes=size)
+
+
+def _copied(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with tensors of its own, on the host."""
+    return replace(
+        checkpoint,
+        adapter=_copied_group(checkpoint.adapter),
+        optimizer=_copied_group(checkpoint.optimizer),
+        random=_copied_group(checkpoint.random),
+        values=copy.deepcopy(checkpoint.values),
+    )
+
+
+def _copied_group(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
