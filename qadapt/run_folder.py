@@ -123,6 +123,8 @@ def create_run(folder: Path, name: str) -> RunFolder:
         path.mkdir()
         flush_folder(folder)
     except OSError as error:
+        if path.is_dir() and _is_unborn(path):
+            return RunFolder(path)
         if isinstance(error, FileExistsError) and path.exists():
             raise BadRun(
                 f"There is a run named {name!r} in {folder} already.",
@@ -136,12 +138,21 @@ def create_run(folder: Path, name: str) -> RunFolder:
     return RunFolder(path)
 
 
+def _is_unborn(path: Path) -> bool:
+    """Whether a process that died before its first event made the folder: nothing can be resumed there."""
+    run = RunFolder(path)
+    made = {".lock", "control", run.recipe.name, f".{run.recipe.name}.tmp", run.journal.name}
+    is_silent = not run.journal.exists() or not run.journal.stat().st_size
+    return is_silent and all(each.name in made for each in path.iterdir())
+
+
 @contextmanager
 def working_on(run: RunFolder) -> Iterator[None]:
     """Holds a run for this process; the system lets go of it when the process ends, however.
 
     Raises:
         BadRun: Another process works on it.
+        BadOutput: The folder is read-only.
     """
     lock = FileLock(run.path / ".lock")
     try:
@@ -151,10 +162,24 @@ def working_on(run: RunFolder) -> Iterator[None]:
             f"Another process works on the run {run.path.name}.",
             cure=f"`qadapt watch {run.path.name}` shows it; wait for its end, or stop it with Ctrl-C.",
         ) from None
+    except OSError as error:
+        raise BadOutput(
+            f"The run {run.path} cannot be written to: {error.strerror or error}.",
+            cure="Make the folder writable, or move it to a disk that is.",
+        ) from None
     try:
         yield
     finally:
         lock.release()
+
+
+def is_worked_on(run: RunFolder) -> bool:
+    """Whether a process works on the run now."""
+    try:
+        with working_on(run):
+            return False
+    except BadRun:
+        return True
 
 
 def discard_run(run: RunFolder) -> None:

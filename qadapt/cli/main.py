@@ -16,6 +16,7 @@ from qadapt.cli.doctor import doctor
 from qadapt.cli.estimate import estimate, plan
 from qadapt.cli.evaluate import evaluate
 from qadapt.cli.export import export
+from qadapt.cli.pause import pause, save
 from qadapt.cli.recipes import recipes
 from qadapt.cli.screen import error_console
 from qadapt.cli.train import resume, train
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (estimate, plan, train, resume, watch, evaluate, export, recipes, doctor):
+for command in (estimate, plan, train, resume, pause, save, watch, evaluate, export, recipes, doctor):
     app.command()(command)
 app.add_typer(data)
 

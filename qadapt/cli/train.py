@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ import typer
 
 from qadapt import control
 from qadapt.cli.screen import console, error_console
+from qadapt.errors import BadOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,19 +34,25 @@ def train(
     ] = None,
     quiet: Quiet = False,
     plain: Plain = False,
+    rehearse_only: Annotated[
+        bool, typer.Option("--rehearse-only", help="Stop after the rehearsal, and leave no run behind.")
+    ] = False,
 ) -> None:
-    """Trains a recipe. Ctrl-C finishes the step, saves and leaves; a second one leaves now, still whole.
+    """Trains a recipe. Ctrl-C finishes the micro-batch, saves and leaves; a second one leaves now, whole.
 
     Examples: `qadapt train my-recipe.yaml`, `qadapt train llama-3.1-8b-qlora-12gb train.learning_rate=1e-4
-    data.length=1024 run.name=first`.
+    data.length=1024 run.name=first`. Whether the longest rows fit, in a minute: `qadapt train my-recipe.yaml
+    --rehearse-only`.
     """
     from qadapt.recipe_file import read_recipe
 
     checked = read_recipe(recipe, overrides or [])
     run_folder = Path(checked.run.folder) / checked.run.name
     with _announced("starting"):
+        from qadapt.run import rehearse
         from qadapt.run import train as train_recipe
-    _watch_over(train_recipe(checked), run_folder, is_quiet=quiet, is_plain=plain)
+    begin = rehearse if rehearse_only else train_recipe
+    _watch_over(begin(checked), run_folder, is_quiet=quiet, is_plain=plain)
 
 
 def resume(
@@ -103,27 +111,39 @@ def _announced(text: str) -> Iterator[None]:
 
 @contextmanager
 def _polite_interrupt(run_folder: Path) -> Iterator[Watch]:
-    """From the first step on, a first Ctrl-C (or SIGTERM) asks the run to save and leave; a second leaves.
+    """A first Ctrl-C (or SIGTERM, or Ctrl-Break) asks the run to save and leave; a second leaves now.
 
-    Before the first step there is nothing to save, and Ctrl-C leaves at once.
+    Before the first step, or a wait for it, there is nothing to save, and Ctrl-C leaves at once.
     """
-    has_begun = False
+    has_begun = is_asked = False
 
     def watched(events: Iterable[Event]) -> Iterator[Event]:
         nonlocal has_begun
         for event in events:
-            has_begun = has_begun or type(event).__name__ == "StepDone"
+            has_begun = has_begun or type(event).__name__ in ("StepDone", "Paused")
             yield event
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not has_begun or control.is_asked(run_folder, "stop"):
+        nonlocal is_asked
+        if is_asked or not has_begun:
             raise KeyboardInterrupt
-        control.ask(run_folder, "stop")
-        error_console().print("finishing the step, then saving; Ctrl-C again leaves now", markup=False)
+        is_asked = True
+        try:
+            control.ask(run_folder, "stop")
+        except BadOutput:  # nor could it be saved there
+            raise KeyboardInterrupt from None
+        with suppress(RuntimeError):  # the signal came in the middle of printing something else
+            error_console().print("finishing the micro-batch, then saving; Ctrl-C again leaves now")
 
-    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, handle) for each in _leaving_signals()}
     try:
         yield watched
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _leaving_signals() -> tuple[signal.Signals, ...]:
+    if sys.platform == "win32":
+        return (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
+    return (signal.SIGINT, signal.SIGTERM)
