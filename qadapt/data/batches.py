@@ -6,7 +6,7 @@ Legend: B rows, T tokens, K positions that predict a learned token in any row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -74,6 +74,62 @@ def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[Mic
     return [
         collate(by_length[first : first + size], pad_id=pad_id) for first in range(0, len(by_length), size)
     ]
+
+
+@dataclass(frozen=True)
+class Division:
+    """How rows become micro-batches; a function that can be handed to another process.
+
+    Attributes:
+        pad_id: The token that fills up.
+        rows: The most rows of a micro-batch that is filled up.
+        packed: Rows are packed instead.
+        tokens: The most tokens of a packed micro-batch, unless a single row has more.
+        learned: The most learned tokens of a packed micro-batch, unless a single row has more.
+        halvings: How often these numbers are halved, since memory ran out.
+    """
+
+    pad_id: int
+    rows: int
+    packed: bool = False
+    tokens: int = 0
+    learned: int = 0
+    halvings: int = 0
+
+    def __call__(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
+        """The micro-batches of some rows."""
+        if not self.packed:
+            return micro_batches(rows, size=self.size, pad_id=self.pad_id)
+        capacity = max(self.size, *map(len, rows))
+        return packed_batches(rows, capacity=capacity, most_learned=self._halved(self.learned))
+
+    @property
+    def size(self) -> int:
+        """The most rows of a micro-batch; packed: the most tokens."""
+        return self._halved(self.tokens if self.packed else self.rows)
+
+    def half(self) -> Division | None:
+        """The same with half the size; None if it is 1."""
+        return replace(self, halvings=self.halvings + 1) if self.size > 1 else None
+
+    def smaller(self, rows: Sequence[Tokens]) -> Division | None:
+        """The next half that divides these rows further; None if each one is alone already."""
+        count = len(self(rows))
+        found: Division | None = self
+        while found is not None and len(found(rows)) == count:
+            found = found.half()
+        return found
+
+    def down_to(self, size: int) -> Division:
+        """The first half whose size is at most so much."""
+        found: Division | None = self
+        while found is not None and found.size > size:
+            found = found.half()
+        assert found is not None, f"{size} is no size"
+        return found
+
+    def _halved(self, number: int) -> int:
+        return -(-number // (1 << self.halvings))
 
 
 def all_batches(

@@ -24,6 +24,7 @@ def set_recompute(
     Args:
         model: The base, before or after an adapter is attached.
         recompute: All layers, none, or how many of the first ones; the last ones keep their activations.
+            Between two steps it may be raised.
         within: Makes a context that each recomputation runs in.
     """
     if recompute == "none":
@@ -34,6 +35,15 @@ def set_recompute(
     model.disable_input_require_grads()  # a hook of the library that only the reentrant kind needs
     if recompute == "all":
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers[recompute:]:
+    for layer in _layers(model)[recompute:]:
         layer.gradient_checkpointing = False
+
+
+def recomputed_layers(model: PreTrainedModel) -> tuple[int, int]:
+    """How many layers recompute, of how many."""
+    layers = _layers(model)
+    return sum(layer.gradient_checkpointing for layer in layers), len(layers)
+
+
+def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -31,6 +31,9 @@ class Knob:
     more memory than the last but one), so the fastest value that fits is found by halving.
 
     What a knob that `needs_rows` is worth depends on how long the rows are; who has them turns it.
+
+    A `live` knob can be turned in the middle of a run where memory runs out (`train/oom.py`): it changes how
+    a step is computed and not what. They are taken in the order of the registry, the cheapest first.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Knob:
     rise: str | None = None
     fine: bool = False
     needs_rows: bool = False
+    live: bool = False
 
     def change(self, setting: Setting, value: Value, *, rows_per_step: int) -> Setting:
         """The setting with this knob at a value."""
@@ -105,7 +109,7 @@ def _assignment(field: str) -> Callable[[Value, ModelShape], str]:
 
 
 KNOBS: tuple[Knob, ...] = (
-    Knob("micro_batch", "rows", 1, _row_values, _rows_text),
+    Knob("micro_batch", "rows", 1, _row_values, _rows_text, live=True),
     Knob(
         "recompute",
         "recompute",
@@ -114,6 +118,7 @@ KNOBS: tuple[Knob, ...] = (
         _recompute_text,
         rise="keeping another layer's activations",
         fine=True,
+        live=True,
     ),
     Knob(
         "packing",
@@ -159,6 +164,9 @@ KNOBS: tuple[Knob, ...] = (
         _assignment("adapter.rank"),
     ),
 )
+
+LIVE = tuple(knob.name for knob in KNOBS if knob.live)
+"""The knobs of the out-of-memory ladder, in its order."""
 
 PLANNED = frozenset(knob.name for knob in KNOBS if knob.rung == 1 and not knob.needs_rows)
 """The knobs that a plan may turn by itself where the recipe says `auto`: they change no result."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +16,10 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.data.batches import MicroBatch, all_batches, micro_batches, packed_batches
+from qadapt.data.batches import Division, all_batches
 from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
-from qadapt.data.tokens import Tokens
 from qadapt.errors import NoRoom
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import (
@@ -32,12 +31,13 @@ from qadapt.train.checkpoint import (
 from qadapt.train.guards import Guards
 from qadapt.train.health import Health
 from qadapt.train.memory import MemoryMeter
+from qadapt.train.oom import Beginning, Ladder, Trial
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Leaving, Pauses
 from qadapt.train.replay import Replay
 from qadapt.train.saver import Saver, saved_event
 from qadapt.train.schedule import learning_rate
-from qadapt.train.step import apply_gradient, evaluate_loss, find_gradient
+from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient
 
 MEMORY_EVERY = 10
 """Steps from one whose memory is counted to the next."""
@@ -66,6 +66,12 @@ class LoopSettings:
     checkpoint_every: int | None
     keep_checkpoints: int
     keep_every: int | None
+
+    def division(self, pad_id: int) -> Division:
+        """How the plan divides rows."""
+        return Division(
+            pad_id, self.micro_batch, self.packed, tokens=self.packed_tokens, learned=self.packed_learned
+        )
 
 
 @dataclass(frozen=True)
@@ -111,18 +117,19 @@ class Loop:
         self.progress = Progress()
         self._saver = Saver(run_folder, keep=settings.keep_checkpoints, keep_every=settings.keep_every)
         self._pauses = Pauses(run_folder)
-        self._batches = StepBatches(rows.train, order, self._split)
+        self.ladder = Ladder(model, optimizer, division=settings.division(rows.pad_id), run_folder=run_folder)
         self._memory = MemoryMeter(model, optimizer)
         self._health = Health(optimizer, steps=settings.steps, clip_norm=settings.clip_norm)
         self._is_applied = True
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._device = next(model.parameters()).device
-        self._random_before = random_state(self._device)
+        self._beginning = Beginning(self._device, None)
         self._scaler: torch.amp.GradScaler | None = None
 
     def scale_loss(self) -> None:
         """Scales the loss from now on, for fp16 products."""
         self._scaler = torch.amp.GradScaler(self._device.type)
+        self._scaler.scale(torch.zeros((), device=self._device))  # makes the scale that a step begins with
 
     @property
     def peak_bytes(self) -> int:
@@ -155,8 +162,7 @@ class Loop:
     def _next_step(self) -> Iterator[Event]:
         """One step and what is said about it; nothing if the run is asked to leave in the middle of it."""
         is_watched = self._is_watched(self.progress.step + 1)
-        with self._memory.watching() if is_watched else nullcontext():
-            done = self._step()
+        done = yield from self._step(is_watched=is_watched)
         if done is None:
             return
         yield done
@@ -173,7 +179,7 @@ class Loop:
         elif is_last or _is_due(step, self.settings.checkpoint_every):
             yield from self._begin_save()
 
-    def _step(self) -> StepDone | None:
+    def _step(self, *, is_watched: bool) -> Generator[Event, None, StepDone | None]:
         """One step; None, and all is as before it, if this process is asked to leave in the middle of it."""
         settings, step = self.settings, self.progress.step
         start = time.perf_counter()
@@ -185,20 +191,19 @@ class Loop:
             warmup_steps=settings.warmup_steps,
             final_share=settings.final_share,
         )
-        self._random_before = random_state(self._device)
-        result = find_gradient(
-            self.model,
-            self.optimizer,
-            self._batches[step],
-            clip_norm=settings.clip_norm,
-            scaler=self._scaler,
-            is_leaving=self._pauses.is_leaving,
+        self._beginning = Beginning(self._device, self._scaler)
+        trial = Trial(
+            find=lambda: self._find_gradient(step),
+            apply=lambda found: apply_gradient(
+                self.optimizer, found, learning_rate=rate, scaler=self._scaler
+            ),
+            around=self._memory.watching if is_watched else nullcontext,
         )
+        rows = [self.rows.train[index] for index in self.order.rows_of_step(step)]
+        result = yield from self.ladder.climb_step(trial, step=step + 1, rows=rows, beginning=self._beginning)
         if result is None:
-            restore_random_state(self._random_before, self._device)
             return None
         self._is_applied = result.is_applied
-        apply_gradient(self.optimizer, result, learning_rate=rate, scaler=self._scaler)
         self.progress = replace(self.progress, step=step + 1)
         return StepDone(
             step=step + 1,
@@ -209,6 +214,17 @@ class Loop:
             supervised_tokens=result.supervised_tokens,
             rows=self.order.rows_per_step,
             seconds=time.perf_counter() - start,
+        )
+
+    def _find_gradient(self, step: int) -> StepResult | None:
+        batches = StepBatches(self.rows.train, self.order, self.ladder.training)[step]
+        return find_gradient(
+            self.model,
+            self.optimizer,
+            batches,
+            clip_norm=self.settings.clip_norm,
+            scaler=self._scaler,
+            is_leaving=self._pauses.is_leaving,
         )
 
     def _loss_scale(self) -> float | None:
@@ -222,18 +238,12 @@ class Loop:
             self.model,
             self.optimizer.parameters,
             rows=[self.rows.train[index] for index in self.order.rows_of_step(self.progress.step - 1)],
-            divide=self._split,
-            random=self._random_before,
+            divide=self.ladder.training,
+            random=self._beginning.random,
             loss_scale=1.0
             if scale is None or self._scaler is None
             else scale / self._scaler.get_backoff_factor(),
         )
-
-    def _split(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
-        settings = self.settings
-        if settings.packed:
-            return packed_batches(rows, capacity=settings.packed_tokens, most_learned=settings.packed_learned)
-        return micro_batches(rows, size=settings.micro_batch, pad_id=self.rows.pad_id)
 
     def _is_watched(self, step: int) -> bool:
         is_known = step in (1, self.settings.steps, self._longest_step)
@@ -241,8 +251,9 @@ class Loop:
 
     def _evaluation(self) -> Iterator[Event]:
         """An evaluation and a checkpoint after it; nothing if the run is asked to leave meanwhile."""
-        evaluated = self._evaluate()
-        if evaluated is None:
+        try:
+            evaluated = yield from self._evaluate()
+        except Leaving:
             return
         yield evaluated
         if not math.isfinite(evaluated.loss):
@@ -255,14 +266,9 @@ class Loop:
             )
         yield from self._begin_save()
 
-    def _evaluate(self) -> Evaluated | None:
+    def _evaluate(self) -> Generator[Event, None, Evaluated]:
         start = time.perf_counter()
-        at_once = self.order.rows_per_step if self.settings.packed else None  # no more documents than planned
-        batches = all_batches(self.rows.held_out, self._split, at_once=at_once)
-        try:
-            loss = evaluate_loss(self.model, self._pauses.unless_leaving(batches))
-        except Leaving:
-            return None
+        loss = yield from self.ladder.climb_evaluation(self._held_out_loss, step=self.progress.step)
         best = self.progress.best_loss
         is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best:
@@ -276,6 +282,11 @@ class Loop:
         return Evaluated(
             step=self.progress.step, loss=loss, is_best=is_best, seconds=time.perf_counter() - start
         )
+
+    def _held_out_loss(self) -> float:
+        at_once = self.order.rows_per_step if self.settings.packed else None  # no more documents than planned
+        batches = all_batches(self.rows.held_out, self.ladder.evaluation, at_once=at_once)
+        return evaluate_loss(self.model, self._pauses.unless_leaving(batches))
 
     def _has_lost_patience(self) -> bool:
         patience = self.settings.patience
@@ -331,6 +342,7 @@ class Loop:
         self.optimizer.load(checkpoint.optimizer)
         restore_random_state(checkpoint.random, self._device)
         self.progress = Progress(**checkpoint.values["progress"])
+        self.ladder.go_to(self.progress.step)
         if "memory" in checkpoint.values:  # came with a later release
             self._memory.restore(checkpoint.values["memory"])
         if "health" in checkpoint.values:  # so did this

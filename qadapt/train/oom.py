@@ -1,0 +1,350 @@
+"""The out-of-memory ladder: where memory runs out in a run, the same rows again with less of it.
+
+A step is two halves. If memory runs out before its update, nothing has changed yet: its gradients are
+dropped, the next rung is taken, random state and loss scale go back to where the step began, and it is done
+again, the same sum over the same rows. If it runs out in the update, the update is gone on with where it
+stopped (`optimizer.py`). A rung changes how a step is computed and never what: which ones there are, and
+their order, is in `plan/knobs.py`. Each is an event and is on the disk (`rungs.json`, with the step from
+which it counts) before anything is done again, so a resumed run takes it at the same step.
+
+Rows are split only where nothing is drawn at random: a step's dropout masks depend on its shapes. More
+recomputation draws the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from qadapt.data.batches import Division
+from qadapt.data.tokens import Tokens
+from qadapt.durable import write_whole
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.engine.recompute import recomputed_layers, set_recompute
+from qadapt.errors import BadOutput, BadRun, DoesNotFit
+from qadapt.events import Eased
+from qadapt.plan.knobs import LIVE
+from qadapt.train.checkpoint import random_state, restore_random_state
+from qadapt.train.optimizer import AdapterOptimizer
+from qadapt.train.step import StepResult, drop_gradients
+
+FILE_NAME = "rungs.json"
+Value = int | str
+
+
+class Turn(Protocol):
+    """How a live knob is turned."""
+
+    def next(self, rows: Sequence[Tokens]) -> Value | None:
+        """The next value, with which these rows take less memory; None if there is none."""
+
+    def take(self, value: Value) -> None:
+        """Sets the value; one with more memory than now is passed over."""
+
+    def price(self, value: Value) -> str:
+        """What the value costs, in words."""
+
+
+class Splitting:
+    """Fewer rows at a time, or tokens where they are packed."""
+
+    def __init__(self, division: Division, *, draws: bool) -> None:
+        self.division = division
+        self.draws = draws
+
+    def next(self, rows: Sequence[Tokens]) -> Value | None:
+        """The next half that divides these rows further; rows that are not known are divided anyhow."""
+        if self.draws:
+            return None
+        smaller = self.division.smaller(rows) if rows else self.division.half()
+        return None if smaller is None else smaller.size
+
+    def take(self, value: Value) -> None:
+        """Sets the size."""
+        self.division = self.division.down_to(int(value))
+
+    def price(self, value: Value) -> str:
+        """What smaller micro-batches cost."""
+        unit = "token" if self.division.packed else "row"
+        many = "" if value == 1 else "s"
+        return f"{value:,} {unit}{many} at a time: more and smaller products, so a little slower"
+
+
+class Recomputing:
+    """More layers that compute their activations again; half of those that are left at a time."""
+
+    def __init__(self, model: PeftModel, *, draws: bool) -> None:
+        self._base = model.get_base_model()
+        self.draws = draws
+
+    def next(self, _: Sequence[Tokens]) -> Value | None:
+        """Half of the layers that are left, or all if it is the last one."""
+        recomputed, layers = recomputed_layers(self._base)
+        if recomputed == layers:
+            return None
+        more = recomputed + (layers - recomputed + 1) // 2
+        return "all" if more == layers else more
+
+    def take(self, value: Value) -> None:
+        """Sets how many layers recompute."""
+        recomputed, layers = recomputed_layers(self._base)
+        if value == "all":
+            set_recompute(self._base, "all")
+        elif recomputed < int(value) < layers:
+            set_recompute(self._base, int(value))
+
+    def price(self, value: Value) -> str:
+        """What recomputation costs."""
+        layers = "every layer is" if value == "all" else f"{value} layers are"
+        text = f"{layers} computed twice, at most a third more time"
+        return f"{text}; rows cannot be split, as dropout would draw other masks" if self.draws else text
+
+
+@dataclass
+class Trial:
+    """A step that can be tried again: `find` from the start, `apply` from where it stopped.
+
+    Attributes:
+        find: Finds the gradient; None if the run is asked to leave.
+        apply: Applies it.
+        around: Makes a context for each try.
+        found: What `find` gave, once it did.
+    """
+
+    find: Callable[[], StepResult | None]
+    apply: Callable[[StepResult], None]
+    around: Callable[[], AbstractContextManager[object]]
+    found: StepResult | None = None
+
+    def __call__(self) -> StepResult | None:
+        """Tries."""
+        with self.around():
+            if self.found is None:
+                self.found = self.find()
+            if self.found is not None:
+                self.apply(self.found)
+        return self.found
+
+
+class Beginning:
+    """Random state and loss scale as they are where a step begins.
+
+    Args:
+        device: Of the model.
+        scaler: Its scale must have been used once.
+    """
+
+    def __init__(self, device: torch.device, scaler: torch.amp.GradScaler | None) -> None:
+        self.random = random_state(device)
+        self._device = device
+        self._scaler = scaler
+        self._scale = None if scaler is None else scaler.state_dict()
+
+    def restore(self) -> None:
+        """Goes back to it."""
+        restore_random_state(self.random, self._device)
+        if self._scaler is not None and self._scale is not None:
+            self._scaler.load_state_dict(self._scale)
+            self._scaler.update(self._scale["scale"])  # forgets that gradients were unscaled
+
+
+class Ladder:
+    """The rungs of one run.
+
+    Args:
+        model: The adapted model, on its device.
+        optimizer: Over its trained parameters.
+        division: How the plan divides rows.
+        run_folder: Where rungs are kept.
+    """
+
+    def __init__(
+        self, model: PeftModel, optimizer: AdapterOptimizer, *, division: Division, run_folder: Path
+    ) -> None:
+        draws = _draws_at_random(model)
+        self._splitting = Splitting(division, draws=draws)
+        self._evaluating = Splitting(division, draws=False)
+        self._turns: dict[str, Turn] = {
+            "micro_batch": self._splitting,
+            "recompute": Recomputing(model, draws=draws),
+        }
+        self._optimizer = optimizer
+        self._device = next(model.parameters()).device
+        self._path = run_folder / FILE_NAME
+        self._taken = read_rungs(self._path)
+        self._waiting = list(self._taken)
+        self._update_stopped: tuple[int, int] | None = None
+
+    @property
+    def training(self) -> Division:
+        """How the rows of a step are divided now."""
+        return self._splitting.division
+
+    @property
+    def evaluation(self) -> Division:
+        """How held-out rows are divided now."""
+        return self._evaluating.division
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether any rung was taken in this run: its plan was too large for this machine."""
+        return bool(self._taken)
+
+    def go_to(self, step: int) -> None:
+        """Takes the rungs that a run had taken when `step` was done."""
+        for rung in self._due(lambda rung: rung.step <= step):
+            self._turn(rung)
+
+    def begin_with(self, other: Ladder) -> None:
+        """Takes over from step 1 on what a rehearsal had to take."""
+        for rung in other._taken:
+            self._take(rung)
+
+    def climb_step(
+        self, trial: Trial, *, step: int, rows: Sequence[Tokens], beginning: Beginning
+    ) -> Generator[Eased, None, StepResult | None]:
+        """Tries a step until it is done, or the run is asked to leave; then all is as where it began.
+
+        Raises:
+            DoesNotFit: Memory ran out on the last rung; names the longest row.
+        """
+        yield from self._take_again(lambda rung: rung.step <= step and rung.phase != "evaluation")
+        while isinstance(done := attempt(trial), RanOut):
+            if trial.found is None:
+                drop_gradients(self._optimizer)
+                free_memory(self._device)
+                beginning.restore()
+                yield self._ease(step, rows)
+            else:
+                free_memory(self._device)
+                yield self._ease_update(step)
+        if done is None:
+            beginning.restore()
+        return done
+
+    def climb_evaluation(self, evaluate: Callable[[], float], *, step: int) -> Generator[Eased, None, float]:
+        """Tries an evaluation until it is done; its rows are divided further each time memory runs out.
+
+        Raises:
+            DoesNotFit: A single row does not fit.
+        """
+        yield from self._take_again(lambda rung: rung.step <= step)
+        beginning = Beginning(self._device, None)
+        while isinstance(done := attempt(evaluate), RanOut):
+            free_memory(self._device)
+            beginning.restore()
+            size = self._evaluating.next(())
+            if size is None:
+                raise DoesNotFit(
+                    f"Memory ran out in the evaluation after step {step}, with one held-out row at a time.",
+                    cure="Leave the longest held-out rows out, or set data.length lower; then qadapt resume.",
+                )
+            price = self._evaluating.price(size)
+            yield self._take(
+                Eased(step=step, phase="evaluation", knob="micro_batch", value=size, price=price)
+            )
+        return done
+
+    def _ease(self, step: int, rows: Sequence[Tokens]) -> Eased:
+        for knob in LIVE:
+            turn = self._turns[knob]
+            value = turn.next(rows)
+            if value is not None:
+                price = turn.price(value)
+                return self._take(Eased(step=step, phase="training", knob=knob, value=value, price=price))
+        longest = max(rows, key=len)
+        raise DoesNotFit(
+            f"Memory ran out in step {step} on the last rung; the longest of its rows, {longest.place}, has "
+            f"{len(longest):,} tokens.",
+            cure=f"Start anew with data.length below {len(longest):,}, a smaller adapter.rank, "
+            "train.optimizer=adamw-8bit or model.quantization=nf4 (`qadapt estimate` prices each)"
+            + (", or adapter.dropout=0, with which rows can be split." if self._splitting.draws else "."),
+        )
+
+    def _ease_update(self, step: int) -> Eased:
+        stopped = (step, self._optimizer.progress)
+        value, price = "one tensor at a time", "a little time for each; the numbers are the same"
+        if not self._optimizer.ease():
+            if stopped == self._update_stopped:
+                raise DoesNotFit(
+                    f"Memory ran out in the update of step {step}, where nothing can be spared any more.",
+                    cure="Close what else uses the card, then `qadapt resume`; or start anew with a smaller "
+                    "adapter.rank or train.optimizer=adamw-8bit.",
+                )
+            value, price = "the rest of it", "nothing; unused memory was given back"
+        self._update_stopped = stopped
+        return self._take(Eased(step=step, phase="update", knob="update", value=value, price=price))
+
+    def _take(self, rung: Eased) -> Eased:
+        self._taken.append(rung)
+        write_rungs(self._path, self._taken)
+        self._turn(rung)
+        return rung
+
+    def _take_again(self, is_due: Callable[[Eased], bool]) -> Iterator[Eased]:
+        """What this run took here before it was resumed; said again, as what it said then counts no more."""
+        for rung in self._due(is_due):
+            self._turn(rung)
+            yield Eased(step=rung.step, phase=rung.phase, knob=rung.knob, value=rung.value, price=rung.price)
+
+    def _due(self, is_due: Callable[[Eased], bool]) -> list[Eased]:
+        due = [rung for rung in self._waiting if is_due(rung)]
+        self._waiting = [rung for rung in self._waiting if not is_due(rung)]
+        return due
+
+    def _turn(self, rung: Eased) -> None:
+        if rung.phase == "evaluation":
+            self._evaluating.take(rung.value)
+        elif rung.phase == "update":
+            self._optimizer.ease()
+        else:
+            self._turns[rung.knob].take(rung.value)
+
+
+def read_rungs(path: Path) -> list[Eased]:
+    """The rungs that a run took, by step.
+
+    Raises:
+        BadRun: The file is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        rungs = [Eased(**values) for values in json.loads(path.read_text(encoding="utf-8"))["rungs"]]
+        return sorted(rungs, key=lambda rung: rung.step)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadRun(
+            f"The rungs {path} cannot be read: {error}",
+            cure="Delete the file; the run goes on, and where memory runs out it finds them again.",
+        ) from None
+
+
+def write_rungs(path: Path, rungs: Sequence[Eased]) -> None:
+    """Writes the rungs that a run took, whole or not at all.
+
+    Raises:
+        BadOutput: The folder cannot be written.
+    """
+    names = ("step", "phase", "knob", "value", "price")
+    values = [{name: vars(rung)[name] for name in names} for rung in rungs]
+    try:
+        write_whole(path, json.dumps({"version": 1, "rungs": values}, indent=2) + "\n")
+    except OSError as error:
+        raise BadOutput(
+            f"The rungs {path} cannot be written: {error}",
+            cure="Make room or make the folder writable, then `qadapt resume`.",
+        ) from None
+
+
+def _draws_at_random(model: PeftModel) -> bool:
+    """Whether a step in training draws dropout masks."""
+    attention = model.get_base_model().config.to_dict().get("attention_dropout") or 0.0
+    return attention > 0 or any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
