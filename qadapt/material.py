@@ -5,7 +5,7 @@ Read from the `model` and `data` sections of the recipe; below this file, functi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -15,14 +15,23 @@ import numpy as np
 
 from qadapt.data.conversation import Conversation
 from qadapt.data.order import Order
-from qadapt.data.prepared import Part, Reading, Source, identify, prepare_part, read_sources
+from qadapt.data.prepared import (
+    Part,
+    Reading,
+    Source,
+    gone_files,
+    identify,
+    kept_part,
+    prepare_part,
+    read_sources,
+)
 from qadapt.data.prompt import PromptContract, load_contract
 from qadapt.data.reading.sources import RowReader, Skipped
 from qadapt.data.row_cache import drop_unused
 from qadapt.data.row_notes import Note, no_rows_left, part_notes, source_notes, split_notes, token_notes
 from qadapt.data.rows import Rows, RowSet
 from qadapt.data.split import Split, split_rows
-from qadapt.errors import BadRun
+from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, Warned
 from qadapt.model.source import ModelFiles, find_model, is_here
 from qadapt.recipe import Recipe
@@ -112,7 +121,11 @@ def _pinned(source: Source) -> str:
 
 
 def prepare(
-    recipe: Recipe, *, revision: str | None, needs_weights: bool = True
+    recipe: Recipe,
+    *,
+    revision: str | None,
+    needs_weights: bool = True,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Generator[Event, None, Material]:
     """Finds the recipe's base (fetching or converting it the first time) and makes tokens of its rows.
 
@@ -122,6 +135,8 @@ def prepare(
         recipe: The recipe.
         revision: Of the base.
         needs_weights: Fetch a hub model's weights, too; without them its files have no fingerprint.
+        earlier: The `parts` of the `data_facts` of a run that is resumed: where the files of rows are gone
+            since, the rows that were prepared of them are used.
 
     Raises:
         QadaptError: The base or the rows cannot be used.
@@ -137,7 +152,8 @@ def prepare(
     parts: list[Part] = []
     for sources, kind in ((training_sources(recipe), "rows"), (held_out_sources(recipe), "held-out rows")):
         if sources:
-            part = yield from _prepared(recipe, sources, contract, kind=kind)
+            known = earlier[len(parts)] if len(parts) < len(earlier) else None
+            part = yield from _prepared(recipe, sources, contract, kind=kind, earlier=known)
             yield from _warned(part_notes(part, kind, length=recipe.data.length))
             parts.append(part)
     split = divided(recipe, parts, contract)
@@ -191,11 +207,19 @@ def _read_all(recipe: Recipe, report: Report) -> None:
 
 
 def _prepared(
-    recipe: Recipe, sources: tuple[Source, ...], contract: PromptContract, *, kind: str
+    recipe: Recipe,
+    sources: tuple[Source, ...],
+    contract: PromptContract,
+    *,
+    kind: str,
+    earlier: Mapping[str, Any] | None,
 ) -> Generator[Event, None, Part]:
     identified = yield from with_progress(
         "hashing the files of rows", lambda report: identify(sources, report)
     )
+    gone = gone_files(earlier["sources"], identified.identities) if earlier is not None else []
+    if earlier is not None and gone:
+        return (yield from _kept(earlier, gone))
     part = yield from with_progress(
         f"preparing the {kind}",
         lambda report: prepare_part(identified, reading_of(recipe), contract, report=report),
@@ -203,6 +227,20 @@ def _prepared(
     )
     if not len(part.prepared.store):
         raise no_rows_left("train on" if kind == "rows" else "evaluate on", part.tally)
+    return part
+
+
+def _kept(earlier: Mapping[str, Any], gone: Sequence[str]) -> Generator[Event, None, Part]:
+    part, listed = kept_part(earlier["key"], earlier["sources"]), ", ".join(gone)
+    if part is None:
+        raise BadData(
+            f"Files of rows are gone: {listed}; and so are the rows that were prepared of them.",
+            cure="Put the files back as they were.",
+        )
+    yield Warned(
+        message=f"Files of rows are gone: {listed}. The run goes on with what was prepared of them.",
+        cure="Put the files back before the cache is cleared: rows that nobody uses go after 90 days.",
+    )
     return part
 
 

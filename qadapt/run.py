@@ -22,10 +22,9 @@ from qadapt import control
 from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.cache import output_errors
-from qadapt.data.prepared import skipped_lines
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, saved_contract
 from qadapt.errors import BadRun
-from qadapt.events import Event, Resumed, RunFinished, StepDone, Stopped, Warned
+from qadapt.events import Event, Paused, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
 from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
@@ -34,18 +33,20 @@ from qadapt.model.precision import DTYPES, choose_device
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
+from qadapt.resumption import Consent, Earlier, check_finished, has_begun, plan_anew, take_up
 from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
 from qadapt.run_parts import (
     adapt,
     adapter_facts,
-    environment,
     find_same_base,
+    holding_card,
     loop_settings,
     make_plan,
     optimizer_of,
     place_base,
     remember_peak,
     started,
+    store,
 )
 from qadapt.stage import with_progress
 from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
@@ -65,15 +66,16 @@ def train(recipe: Recipe) -> Iterator[Event]:
         behind.
     """
     run = create_run(Path(recipe.run.folder), recipe.run.name)
-    has_begun = False
-    try:
-        with working_on(run), Journal(run.journal) as journal:
-            for event in journal.record(_new_run(resolved(recipe), run)):
-                has_begun = has_begun or isinstance(event, StepDone)
-                yield event
-    finally:
-        if not has_begun:
-            discard_run(run)
+    is_kept = False
+    with working_on(run):
+        try:
+            with Journal(run.journal) as journal:
+                for event in journal.record(_new_run(resolved(recipe), run)):
+                    is_kept = is_kept or isinstance(event, StepDone | Paused | Stopped)
+                    yield event
+        finally:
+            if not is_kept:
+                discard_run(run)
 
 
 def rehearse(recipe: Recipe) -> Iterator[Event]:
@@ -92,62 +94,76 @@ def rehearse(recipe: Recipe) -> Iterator[Event]:
         discard_run(run)
 
 
-def _new_run(recipe: Recipe, run: RunFolder, *, is_rehearsal: bool = False) -> Iterator[Event]:
+def _new_run(
+    recipe: Recipe, run: RunFolder, *, earlier: Earlier | None = None, is_rehearsal: bool = False
+) -> Iterator[Event]:
     quiet_libraries()
-    material = yield from prepare(recipe, revision=recipe.model.revision)
-    plan = make_plan(recipe, material)
     with output_errors(run.path):
-        run.write(run.recipe, dump_yaml(recipe))
-        run.write_json(run.plan, plan.values())
-        run.write_json(run.environment, environment())
-        run.write_json(run.data, material.data_facts())
-        if material.skipped:
-            run.write(run.skipped, skipped_lines(material.skipped))
-    yield started(recipe, plan, run)
-    yield plan.event()
-    if is_rehearsal:
-        loop = yield from _placed(recipe, plan, run, material=material)
-        yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
-        return
-    yield from _steps(recipe, plan, run, material=material, is_resumed=False)
+        run.write(run.recipe, dump_yaml(recipe))  # a process that dies while it prepares leaves what is asked
+    material = yield from prepare(recipe, revision=recipe.model.revision)
+    with holding_card(recipe, run):
+        plan = make_plan(recipe, material)
+        store(run, plan, material)
+        yield started(recipe, plan, run)
+        yield plan.event()
+        if is_rehearsal:
+            loop = yield from _placed(recipe, plan, run, material=material)
+            yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
+            return
+        yield from _steps(recipe, plan, run, material=material, earlier=earlier)
 
 
-def resume(name: str, *, folder: str = "runs") -> Iterator[Event]:
+def resume(
+    name: str, *, folder: str = "runs", replan: bool = False, allow_change: bool = False
+) -> Iterator[Event]:
     """Goes on with a run that stopped, was killed or lost power, from its newest checkpoint or its start.
 
     The stored plan is executed; nothing is planned or measured anew.
 
+    Args:
+        name: Name or path of the run.
+        folder: Where the runs are.
+        replan: Plan anew for the machine as it is now, with the `memory` section as it is now; random state,
+            the rows of each step and the steps that are done stay.
+        allow_change: Go on with a recipe, base, template or rows that changed; what changed is recorded.
+
     Raises:
-        BadRun: There is no such run, it never began, it has finished, another process works on it, or base,
-        template or rows changed.
+        BadRun: There is no such run, it has finished, another process works on it, or recipe, base, template
+        or rows changed and may not; or another run trains on its card.
     """
     run = find_run(name, folder)
     with working_on(run):
-        if any(isinstance(event, RunFinished) for event in effective(read_events(run.path))):
+        earlier = Earlier(effective(read_events(run.path)))
+        if earlier.has_finished:
             cure = f"`qadapt export {name}` writes the merged model."
             raise BadRun(f"The run {name} has finished.", cure=cure)
         control.take(run.path)  # what an earlier process did not live to do
         with Journal(run.journal) as journal:
-            yield from journal.record(_resumed_run(run))
+            yield from journal.record(_resumed_run(run, earlier, Consent(replan, allow_change)))
 
 
-def _resumed_run(run: RunFolder) -> Iterator[Event]:
+def _resumed_run(run: RunFolder, earlier: Earlier, consent: Consent) -> Iterator[Event]:
     quiet_libraries()
-    recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
-    material = yield from prepare(recipe, revision=plan.revision)
-    plan.ingredients.check_same(material.ingredients)
-    yield started(recipe, plan, run)
-    yield plan.event()
-    yield from _steps(recipe, plan, run, material=material, is_resumed=True)
+    if not has_begun(run, earlier):
+        yield from _new_run(read_recipe(str(run.recipe)), run, earlier=earlier)
+        return
+    taken = yield from take_up(run, earlier, consent)
+    with holding_card(taken.recipe, run):
+        plan = plan_anew(taken) if taken.is_to_plan else taken.plan
+        if plan != read_plan(run.plan):
+            store(run, plan, taken.material)
+        yield started(taken.recipe, plan, run)
+        yield plan.event()
+        yield from _steps(taken.recipe, plan, run, material=taken.material, earlier=earlier)
 
 
 def _steps(
-    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, is_resumed: bool
+    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, earlier: Earlier | None
 ) -> Iterator[Event]:
     start = time.monotonic()
     loop = yield from _placed(recipe, plan, run, material=material)
-    if is_resumed:
-        yield from _restore(loop, run)
+    if earlier is not None:
+        yield from _restore(loop, run, earlier)
     elif recipe.train.rehearse:
         yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
     for event in loop.events():
@@ -156,7 +172,7 @@ def _steps(
             return
     remember_peak(recipe, plan, run, measured_bytes=loop.peak_bytes)
     facts = adapter_facts(recipe, plan, material)
-    best = yield from _best(loop, run)
+    best = yield from (_best(loop, run) if earlier is None else earlier.unsaid(_best(loop, run)))
     contract = material.contract
     save_adapter(
         loop.model,
@@ -201,12 +217,14 @@ def _rehearsal(
     remember_peak(recipe, plan, run, measured_bytes=rehearsed.measured_peak_bytes)
 
 
-def _restore(loop: Loop, run: RunFolder) -> Iterator[Event]:
+def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
     checkpoint, problems = load_newest(run.path)
     for problem in problems:
         yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
     if checkpoint is not None:
         loop.restore(checkpoint)
+        if not earlier.has_saved(checkpoint.step):  # killed between the checkpoint and its line
+            yield loop.saved(checkpoint_folder(run.path, checkpoint.step))
     yield Resumed(step=loop.progress.step)
 
 
@@ -242,6 +260,7 @@ def export(
     quiet_libraries()
     run = find_run(name, folder)
     facts = read_facts(run.adapter)
+    check_finished(run, Earlier(effective(read_events(run.path))))
     recipe = read_recipe(str(run.recipe))
     section = recipe.export
     files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -17,14 +19,16 @@ from transformers import PreTrainedModel
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.adapters.new_rows import new_rows_of
-from qadapt.cache import ignore
+from qadapt.cache import cache_folder, ignore, output_errors
 from qadapt.data.batches import widest_share
+from qadapt.data.prepared import skipped_lines
 from qadapt.data.step_sample import StepSample
 from qadapt.engine.documents import kernel_problem
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
+from qadapt.hardware.claims import SharedCard, claiming
 from qadapt.material import Material, order_of, step_count
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
@@ -39,6 +43,7 @@ from qadapt.stage import Report
 from qadapt.train.loop import LoopSettings
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.stored_plan import StoredPlan
+from qadapt.units import parse_bytes
 
 SHARE_STEPS = 2000  # so many steps are looked at for the widest micro-batch
 
@@ -85,6 +90,7 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         packed=plan.setting.packed,
         packed_tokens=plan.setting.tokens if plan.setting.packed else 0,
         packed_learned=plan.setting.supervised_tokens if plan.setting.packed else 0,
+        recipe=recipe.model_dump(mode="json"),
     )
 
 
@@ -185,7 +191,7 @@ def _shape_with_room(material: Material) -> ModelShape:
 def started(recipe: Recipe, plan: StoredPlan, run: RunFolder) -> RunStarted:
     """What is trained on what."""
     return RunStarted(
-        name=recipe.run.name,
+        name=run.name,
         model=recipe.model.source,
         method=f"{recipe.adapter.method}, rank {recipe.adapter.rank}",
         device=plan.device,
@@ -194,7 +200,50 @@ def started(recipe: Recipe, plan: StoredPlan, run: RunFolder) -> RunStarted:
     )
 
 
-def environment() -> dict[str, object]:
+def store(run: RunFolder, plan: StoredPlan, material: Material) -> None:
+    """Writes what a run is made of into its folder, the plan last: with it, the run has all it needs.
+
+    Raises:
+        BadOutput: The folder is read-only or full.
+    """
+    with output_errors(run.path):
+        run.write_json(run.environment, environment())
+        run.write_json(run.data, material.data_facts())
+        if material.skipped:
+            run.write(run.skipped, skipped_lines(material.skipped))
+        run.identify(json.dumps(plan.recipe), *asdict(plan.ingredients).values())
+        run.write_json(run.plan, plan.values())
+
+
+@contextmanager
+def holding_card(recipe: Recipe, run: RunFolder) -> Iterator[None]:
+    """Holds the card that the recipe trains on for this run; nobody holds a CPU.
+
+    Raises:
+        BadRun: Another run trains on it.
+        BadOutput: The cache, where the claims lie, cannot be written.
+    """
+    card, folder, budget = shared_card(recipe.memory.device), cache_folder() / "cards", recipe.memory.budget
+    with ExitStack() as held:
+        if card is not None:
+            claim = claiming(
+                folder, card, run=run.path, budget_bytes=None if budget is None else parse_bytes(budget)
+            )
+            with output_errors(folder):
+                held.enter_context(claim)
+        yield
+
+
+def shared_card(device: str) -> SharedCard | None:
+    """The card that a recipe's `memory.device` means on this machine; None for a CPU."""
+    chosen = choose_device(device)
+    if chosen.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(chosen)
+    return SharedCard(str(facts.uuid), facts.name, facts.total_memory)
+
+
+def environment() -> dict[str, Any]:
     """Versions and machine, for the run's folder."""
     packages = ("qadapt", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     return {
@@ -202,6 +251,7 @@ def environment() -> dict[str, object]:
         "system": platform.platform(),
         "processor": platform.machine(),
         "cuda": torch.version.cuda,
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "packages": {name: version(name) for name in packages},
     }

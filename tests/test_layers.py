@@ -18,7 +18,7 @@ RUNGS = (
     {"model", "adapters", "data"},
     {"train"},
     {"export", "view", "serve"},
-    {"run", "run_parts", "material", "planning", "exact", "data_check"},
+    {"run", "run_parts", "resumption", "material", "planning", "exact", "data_check"},
     {"cli", "__init__"},
     {"__main__"},
 )

@@ -21,7 +21,7 @@ from qadapt.data.conversation import Row
 from qadapt.data.preparation import Tally, tally_of, token_rows
 from qadapt.data.prompt import PromptContract
 from qadapt.data.reading.sources import HUB, RowReader, Skipped
-from qadapt.data.row_cache import Prepared, find_or_make, key_of
+from qadapt.data.row_cache import Prepared, find, find_or_make, key_of
 from qadapt.data.store import StoreWriter
 from qadapt.errors import BadData
 from qadapt.stage import Report
@@ -154,10 +154,55 @@ def prepare_part(
         made = find_or_make(
             key, lambda folder: _write(folder, identified, reading, contract=contract, report=report)
         )
+    return _part(made, identified.identities)
+
+
+def kept_part(key: str, identities: list[dict[str, Any]]) -> Part | None:
+    """Rows that were prepared before, whether or not their files are still there; None if they are gone.
+
+    Args:
+        key: Of the store in the cache.
+        identities: Of the sources, as `Identified` had them then.
+
+    Raises:
+        BadOutput: The cache cannot be written.
+    """
+    found = find(key)
+    return None if found is None else _part(found, identities)
+
+
+def gone_files(stored: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """The files that sources had, have no longer, and are all that changed of them."""
+    gone: list[str] = []
+    for before, after in zip(stored, now, strict=False):
+        files, rest = _hashes(before), _hashes(after)
+        gone += [path for path in files if path not in rest]
+        files = {path: digest for path, digest in files.items() if path in rest}
+        if files != rest or {**before, "files": 0} != {**after, "files": 0}:
+            return []
+    return gone if len(stored) == len(now) else []
+
+
+def changed_files(stored: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """In words, the files that are not what they were: `rows.jsonl changed`, `rows.jsonl is gone`."""
+    before = {path: digest for source in stored for path, digest in _hashes(source).items()}
+    after = {path: digest for source in now for path, digest in _hashes(source).items()}
+    gone = [f"{path} is gone" for path in before if path not in after]
+    new = [f"{path} is new" for path in after if path not in before]
+    return (
+        [f"{path} changed" for path in before if after.get(path, before[path]) != before[path]] + gone + new
+    )
+
+
+def _hashes(source: dict[str, Any]) -> dict[str, str]:
+    return {file["path"]: file["sha256"] for file in source.get("files", ())}
+
+
+def _part(made: Prepared, identities: list[dict[str, Any]]) -> Part:
     facts = made.store.facts
     return Part(
         prepared=made,
-        sources=identified.identities,
+        sources=identities,
         source_rows=tuple(facts["source_rows"]),
         tally=tally_of(facts["tally"]),
         formats=facts["formats"],

@@ -93,6 +93,19 @@ def find_or_make(key: str, make: Callable[[Path], None]) -> Prepared:
             # dropped by another process before it was held: once more
 
 
+def find(key: str) -> Prepared | None:
+    """The store of a key if it is there and whole; nothing is made.
+
+    Raises:
+        BadOutput: The cache cannot be written, where a store in use is marked.
+    """
+    root = data_folder()
+    with output_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        found = _found(root, key)
+    return Prepared(found[0], key, False, None, found[1]) if isinstance(found, tuple) else None
+
+
 def drop_unused(
     *, most_bytes: int = MOST_BYTES, longest_seconds: float = LONGEST_UNUSED_SECONDS
 ) -> list[str]:

@@ -1,12 +1,13 @@
 """The plan a run executes, as it is stored: what was chosen, what was predicted, and on what it was trained.
 
-A resumed run reads it back and plans nothing anew; a base, template or rows that changed are refused by name.
+A resumed run reads it back and plans nothing anew; what changed since is told by its hashes, and by the
+recipe that is kept beside them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,9 @@ class Ingredients:
     template: str
     rows: str
 
-    def check_same(self, now: Ingredients) -> None:
-        """Refuses other ingredients.
-
-        Raises:
-            BadRun: Base, template or rows changed; names which.
-        """
-        changed = [name for name, stored in asdict(self).items() if stored != asdict(now)[name]]
-        if changed:
-            raise BadRun(
-                f"Since this run began, what it is made of changed: {', '.join(changed)}.",
-                cure="Put it back as it was, or start a new run with run.name=...",
-            )
+    def changed(self, now: Ingredients) -> list[str]:
+        """The names of those that are others now."""
+        return [name for name, stored in asdict(self).items() if stored != asdict(now)[name]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,8 @@ class StoredPlan:
     """How a run's steps are placed on a device.
 
     `packed` came with a later release: a plan without it is of a run whose rows are filled up. Packed
-    micro-batches have at most `packed_tokens`, and learn at most `packed_learned` of them.
+    micro-batches have at most `packed_tokens`, and learn at most `packed_learned` of them. `recipe` is the
+    one it was made for, as plain values; empty in a plan of an earlier release.
     """
 
     steps: int
@@ -61,6 +54,7 @@ class StoredPlan:
     packed: bool = False
     packed_tokens: int = 0
     packed_learned: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def event(self) -> Planned:
         """The plan as an event."""
@@ -86,7 +80,7 @@ def read_plan(path: Path) -> StoredPlan:
     """Reads a stored plan.
 
     Raises:
-        BadRun: The file is missing or damaged: the run never began.
+        BadRun: The file is missing or damaged.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -95,4 +89,7 @@ def read_plan(path: Path) -> StoredPlan:
         return StoredPlan(ingredients=ingredients, reasons=tuple(values.pop("reasons")), **values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"The plan {path} cannot be read: {error}"
-        raise BadRun(problem, cure="The run never began; delete its folder.") from None
+        cure = (
+            "Put the file back, or start a new run with run.name=...; the checkpoints are whole without it."
+        )
+        raise BadRun(problem, cure=cure) from None
