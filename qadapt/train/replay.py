@@ -185,8 +185,8 @@ class Replay:
 class _Watch:
     """The first modules whose output, or the gradient that comes out of them, is not finite.
 
-    A module whose inputs are bad already is not to blame: what stands between it and the one before is, and
-    that belongs to its parent.
+    A module that is handed bad numbers is not to blame, nor the one before it: what stands between them is,
+    and that belongs to the module around both.
     """
 
     def __init__(self) -> None:
@@ -199,23 +199,30 @@ class _Watch:
     def over(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for name, module in model.named_modules():
-                handle = module.register_forward_hook(self._look(name, module), with_kwargs=True)
-                stack.callback(handle.remove)
+                entering = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                leaving = module.register_forward_hook(self._leave(name, is_leaf=not list(module.children())))
+                stack.callback(entering.remove)
+                stack.callback(leaving.remove)
             yield
 
-    def _look(self, name: str, module: nn.Module) -> Callable[..., None]:
-        is_leaf = not list(module.children())
+    def _enter(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._blame(name.rpartition(".")[0], (*arguments, *named.values()))
 
-        def look(_: nn.Module, *seen: Any) -> None:
-            arguments, named, output = seen
-            for tensor in _tensors(output):
-                if not (self.forward or self.is_going_back or _is_finite(tensor)):
-                    came_bad = not all(map(_is_finite, _tensors((*arguments, *named.values()))))
-                    self.forward = _short(name.rpartition(".")[0] if came_bad else name)
-                if is_leaf and tensor.requires_grad:
+        return enter
+
+    def _leave(self, name: str, *, is_leaf: bool) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(_: nn.Module, __: Any, output: Any) -> None:
+            self._blame(name, output)
+            for tensor in _tensors(output) if is_leaf else ():
+                if tensor.requires_grad:
                     tensor.register_hook(self._look_back(name))
 
-        return look
+        return leave
+
+    def _blame(self, name: str, values: Any) -> None:
+        if not (self.forward or self.is_going_back or all(map(_is_finite, _tensors(values)))):
+            self.forward = _short(name)
 
     def _look_back(self, name: str) -> Callable[[Tensor], None]:
         """At the gradient that arrives at a module's output: it comes out of the module after it."""

@@ -1,0 +1,109 @@
+"""What the model answers to a few prompts in the middle of a run, with the adapter and without it.
+
+Beside each answer stands how far the adapter has gone from the base: KL(base || adapted) per token, over the
+base's own answer. That text is what the base would say unasked, so on prompts that have nothing to do with
+the rows it gauges forgetting; the prompt itself is mostly the template's. Nothing of it stays: mode and
+random state are as they were, and the next gradient is bit-identical. Knows no loop and no recipe.
+
+Legend: T tokens of prompt and answer, K positions that predict the answer and its end, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+
+from qadapt.adapters.lora import without_adapter
+from qadapt.data.prompt import PromptContract
+from qadapt.events import Sampled
+from qadapt.model.generate import generate
+from qadapt.train.checkpoint import random_state, restore_random_state
+
+ANSWER_TOKENS = 64
+"""An answer is cut off here: enough to see its form, short enough to come often."""
+
+
+class Samples:
+    """A few prompts that are asked again and again.
+
+    Args:
+        model: The adapted model.
+        contract: How it is asked. Without a chat template it continues the prompt's text.
+        prompts: What it is asked.
+
+    Raises:
+        BadData: The template refuses a prompt.
+    """
+
+    def __init__(self, model: PeftModel, contract: PromptContract, prompts: Sequence[str]) -> None:
+        self._model = model
+        self._contract = contract
+        self._prompts = tuple(prompts)
+        self._ids = [_prompt_ids(contract, prompt) for prompt in prompts]
+        self._base_answers: list[list[int]] = []
+
+    def ask(self, step: int) -> Iterator[Sampled]:
+        """Answers to all prompts after step `step`; the base is asked the first time only."""
+        if not self._prompts:
+            return
+        device = next(self._model.parameters()).device
+        random, was_training = random_state(device), self._model.training
+        try:
+            found = self._sampled(step)
+        finally:
+            self._model.train(was_training)
+            restore_random_state(random, device)
+        yield from found
+
+    def _sampled(self, step: int) -> list[Sampled]:
+        self._model.eval()
+        if not self._base_answers:
+            with without_adapter(self._model):
+                self._base_answers = self._answers()
+        parts = zip(self._prompts, self._ids, self._answers(), self._base_answers, strict=True)
+        return [
+            Sampled(
+                step=step,
+                prompt=prompt,
+                answer=self._contract.text(answer),
+                base_answer=self._contract.text(base_answer),
+                divergence=self._divergence(ids, base_answer),
+            )
+            for prompt, ids, answer, base_answer in parts
+        ]
+
+    def _answers(self) -> list[list[int]]:
+        return generate(
+            self._model,
+            self._ids,
+            max_new_tokens=ANSWER_TOKENS,
+            end_ids=self._contract.end_ids,
+            pad_id=self._contract.pad_id,
+            batch=1,  # as little memory as can be, and no filling up
+        )
+
+    @torch.inference_mode()
+    def _divergence(self, prompt: Sequence[int], answer: Sequence[int]) -> float:
+        """KL(base || adapted) in nats per token of an answer of the base, its end counted."""
+        adapted = self._log_shares(prompt, answer)
+        with without_adapter(self._model):
+            base = self._log_shares(prompt, answer)
+        return functional.kl_div(adapted, base, log_target=True, reduction="batchmean").item()
+
+    def _log_shares(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        ids = torch.tensor([[*prompt, *answer]], device=next(self._model.parameters()).device)  # (1, T)
+        positions = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)  # (K,)
+        logits = self._model(input_ids=ids, logits_to_keep=positions, use_cache=False).logits[0]
+        return functional.log_softmax(logits.float(), dim=-1)  # (K, V)
+
+
+def _prompt_ids(contract: PromptContract, prompt: str) -> list[int]:
+    if contract.template is not None:
+        turns = [{"role": "user", "content": prompt}]
+        return contract.prompt_ids(turns, place=f"the sample prompt {prompt!r}")
+    ids: list[int] = contract.tokenizer.backend_tokenizer.encode(prompt).ids
+    return ids
