@@ -58,12 +58,22 @@ def train(
 def resume(
     run: Annotated[str, typer.Argument(help="Name of the run, or the path of its folder.")],
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
+    replan: Annotated[
+        bool,
+        typer.Option("--replan", help="Plan anew for this machine as it is now, and its memory section."),
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option("--allow-change", help="Go on though recipe, base, template or rows changed; recorded."),
+    ] = False,
     quiet: Quiet = False,
     plain: Plain = False,
 ) -> None:
     """Goes on with a run that was stopped, killed or lost power, exactly where its newest checkpoint stands.
 
-    Example: `qadapt resume my-run`.
+    Nothing is planned anew, and what changed since the run began is refused by name, unless you ask for it.
+    Examples: `qadapt resume my-run`; on another card, or with another memory.budget in the run's recipe.yaml:
+    `qadapt resume my-run --replan`.
     """
     from qadapt.run_folder import find_run
     from qadapt.view.journal import read_events
@@ -72,7 +82,8 @@ def resume(
     before = read_events(run_folder)
     with _announced("starting"):
         from qadapt.run import resume as resume_run
-    _watch_over(resume_run(run, folder=folder), run_folder, is_quiet=quiet, is_plain=plain, before=before)
+    events = resume_run(run, folder=folder, replan=replan, allow_change=allow_change)
+    _watch_over(events, run_folder, is_quiet=quiet, is_plain=plain, before=before)
 
 
 def _watch_over(
