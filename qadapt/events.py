@@ -224,7 +224,7 @@ class Continued(Event):
 class Sampled(Event):
     """What the model answers to one of the recipe's prompts with the adapter, and without it.
 
-    `divergence` is KL(base || adapted) on the prompt, in nats per token: how far the adapter has gone.
+    `divergence` is KL(base || adapted) on the base's answer, in nats per token: how far the adapter has gone.
     """
 
     step: int

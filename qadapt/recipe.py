@@ -161,6 +161,8 @@ class TrainSection(Section):
     """Newest saved states to keep; the best one is kept besides."""
     keep_every: Positive | None = None
     """Keep for good those whose step is a multiple of this, too; none: no others."""
+    sample_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """What the model is asked at each evaluation and at the end, with the adapter and without it."""
     rehearse: bool = True
     """Put the rows that take the most memory through everything once before step 1; takes a step's time."""
     seed: int = 0

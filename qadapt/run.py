@@ -10,6 +10,7 @@ surface, too (`qadapt.train`, ...).
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpo
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.loop import Loop
 from qadapt.train.rehearsal import rehearse as rehearse_loop
+from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
 from qadapt.units import parse_bytes
 from qadapt.view.journal import Journal, effective, read_events
@@ -138,6 +140,7 @@ def resume(
             cure = f"`qadapt export {name}` writes the merged model."
             raise BadRun(f"The run {name} has finished.", cure=cure)
         control.take(run.path)  # what an earlier process did not live to do
+        shutil.rmtree(run.rehearsal, ignore_errors=True)  # likewise
         with Journal(run.journal) as journal:
             yield from journal.record(_resumed_run(run, earlier, Consent(replan, allow_change)))
 
@@ -207,6 +210,8 @@ def _placed(
     )
     if plan.compute_dtype == "fp16":
         loop.scale_loss()
+    if recipe.train.sample_prompts:
+        loop.ask_samples(Samples(model, material.contract, recipe.train.sample_prompts))
     return loop
 
 
@@ -214,7 +219,8 @@ def _rehearsal(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, contract: PromptContract
 ) -> Iterator[Event]:
     rehearsed = yield from rehearse_loop(loop, plan, contract=contract, folder=run.rehearsal)
-    remember_peak(recipe, plan, run, measured_bytes=rehearsed.measured_peak_bytes)
+    if not loop.ladder.is_taken:  # else it is not the plan's setting that was measured
+        remember_peak(recipe, plan, run, measured_bytes=rehearsed.measured_peak_bytes)
 
 
 def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:

@@ -35,8 +35,10 @@ from qadapt.train.oom import Beginning, Ladder, Trial
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Leaving, Pauses
 from qadapt.train.replay import Replay
+from qadapt.train.samples import Samples
 from qadapt.train.saver import Saver, saved_event
 from qadapt.train.schedule import learning_rate
+from qadapt.train.spill import Pace, within_free_memory
 from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient
 
 MEMORY_EVERY = 10
@@ -121,8 +123,10 @@ class Loop:
         self._memory = MemoryMeter(model, optimizer)
         self._health = Health(optimizer, steps=settings.steps, clip_norm=settings.clip_norm)
         self._is_applied = True
+        self._samples: Samples | None = None
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._device = next(model.parameters()).device
+        self._pace = Pace(is_cuda=self._device.type == "cuda")
         self._beginning = Beginning(self._device, None)
         self._scaler: torch.amp.GradScaler | None = None
 
@@ -140,11 +144,15 @@ class Loop:
         """Pauses from now on when a rule says so."""
         self._pauses.guards = guards
 
+    def ask_samples(self, samples: Samples) -> None:
+        """Asks the model these prompts from now on, after every evaluation and at the end."""
+        self._samples = samples
+
     def events(self) -> Iterator[Event]:
         """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
         yield from self._pauses.guards.warnings()
-        with self._saver:
+        with self._saver, within_free_memory(self._device):
             while True:
                 yield from self._look_at_save(self._saver.finished)
                 reason = yield from self._pauses.between_steps(self.progress.step, self._saved)
@@ -166,6 +174,7 @@ class Loop:
         if done is None:
             return
         yield done
+        yield from self._pace.after_step(done)
         yield from self._health.after_step(
             done, is_applied=self._is_applied, loss_scale=self._loss_scale(), replay=self._replay
         )
@@ -177,6 +186,8 @@ class Loop:
         if self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every)):
             self.progress = replace(self.progress, owes_evaluation=True)
         elif is_last or _is_due(step, self.settings.checkpoint_every):
+            if is_last:
+                yield from self._sampled()
             yield from self._begin_save()
 
     def _step(self, *, is_watched: bool) -> Generator[Event, None, StepDone | None]:
@@ -264,6 +275,7 @@ class Loop:
                 "lower train.learning_rate.",
                 step=evaluated.step,
             )
+        yield from self._sampled()
         yield from self._begin_save()
 
     def _evaluate(self) -> Generator[Event, None, Evaluated]:
@@ -287,6 +299,9 @@ class Loop:
         at_once = self.order.rows_per_step if self.settings.packed else None  # no more documents than planned
         batches = all_batches(self.rows.held_out, self.ladder.evaluation, at_once=at_once)
         return evaluate_loss(self.model, self._pauses.unless_leaving(batches))
+
+    def _sampled(self) -> Iterator[Event]:
+        return self._samples.ask(self.progress.step) if self._samples is not None else iter(())
 
     def _has_lost_patience(self) -> bool:
         patience = self.settings.patience

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -25,7 +25,10 @@ from qadapt.data.batches import IGNORED, MicroBatch
 from qadapt.data.tokens import Tokens
 from qadapt.engine.documents import isolating
 from qadapt.engine.loss import loss_sum
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.train.checkpoint import random_state, restore_random_state
+
+Result = TypeVar("Result")
 
 HEAVY_TOKENS = 5
 """A step's loss has hundreds of learned tokens or more; that so few carry most of it needs no threshold."""
@@ -86,12 +89,8 @@ class Replay:
         for name, parameter in self.parameters.items():
             if not _is_finite(parameter):
                 return Finding("adapter", _short(name))
-        try:
-            with self._nothing_stays():
-                return self._cause()
-        except torch.OutOfMemoryError:
-            pass  # the traceback holds tensors: answer outside
-        return Finding("memory")
+        found = self._attempt(self._cause)
+        return Finding("memory") if isinstance(found, RanOut) else found
 
     def _cause(self) -> Finding:
         batches = self.divide(self.rows)
@@ -140,14 +139,11 @@ class Replay:
     @torch.no_grad()
     def find_heaviest(self) -> Heaviest | None:
         """The tokens that carry most of the loss, measured row by row with the weights of now."""
-        device = next(self.model.parameters()).device
-        losses: list[tuple[float, str]] = []
-        try:
-            with self._nothing_stays():
-                for row in self.rows:
-                    losses += [(value, row.place) for value in self._token_losses(row, device)]
-        except torch.OutOfMemoryError:
-            losses = []
+        losses = self._attempt(
+            lambda: [(value, row.place) for row in self.rows for value in self._token_losses(row)]
+        )
+        if isinstance(losses, RanOut):
+            return None
         total = sum(value for value, _ in losses)
         if not total > 0:
             return None
@@ -155,9 +151,10 @@ class Replay:
         places = tuple(dict.fromkeys(place for _, place in most))
         return Heaviest(sum(value for value, _ in most) / total, len(most), len(losses), places)
 
-    def _token_losses(self, row: Tokens, device: torch.device) -> list[float]:
+    def _token_losses(self, row: Tokens) -> list[float]:
         if not row.supervised_count:
             return []
+        device = next(self.model.parameters()).device
         ids = torch.from_numpy(row.ids).long().to(device)
         positions = torch.from_numpy(row.supervised[1:].nonzero()[0]).to(device)  # (K,)
         logits = self.model(input_ids=ids[None], logits_to_keep=positions, use_cache=False).logits
@@ -166,16 +163,19 @@ class Replay:
         ).tolist()
         return found
 
-    @contextmanager
-    def _nothing_stays(self) -> Iterator[None]:
+    def _attempt(self, look: Callable[[], Result]) -> Result | RanOut:
+        """A look, or that memory ran out in it; nothing of it stays."""
         device = next(self.model.parameters()).device
         now = random_state(device)
         restore_random_state(self.random, device)
         try:
-            yield
+            found = attempt(look)
         finally:
             self._drop_gradients()
             restore_random_state(now, device)
+        if isinstance(found, RanOut):
+            free_memory(device)
+        return found
 
     def _drop_gradients(self) -> None:
         for parameter in self.parameters.values():

@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from qadapt.adapters.lora import without_adapter
 from qadapt.data.prompt import PromptContract
-from qadapt.events import Sampled
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.events import Event, Sampled, Warned
 from qadapt.model.generate import generate
 from qadapt.train.checkpoint import random_state, restore_random_state
 
@@ -46,18 +47,27 @@ class Samples:
         self._ids = [_prompt_ids(contract, prompt) for prompt in prompts]
         self._base_answers: list[list[int]] = []
 
-    def ask(self, step: int) -> Iterator[Sampled]:
-        """Answers to all prompts after step `step`; the base is asked the first time only."""
-        if not self._prompts:
-            return
+    def ask(self, step: int) -> Iterator[Event]:
+        """Answers to all prompts after step `step`, or that there is no memory for them.
+
+        The base is asked the first time only.
+        """
         device = next(self._model.parameters()).device
         random, was_training = random_state(device), self._model.training
         try:
-            found = self._sampled(step)
+            found = attempt(lambda: self._sampled(step))
         finally:
             self._model.train(was_training)
             restore_random_state(random, device)
-        yield from found
+        if not isinstance(found, RanOut):
+            yield from found
+            return
+        free_memory(device)
+        yield Warned(
+            message=f"There was no memory for the answers to train.sample_prompts: {found.said}",
+            cure="Training goes on without them; shorter prompts take less.",
+            step=step,
+        )
 
     def _sampled(self, step: int) -> list[Sampled]:
         self._model.eval()
