@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadapt.errors import BadOutput, BadRun
+from qadapt.errors import BadOutput, BadRun, NoRoom
 from qadapt.events import Evaluated, Event, Resumed, RunFinished, RunStarted, StepDone, Stopped, Warned
 from qadapt.run_folder import run_names
 from qadapt.view.journal import FILE_NAME, Journal, effective, follow, read_events
@@ -165,6 +165,25 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     with pytest.raises(BadOutput, match="No space left on device") as error:
         journal.append(step(1))
     assert "qadapt resume" in error.value.cure
+
+
+def test_a_line_that_found_no_room_leaves_no_half_of_it(tmp_path):
+    class FillingDisk(io.RawIOBase):
+        def write(self, line) -> int:
+            if len(line) < 40:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            with (tmp_path / FILE_NAME).open("ab") as file:
+                return file.write(line[:40])
+
+    journal = Journal(tmp_path / FILE_NAME)
+    journal.append(Resumed(step=1))
+    whole, journal._file = journal._file, FillingDisk()
+    with pytest.raises(NoRoom, match="No space left on device"):
+        journal.append(Resumed(step=2))
+    journal._file = whole
+    journal.append(Resumed(step=3))
+    assert [event.step for event in read_events(tmp_path)] == [1, 3]
+    journal.close()
 
 
 def test_a_disk_that_takes_a_line_in_pieces_gets_all_of_it(tmp_path):

@@ -7,7 +7,6 @@ the tokenizer, if it has new tokens. Their rows (`new_rows.py`) are saved as PEF
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
+from qadapt.cache import require_free
+from qadapt.durable import whole_folder
 from qadapt.errors import BadOutput, BadRecipe
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -128,24 +129,23 @@ def save_adapter(
         beside: JSON files to stand beside it, by name.
 
     Raises:
-        BadOutput: The place is read-only or full.
+        NoRoom: The place is too full.
+        BadOutput: The place is read-only, or filled up meanwhile.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = facts.base, facts.revision
-    building = folder.with_name(f".{folder.name}.tmp")
+    needed_bytes = sum(tensor.nbytes for tensor in trainable(model).values())
+    require_free(folder.parent, needed_bytes, purpose="The adapter", or_else="move the run to a larger one")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        model.save_pretrained(str(building), save_embedding_layers=False)
-        if rows := new_rows_of(model):
-            _add_new_rows(building, rows)
-            tokenizer.save_pretrained(str(building))
-        write_facts(facts, building)
-        for name, values in (beside or {}).items():
-            (building / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        building.replace(folder)
+        with whole_folder(folder) as building:
+            model.save_pretrained(str(building), save_embedding_layers=False)
+            if rows := new_rows_of(model):
+                _add_new_rows(building, rows)
+                tokenizer.save_pretrained(str(building))
+            write_facts(facts, building)
+            for name, values in (beside or {}).items():
+                (building / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise BadOutput(
             f"The adapter {folder} cannot be written: {error}",
             cure="Make room or make the folder writable, then `qadapt resume`.",

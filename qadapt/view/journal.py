@@ -1,8 +1,9 @@
 """The journal: a run as lines in `events.jsonl`, written one by one, read back, followed while it grows.
 
 The writer only appends; what a resumed run replaces is decided when reading (`effective`). Knows no screen
-and no training. A power cut may leave half a line at the end: the next writer removes it, a reader leaves
-it out and says so.
+and no training. A power cut may leave half a line at the end: the next writer removes it, a reader leaves it
+out and says so. What a resumed run goes on from is on the disk: a checkpoint appears after the lines of its
+steps were flushed (`train/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from qadapt.errors import BadOutput, BadRun
+from qadapt import control
+from qadapt.cache import FULL
+from qadapt.durable import flush_file, flush_folder
+from qadapt.errors import BadOutput, BadRun, NoRoom
 from qadapt.events import (
     CheckpointSaved,
     Continued,
@@ -38,6 +43,8 @@ from qadapt.events import (
 from qadapt.run_folder import run_names
 
 FILE_NAME = "events.jsonl"
+RETRY_SECONDS = 3
+"""Between two tries to write to a full disk."""
 STEPPED = (
     StepDone, MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Eased, UpdateSkipped, Paused, Continued,
     Sampled, Stopped, RunFinished,
@@ -55,16 +62,21 @@ class Journal:
 
     Args:
         path: The file; it is made when missing, its folder must exist.
+        sleep: The clock to wait by while the disk is full.
 
     Raises:
         BadOutput: The file cannot be opened for writing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.path = path
+        self._sleep = sleep
+        self._step = 0
         try:
             _mend_end(path)
             self._file: io.RawIOBase = path.open("ab", buffering=0)
+            flush_file(path)
+            flush_folder(path.parent)
         except OSError as error:
             raise _not_writable(path, error) from error
 
@@ -72,20 +84,64 @@ class Journal:
         """Writes one event.
 
         Raises:
-            BadOutput: The disk is full or the file went away.
+            NoRoom: The disk is full; nothing of the event stands in the file.
+            BadOutput: The file cannot be written or went away.
         """
+        self._append([event])
+
+    def _append(self, events: Sequence[Event]) -> None:
+        lines = "".join(f"{to_line(event)}\n" for event in events).encode()
         try:
-            _write_whole(self._file, (to_line(event) + "\n").encode())
-            if not isinstance(event, _FREQUENT):
-                os.fsync(self._file.fileno())
+            self._write_whole(lines, is_flushed=not all(isinstance(event, _FREQUENT) for event in events))
         except OSError as error:
             raise _not_writable(self.path, error) from error
+        self._step = next((event.step for event in events[::-1] if isinstance(event, STEPPED)), self._step)
+
+    def _write_whole(self, lines: bytes, *, is_flushed: bool) -> None:
+        start, rest = self.path.stat().st_size, memoryview(lines)
+        try:
+            while rest:  # a raw file may take less than it was given
+                rest = rest[self._file.write(rest) or 0 :]
+            if is_flushed:
+                os.fsync(self._file.fileno())
+        except OSError:
+            os.truncate(self.path, start)  # half a line would spoil the next one
+            raise
 
     def record(self, events: Iterable[Event]) -> Iterator[Event]:
-        """Passes events on, each after it was written: `show(journal.record(train(...)))`."""
+        """Passes events on, each after it was written: `show(journal.record(train(...)))`.
+
+        While the disk is full the run waits: it hands out a `Paused`, tries again every few seconds, and
+        writes what happened in this order when there is room.
+
+        Raises:
+            NoRoom: The disk is full, and the run was asked to leave.
+            BadOutput: The file went away, or may not be written any more.
+        """
         for event in events:
-            self.append(event)
+            try:
+                self.append(event)
+                problem = None
+            except NoRoom as error:
+                problem = error
+            if problem is not None:
+                yield from self._when_room(event, problem)
             yield event
+
+    def _when_room(self, event: Event, problem: NoRoom) -> Iterator[Event]:
+        paused = Paused(step=self._step, reason=problem.problem)
+        yield paused
+        start = time.monotonic()
+        while True:
+            for _ in range(RETRY_SECONDS):
+                if control.is_asked_to_leave(self.path.parent):
+                    raise problem
+                self._sleep(1)
+            continued = Continued(step=self._step, seconds=time.monotonic() - start)
+            with suppress(NoRoom):
+                self._append([paused, continued, event])
+                yield continued
+                return
 
     def close(self) -> None:
         """Closes the file; closing twice is fine."""
@@ -123,12 +179,27 @@ def read_events(run_folder: Path) -> list[Event]:
 
 
 def effective(events: Iterable[Event]) -> list[Event]:
-    """The events that count: those with a step above the step of a later `Resumed` are left out."""
+    """The events that count: those with a step above the step of a later `Resumed` are left out.
+
+    A run that left in the middle of an evaluation saved its step before it: what came of that evaluation in a
+    process that died after it is left out, too, as the checkpoint does not know it.
+    """
     kept: list[Event] = []
     for event in events:
         if isinstance(event, Resumed):
-            kept = [one for one in kept if not _is_after(one, event.step)]
+            kept = _up_to(event.step, kept)
         kept.append(event)
+    return kept
+
+
+def _up_to(step: int, events: Iterable[Event]) -> list[Event]:
+    kept: list[Event] = []
+    is_saved = False
+    for event in events:
+        is_unknown = is_saved and isinstance(event, Evaluated | Sampled | Warned) and event.step == step
+        if not is_unknown and not _is_after(event, step):
+            kept.append(event)
+        is_saved = is_saved or (isinstance(event, CheckpointSaved) and event.step == step)
     return kept
 
 
@@ -210,12 +281,6 @@ def _mend_end(path: Path) -> None:
             file.write(b"\n")
 
 
-def _write_whole(file: io.RawIOBase, line: bytes) -> None:
-    rest = memoryview(line)
-    while rest:  # a raw file may take less than it was given
-        rest = rest[file.write(rest) or 0 :]
-
-
 def _check_folder(run_folder: Path) -> None:
     if run_folder.is_dir():
         return
@@ -231,7 +296,8 @@ def _check_folder(run_folder: Path) -> None:
 
 
 def _not_writable(path: Path, error: OSError) -> BadOutput:
-    return BadOutput(
+    kind = NoRoom if error.errno in FULL else BadOutput
+    return kind(
         f"the journal {path} cannot be written: {error.strerror or error}",
         cure="free some space or choose a folder you may write to, then go on with `qadapt resume`",
     )
