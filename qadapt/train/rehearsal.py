@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from qadapt.data.order import Order
@@ -27,8 +28,19 @@ from qadapt.data.packing import pack
 from qadapt.data.prompt import PromptContract
 from qadapt.data.rows import Rows, RowSet
 from qadapt.data.tokens import Tokens
-from qadapt.errors import DoesNotFit
-from qadapt.events import CheckpointSaved, Evaluated, Event, Rehearsed, StageStarted, StepDone, Warned
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.errors import NoRoom
+from qadapt.events import (
+    CheckpointSaved,
+    Eased,
+    Evaluated,
+    Event,
+    Paused,
+    Rehearsed,
+    StageStarted,
+    StepDone,
+    Warned,
+)
 from qadapt.model.generate import generate
 from qadapt.plan.estimate import peak_error_bytes
 from qadapt.train.checkpoint import random_state, restore_random_state
@@ -58,12 +70,14 @@ def rehearse(
         folder: Made and removed again.
 
     Returns:
-        What was measured, the last event, too.
+        What was measured, the last event, too. What the loop's ladder had to take is taken by the run's.
 
     Raises:
-        DoesNotFit: Memory ran out.
-        BadOutput: A checkpoint cannot be written.
+        DoesNotFit: Memory ran out on the ladder's last rung.
+        BadOutput: A checkpoint cannot be written; `NoRoom` if the disk is full.
     """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     short = _short_loop(loop, plan, folder)
     parts: dict[str, float] = {}
     try:
@@ -71,11 +85,10 @@ def rehearse(
             yield from _one_step(short, parts)
             measured_bytes = short.peak_bytes
             yield from _answer(short, contract, parts)
-    except torch.OutOfMemoryError as error:
-        raise _does_not_fit(plan, str(error)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         reset_peak(next(loop.model.parameters()).device)
+    loop.ladder.begin_with(short.ladder)
     rehearsed = Rehearsed(
         predicted_peak_bytes=plan.predicted_peak_bytes,
         measured_peak_bytes=measured_bytes,
@@ -148,11 +161,22 @@ def _short_loop(loop: Loop, plan: StoredPlan, folder: Path) -> Loop:
 
 
 def _one_step(short: Loop, parts: dict[str, float]) -> Iterator[Event]:
-    """Step, evaluation and checkpoint; their own events are of no run and stay here."""
+    """Step, evaluation and checkpoint; their own events are of no run and stay here.
+
+    The ladder's rungs are passed on: the run takes them from its first step. Where the disk is full a run
+    waits for room; here, with nothing to lose yet, that is an error.
+    """
     names = ["step", *(["evaluation"] if len(short.rows.held_out) else []), "checkpoint"]
     yield _stage(names[0])
     start = time.perf_counter()
     for event in short.events():
+        if isinstance(event, Eased):
+            yield event
+        if isinstance(event, Paused):
+            raise NoRoom(
+                f"No checkpoint can be written: {event.reason}",
+                cure="Free space there, or choose another folder with run.folder=...",
+            )
         name = PARTS.get(type(event))
         if name is None:
             continue
@@ -167,14 +191,23 @@ def _answer(short: Loop, contract: PromptContract, parts: dict[str, float]) -> I
         return
     yield _stage("answer")
     start = time.perf_counter()
-    generate(
-        short.model,
-        [prompt_of(max(short.rows.train, key=len))],
-        max_new_tokens=ANSWER_TOKENS,
-        end_ids=contract.end_ids,
-        pad_id=contract.pad_id,
+    prompt = prompt_of(max(short.rows.train, key=len))
+    answered = attempt(lambda: _generate(short.model, prompt, contract))
+    if isinstance(answered, RanOut):
+        free_memory(next(short.model.parameters()).device)
+        yield Warned(
+            message=f"Memory ran out in a short answer to {len(prompt):,} tokens; training, which needs "
+            "none, fits.",
+            cure="`qadapt evaluate --answers` and chats need shorter questions than the longest row has.",
+        )
+    else:
+        parts["answer"] = time.perf_counter() - start
+
+
+def _generate(model: PeftModel, prompt: list[int], contract: PromptContract) -> list[list[int]]:
+    return generate(
+        model, [prompt], max_new_tokens=ANSWER_TOKENS, end_ids=contract.end_ids, pad_id=contract.pad_id
     )
-    parts["answer"] = time.perf_counter() - start
 
 
 def prompt_of(row: Tokens) -> list[int]:
@@ -199,15 +232,6 @@ def _warned(rehearsed: Rehearsed, tolerance_bytes: int) -> Iterator[Event]:
             cure="It fits now, and the next estimates on this machine allow for it. If other programs need "
             "the room, lower memory.budget.",
         )
-
-
-def _does_not_fit(plan: StoredPlan, cause: str) -> DoesNotFit:
-    return DoesNotFit(
-        f"Memory ran out in the rehearsal, with {format_bytes(plan.predicted_peak_bytes)} predicted: "
-        f"{cause.splitlines()[0]}",
-        cure="Close what else uses the memory; or lower memory.budget, data.length or memory.micro_batch; or "
-        "set memory.recompute=all.",
-    )
 
 
 def _copy(tensor: Tensor) -> Tensor:
