@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from qadapt.data.conversation import Message
@@ -48,7 +47,7 @@ def read_chosen(row: Mapping[Any, Any], *, place: str) -> tuple[Message, ...]:
 def context(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The messages, no answer of them learned."""
     return tuple(
-        replace(message, is_learned=False) if message.role == "assistant" else message for message in messages
+        message._replace(is_learned=False) if message.role == "assistant" else message for message in messages
     )
 
 
