@@ -43,6 +43,7 @@ MOST_KILLS = 3
 FEW_TRIALS = 50  # fewer may well miss a phase that takes a moment
 SLOWEST_SECONDS = 300.0
 PHASES = ("preparing", "training", "writing a checkpoint", "ending", "exporting")
+MEMORY = Path("/dev/shm")  # a kill loses nothing that was written, so no disk has to be waited for
 FORKED = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
 
 
@@ -199,7 +200,7 @@ def main() -> int:
     quiet_libraries()
     for module in WARM:
         importlib.import_module(module)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as place:
         harness = Harness(Path(place), arguments.break_)
         expected = harness.begin()
         print(
