@@ -13,6 +13,7 @@ from test_train import adapted, changed, make_recipe, only
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.batch_shape import packed_shape
 from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
+from qadapt.data.prompt import load_contract
 from qadapt.engine.documents import documents_of, kernel_problem
 from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
@@ -24,6 +25,8 @@ from qadapt.run import resume, train
 from qadapt.shape import find_config
 from qadapt.train.dryrun import dry_run
 from qadapt.train.optimizer import make_optimizer
+from qadapt.train.samples import Samples
+from qadapt.train.spill import OUTSIDE_BYTES, card_memory, within_free_memory
 from qadapt.train.step import evaluate_loss, train_step
 
 if TYPE_CHECKING:
@@ -147,3 +150,34 @@ def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyM
     evaluate_loss(model, [batch])
     peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
     assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)
+
+
+def test_the_allocator_says_no_before_the_card_is_full_and_is_free_again_after_it() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.empty_cache()
+    before = card_memory(device)
+    too_much = before.free_bytes - OUTSIDE_BYTES // 2  # the driver would give this, or spill
+    with within_free_memory(device):
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(too_much, dtype=torch.uint8, device=device)
+        fits = torch.empty(before.free_bytes // 2, dtype=torch.uint8, device=device)
+        assert card_memory(device).free_bytes >= OUTSIDE_BYTES
+        del fits
+    torch.cuda.empty_cache()
+    torch.empty(before.free_bytes - OUTSIDE_BYTES, dtype=torch.uint8, device=device)
+    torch.cuda.empty_cache()
+
+
+def test_asking_samples_on_the_card_changes_no_gradient(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    model = on_the_card(folder, compute)
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))
+    random = torch.cuda.get_rng_state()
+    assert len(list(Samples(model, load_contract(folder), ["say 3"]).ask(1))) == 1
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    after = loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))
+    assert after[0] == before[0]
+    assert all(torch.equal(after[1][name], value) for name, value in before[1].items())
