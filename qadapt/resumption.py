@@ -49,9 +49,13 @@ class Consent:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What the journal says of a run's earlier processes: its events that count."""
+    """What the journal says of a run's earlier processes: its events that count.
+
+    `has_other_plan` is whether they executed another plan than the process that goes on.
+    """
 
     events: Sequence[Event]
+    has_other_plan: bool = False
 
     @property
     def has_finished(self) -> bool:
@@ -99,6 +103,21 @@ def has_begun(run: RunFolder, earlier: Earlier) -> bool:
     except BadRun:
         return False
     return True
+
+
+def recipe_asked_for(run: RunFolder) -> Recipe:
+    """The recipe of a run that never began.
+
+    Raises:
+        BadRun: Its process died before it was written.
+        BadRecipe: Something in it is wrong.
+    """
+    if not run.recipe.is_file():
+        raise BadRun(
+            f"The run {run.name} never began, and {run.recipe} is gone.",
+            cure=f"Delete {run.path}, and start again with `qadapt train`.",
+        )
+    return read_recipe(str(run.recipe))
 
 
 def check_finished(run: RunFolder, earlier: Earlier) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,15 @@ from qadapt.model.precision import DTYPES, choose_device
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
-from qadapt.resumption import Consent, Earlier, check_finished, has_begun, plan_anew, take_up
+from qadapt.resumption import (
+    Consent,
+    Earlier,
+    check_finished,
+    has_begun,
+    plan_anew,
+    recipe_asked_for,
+    take_up,
+)
 from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
 from qadapt.run_parts import (
     adapt,
@@ -53,6 +61,7 @@ from qadapt.stage import with_progress
 from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.loop import Loop
+from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
@@ -88,12 +97,13 @@ def rehearse(recipe: Recipe) -> Iterator[Event]:
     Raises:
         QadaptError: Something cannot be done, as in `train`; `DoesNotFit` where memory ran out.
     """
-    run = create_run(Path(recipe.run.folder), f".rehearsal-{os.getpid()}")
+    hidden = Path(recipe.run.folder) / f".rehearsal-{os.getpid()}"
+    run = create_run(hidden, recipe.run.name)
     try:
         with working_on(run):
             yield from _new_run(resolved(recipe), run, is_rehearsal=True)
     finally:
-        discard_run(run)
+        discard_run(RunFolder(hidden))
 
 
 def _new_run(
@@ -148,13 +158,16 @@ def resume(
 def _resumed_run(run: RunFolder, earlier: Earlier, consent: Consent) -> Iterator[Event]:
     quiet_libraries()
     if not has_begun(run, earlier):
-        yield from _new_run(read_recipe(str(run.recipe)), run, earlier=earlier)
+        yield from _new_run(recipe_asked_for(run), run, earlier=earlier)
         return
     taken = yield from take_up(run, earlier, consent)
     with holding_card(taken.recipe, run):
         plan = plan_anew(taken) if taken.is_to_plan else taken.plan
         if plan != read_plan(run.plan):
             store(run, plan, taken.material)
+        if taken.is_to_plan:
+            earlier = replace(earlier, has_other_plan=True)
+            (run.path / RUNGS_FILE).unlink(missing_ok=True)  # they eased the plan that was
         yield started(taken.recipe, plan, run)
         yield plan.event()
         yield from _steps(taken.recipe, plan, run, material=taken.material, earlier=earlier)
@@ -228,6 +241,9 @@ def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
     for problem in problems:
         yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
     if checkpoint is not None:
+        if earlier.has_other_plan:  # whose memory is measured from here on
+            values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
+            checkpoint = replace(checkpoint, values=values)
         loop.restore(checkpoint)
         if not earlier.has_saved(checkpoint.step):  # killed between the checkpoint and its line
             yield loop.saved(checkpoint_folder(run.path, checkpoint.step))

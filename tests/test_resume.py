@@ -39,6 +39,7 @@ from qadapt.events import (
     StepDone,
     Stopped,
     Warned,
+    to_line,
 )
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
@@ -314,6 +315,15 @@ def test_a_run_that_died_while_it_was_prepared_begins_as_it_was_asked_to(
     assert not (run / "plan.json").exists(), "a control: it died before it was planned"
     go_on(run)
     assert_same_run(straight, run)
+
+
+def test_a_run_that_never_began_and_lost_its_recipe_is_an_error(tmp_path: Path) -> None:
+    run = tmp_path / "runs/first"
+    run.mkdir(parents=True)
+    (run / "events.jsonl").write_text(to_line(StageStarted(stage="hashing")) + "\n", encoding="utf-8")
+    with pytest.raises(BadRun, match="never began") as refusal:
+        go_on(run)
+    assert "qadapt train" in refusal.value.cure
 
 
 def test_a_run_that_died_before_its_first_line_is_begun_again_by_its_name(

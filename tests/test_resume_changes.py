@@ -1,4 +1,4 @@
-"""What a run that goes on finds changed (recipe, rows, base, plan, versions, place), and who else is there."""
+"""What a run that goes on finds changed: recipe, rows, base, plan, versions, place; and who else is there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from test_train import adapter_of, assert_same, changed, make_recipe, only
 from qadapt import run_parts
 from qadapt.data import row_cache
 from qadapt.errors import BadData, BadOutput, BadRun
-from qadapt.events import CheckpointSaved, Event, Planned, Resumed, RunFinished, RunStarted, StepDone, Warned
+from qadapt.events import (
+    CheckpointSaved,
+    Event,
+    MemoryMeasured,
+    Planned,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Warned,
+)
 from qadapt.hardware.claims import SharedCard
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
@@ -141,9 +151,14 @@ def test_a_new_plan_changes_how_steps_are_placed_and_not_what_they_compute(
     begun: Path, run: RunFolder
 ) -> None:
     edit(run, lambda recipe: changed(recipe, "memory", micro_batch=1, recompute="all"))
+    (run.path / "rungs.json").write_text('{"version": 1, "rungs": []}', encoding="utf-8")
     events = go_on(run, replan=True)
     planned = only(Planned, events)
     assert [(plan.micro_batch, plan.recompute) for plan in planned] == [(1, "all")]
+    assert not (run.path / "rungs.json").exists(), "they eased another plan"
+    peaks = [measured.peak_bytes for measured in only(MemoryMeasured, events)]
+    before = [measured.peak_bytes for measured in only(MemoryMeasured, counted(begun / "runs/straight"))]
+    assert max(peaks) < max(before), "measured of the new plan, which takes less"
     assert (read_plan(run.plan).micro_batch, read_plan(run.plan).recompute) == (1, "all")
     assert only(Resumed, events)[0].step == 3
     straight = [event for event in counted(begun / "runs/straight") if isinstance(event, StepDone)]
