@@ -40,7 +40,6 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import load, resume, train
 from qadapt.train import evaluation, loop
-from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.evaluation import answer_rows
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, find_gradient, train_step
@@ -206,33 +205,6 @@ def test_a_run_goes_on_from_another_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert isinstance(list(resume("first", folder=str(tmp_path / "runs")))[-1], RunFinished)
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, tiny_model: TinyModel) -> None:
-    recipe = make_recipe(tmp_path, tiny_model("llama"), checkpoint_every=1, keep_checkpoints=3)
-    events = train(recipe)
-    for event in events:
-        if isinstance(event, CheckpointSaved) and event.step == 5:
-            break
-    events.close()  # type: ignore[attr-defined]
-    run = tmp_path / "runs" / "first"
-    newest = find_checkpoints(run)[-1] / "adapter.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-1] ^= 1
-    newest.write_bytes(bytes(content))
-    resumed = list(resume("first", folder=str(tmp_path / "runs")))
-    assert any(
-        "step-000005 is damaged: adapter.safetensors" in warned.message for warned in only(Warned, resumed)
-    )
-    assert only(Resumed, resumed)[0].step == 4
-    assert all((folder / "manifest.json").is_file() for folder in find_checkpoints(run))
-
-
-def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, tiny_model: TinyModel) -> None:
-    recipe = make_recipe(tmp_path, tiny_model("llama"), checkpoint_every=1, keep_checkpoints=1)
-    events = list(train(recipe))
-    kept = {folder.name for folder in find_checkpoints(tmp_path / "runs" / "first")}
-    assert kept == {f"step-{step:06d}" for step in (events[-1].best_step, 6)}
 
 
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path, tiny_model: TinyModel) -> None:
