@@ -194,6 +194,11 @@ class Ladder:
         return self._evaluating.division
 
     @property
+    def knobs(self) -> Sequence[str]:
+        """What can be turned."""
+        return tuple(self._turns)
+
+    @property
     def is_taken(self) -> bool:
         """Whether any rung was taken in this run: its plan was too large for this machine."""
         return bool(self._taken)

@@ -1,0 +1,301 @@
+"""Where memory runs out: the same gradient, the same rows, nothing twice, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from oom_matrix import CASES, Case, Outcome, RunsOut, Stage, assert_equals_the_reference, rows
+from test_train import adapter_of, assert_same, make_recipe, only
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from qadapt.data.batches import Division
+from qadapt.engine.ledger import Ledger
+from qadapt.engine.moments import watched
+from qadapt.engine.out_of_memory import RanOut, attempt
+from qadapt.engine.recompute import set_recompute
+from qadapt.errors import BadRun, DoesNotFit
+from qadapt.events import Eased, Evaluated, Event, MemoryMeasured, Resumed, StepDone
+from qadapt.plan.knobs import LIVE
+from qadapt.run import resume, train
+from qadapt.train import loop
+from qadapt.train.memory import static_tensors
+from qadapt.train.oom import FILE_NAME, Ladder, read_rungs
+from qadapt.train.step import StepResult, find_gradient
+from qadapt.view.journal import effective, read_events
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+@pytest.fixture(scope="module")
+def stage(
+    tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Case], Stage]]:
+    def make(case: Case) -> Stage:
+        return Stage(case, tiny_model("llama", layers=1), tmp_path_factory.mktemp("oom"))
+
+    gc.collect()
+    gc.freeze()  # so that looking for garbage after each failure takes no time
+    yield make
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_wherever_memory_runs_out_the_step_is_the_same(case: Case, stage: Callable[[Case], Stage]) -> None:
+    made = stage(case)
+    counting = RunsOut(0)
+    expected = made.once(counting)
+    assert not expected.eased
+    assert counting.count > 60
+    phases = set()
+    for at in range(1, counting.count + 1, case.stride):
+        found = made.once(RunsOut(at))
+        assert len(found.eased) == 1, at
+        phases.add(found.eased[0].phase)
+        assert_equals_the_reference(case, found, expected)
+    assert phases == ({"training", "update"} if case.dtype == torch.bfloat16 else {"training"})
+
+
+class Watching(RunsOut):
+    """Knows which storages were made before it ran out, without keeping them alive."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(at)
+        self.made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if self.count < self.at:
+            self.made += [weakref.ref(leaf.untyped_storage()) for leaf in leaves]
+        return result
+
+
+@pytest.mark.parametrize("at", [30, 60, 75, 90])
+def test_nothing_of_the_failed_try_is_alive_when_it_is_done_again(
+    at: int, stage: Callable[[Case], Stage]
+) -> None:
+    made = stage(CASES[0])
+    kept = {id(parameter.untyped_storage()) for parameter in made.model.parameters()}
+    kept |= {id(buffer.untyped_storage()) for buffer in made.model.buffers()}
+    mode, alive = Watching(at), []
+
+    def look() -> None:
+        found = [reference() for reference in mode.made]
+        alive.extend(one for one in found if one is not None and id(one) not in kept)
+
+    assert made.once(mode, look).eased
+    assert len(mode.made) >= at - 1
+    assert not alive
+
+
+class TooSmall(Ledger):
+    """A card that is too small in one phase only."""
+
+    def __init__(self, phase: str, budget_bytes: int) -> None:
+        super().__init__(budget_bytes=budget_bytes)
+        self.only = phase
+        self.refused = 0
+
+    def _check_budget(self, size_bytes: int) -> None:
+        if self._phase_now() == self.only:
+            try:
+                super()._check_budget(size_bytes)
+            except torch.OutOfMemoryError:
+                self.refused += 1
+                raise
+
+
+@pytest.mark.parametrize("phase", ["forward", "loss", "backward", "recompute", "update"])
+def test_a_card_too_small_in_any_phase_finishes_the_step(phase: str, stage: Callable[[Case], Stage]) -> None:
+    made = stage(Case("bf16", dtype=torch.bfloat16, layers=1, dropout=0.0))
+
+    def under(ledger: Ledger) -> Outcome:
+        with ledger.during("load"):
+            for category, tensors in static_tensors(made.model, made.optimizer).items():
+                ledger.hold(category, tensors)
+        with watched(ledger, made.model.get_base_model(), optimizer=made.optimizer.inner):
+            return made.once(ledger)
+
+    if phase == "recompute":
+        set_recompute(made.model.get_base_model(), "all")
+        made.begins_with_recompute = True
+    counting = Ledger()
+    expected = under(counting)
+    small = TooSmall(phase, counting.phase_bytes[phase] - 1)
+    found = under(small)
+    assert small.refused
+    assert found.eased
+    assert_equals_the_reference(made.case, found, expected)
+
+
+def test_a_step_that_fits_on_no_rung_names_its_longest_row(stage: Callable[[Case], Stage]) -> None:
+    made = stage(Case("bf16", dtype=torch.bfloat16))
+    with pytest.raises(DoesNotFit, match=r"longest of its rows, train.jsonl, line 1, has 11 tokens") as error:
+        made.once(RunsOut(5, again=True))
+    assert "data.length below 11" in error.value.cure
+    taken = [(rung.knob, rung.value) for rung in read_rungs(made.folder / FILE_NAME)]
+    assert taken == [("micro_batch", 2), ("micro_batch", 1), ("recompute", "all")]
+    assert all(parameter.grad is None for parameter in made.optimizer.parameters.values())
+
+
+def test_rows_with_dropout_are_not_split_and_the_price_says_so(stage: Callable[[Case], Stage]) -> None:
+    made = stage(Case("dropout", dropout=0.2))
+    with pytest.raises(DoesNotFit) as error:
+        made.once(RunsOut(5, again=True))
+    assert "adapter.dropout=0" in error.value.cure
+    only_rung = read_rungs(made.folder / FILE_NAME)[0]
+    assert (only_rung.knob, only_rung.value) == ("recompute", "all")
+    assert "rows cannot be split" in only_rung.price
+
+
+def test_an_update_that_never_fits_is_an_error_with_a_cure(stage: Callable[[Case], Stage]) -> None:
+    made = stage(Case("bf16", dtype=torch.bfloat16))
+    counting = RunsOut(0)
+    made.once(counting)
+    with pytest.raises(DoesNotFit, match="in the update of step 1"):
+        made.once(RunsOut(counting.count - 3, again=True))
+
+
+def test_every_live_knob_can_be_turned(stage: Callable[[Case], Stage]) -> None:
+    made = stage(CASES[0])
+    ladder = Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder)
+    assert set(ladder.knobs) == set(LIVE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    ],
+)
+def test_what_torch_raises_where_memory_runs_out_is_known(error: Exception) -> None:
+    def work() -> None:
+        raise error
+
+    assert isinstance(attempt(work), RanOut)
+
+
+def test_a_real_refusal_of_the_allocator_is_known() -> None:
+    assert isinstance(attempt(lambda: torch.empty(1 << 60, dtype=torch.uint8)), RanOut)
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    def work() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        attempt(work)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_divided_further_until_each_is_alone(packed: bool) -> None:
+    chosen = rows()
+    division: Division | None = Division(0, 4, packed, tokens=64, learned=64)
+    counts = []
+    while division is not None:
+        batches = division(chosen)
+        counts.append(len(batches))
+        assert sum(batch.tokens for batch in batches) == sum(map(len, chosen))
+        assert Division(0, 4, packed, tokens=64, learned=64).down_to(division.size) == division
+        division = division.smaller(chosen)
+    assert counts[0] == 1
+    assert counts[-1] == len(chosen)
+    assert counts == sorted(set(counts))
+
+
+def run_out(monkeypatch: pytest.MonkeyPatch, *, at: int, call: int) -> None:
+    """Memory runs out at one allocation of the n-th gradient from now on."""
+    calls = []
+
+    def find(*arguments: Any, **named: Any) -> StepResult | None:
+        calls.append(1)
+        with RunsOut(at) if len(calls) == call else nullcontext():
+            return find_gradient(*arguments, **named)
+
+    monkeypatch.setattr(loop, "find_gradient", find)
+
+
+def test_a_resumed_run_takes_its_rungs_at_the_same_steps(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the run that went through: splitting rows changes the rounding of sums."""
+
+    def begin(name: str) -> Iterator[Event]:
+        (tmp_path / name).mkdir()
+        recipe = make_recipe(
+            tmp_path / name, tiny_model("llama"), checkpoint_every=2, evaluate_every=None, rehearse=False
+        )
+        run_out(monkeypatch, at=50, call=4)
+        return train(
+            recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"dropout": 0.0})})
+        )
+
+    straight = list(begin("straight"))
+    eased = only(Eased, straight)
+    assert [(event.step, event.phase, event.knob, event.value) for event in eased] == [
+        (4, "training", "micro_batch", 1)
+    ]
+    order = [event.step for event in straight if isinstance(event, StepDone | Eased)]
+    assert order == [1, 2, 3, 4, 4, 5, 6], "the rung before its step, and no step twice"
+    broken = begin("broken")
+    for event in broken:
+        if isinstance(event, StepDone) and event.step == 4:
+            break
+    broken.close()  # type: ignore[attr-defined]
+    list(resume("first", folder=str(tmp_path / "broken/runs")))
+    assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(tmp_path / "broken/runs/first"))
+    counted = effective(read_events(tmp_path / "broken/runs/first"))
+    assert only(Resumed, counted)[0].step == 2
+    assert [replace(event, time=0.0) for event in only(Eased, counted)] == [replace(eased[0], time=0.0)]
+
+
+def test_a_run_that_recomputes_more_ends_as_if_there_had_been_memory(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout rows are not split, so every number is the same."""
+    for name in ("enough", "short"):
+        (tmp_path / name).mkdir()
+    options: dict[str, Any] = {"steps": 3, "rehearse": False}
+    list(train(make_recipe(tmp_path / "enough", tiny_model("llama"), **options)))
+    run_out(monkeypatch, at=70, call=2)
+    found = list(train(make_recipe(tmp_path / "short", tiny_model("llama"), **options)))
+    assert [event.knob for event in only(Eased, found)] == ["recompute"]
+    assert_same(adapter_of(tmp_path / "enough/runs/first"), adapter_of(tmp_path / "short/runs/first"))
+
+
+def test_an_evaluation_goes_on_with_fewer_rows_at_a_time(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"), steps=1, evaluate_every=None, rehearse=False)
+    events = []
+    mode = RunsOut(9)
+    for_all = train(recipe)
+    while True:
+        with mode if events and isinstance(events[-1], MemoryMeasured) else nullcontext():
+            event = next(for_all, None)
+        if event is None:
+            break
+        events.append(event)
+    eased, evaluated = only(Eased, events)[0], only(Evaluated, events)[0]
+    assert (eased.step, eased.phase, eased.value) == (1, "evaluation", 1)
+    (tmp_path / "runs/first").rename(tmp_path / "runs/other")
+    plain = only(Evaluated, train(recipe))[0]
+    assert evaluated.loss == pytest.approx(plain.loss, rel=1e-6)
+
+
+def test_damaged_rungs_are_refused_with_a_cure(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("{", encoding="utf-8")
+    with pytest.raises(BadRun, match=r"rungs.json cannot be read") as error:
+        read_rungs(tmp_path / FILE_NAME)
+    assert "Delete the file" in error.value.cure
