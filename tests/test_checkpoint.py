@@ -18,11 +18,12 @@ import torch
 from test_train import adapter_of, assert_same, make_recipe, only
 from torch import Tensor
 
-from qadapt.errors import BadOutput, BadRun
-from qadapt.events import CheckpointSaved, Event, Resumed, RunFinished, Warned
+from qadapt import cache
+from qadapt.errors import BadOutput, BadRun, NoRoom
+from qadapt.events import CheckpointSaved, Continued, Event, Paused, Resumed, RunFinished, Warned
 from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
-from qadapt.train import checkpoint, loop
+from qadapt.train import checkpoint, loop, pauses
 from qadapt.train.checkpoint import (
     FILES,
     MANIFEST,
@@ -255,7 +256,7 @@ def test_an_old_one_that_cannot_be_removed_stops_nothing(
     monkeypatch.setattr(shutil, "rmtree", held_open)
     events = save_steps(tmp_path, 2, keep=1)
     assert "step-000001 cannot be removed" in only(Warned, events)[0].message
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "rmtree", remove)
     save_steps(tmp_path, 3, keep=1)
     assert steps_kept(tmp_path) == [3]
 
@@ -428,9 +429,84 @@ def test_a_process_killed_after_it_fell_back_falls_back_again(
     monkeypatch.setattr(shutil, "rmtree", killed_halfway)
     with pytest.raises(KeyboardInterrupt):
         list(resume("stopped", folder=str(tmp_path)))
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "rmtree", remove)
     taken, problems = load_newest(run)
     assert taken is not None
     assert taken.step == step_of(good)
     assert len(problems) == 1
     assert not (run / "adapter").exists()
+
+
+# A full disk
+
+
+def test_too_little_room_is_found_before_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(tmp_path, 1, keep=1)
+    monkeypatch.setattr(cache, "free_bytes", lambda folder: 1000)
+    with pytest.raises(NoRoom, match="The checkpoint after step 2 needs") as refused:
+        Saver(tmp_path, keep=1).save(state(2), best_step=None)
+    assert "then `qadapt resume`" in refused.value.cure
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    """The system itself refuses, in a process of its own: no file may be larger than 3,000 bytes there."""
+    text = f"""
+import resource, sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(checkpoint.__file__).parents[2])]!r}
+from pathlib import Path
+from qadapt.errors import NoRoom
+from test_checkpoint import state
+from qadapt.train.saver import Saver
+saver = Saver(Path({str(tmp_path)!r}), keep=1)
+saver.save(state(1), best_step=None)
+saver.wait()
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+saver.save(state(2), best_step=None)
+try:
+    saver.wait()
+except NoRoom as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+print([path.name for path in Path({str(tmp_path / "checkpoints")!r}).iterdir()])
+saver.save(state(3), best_step=None)
+saver.wait()
+"""
+    if sys.platform == "win32":  # no such limit there
+        return
+    said = subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout
+    assert "step-000002 cannot be written: [Errno 27] File too large" in said
+    assert "Make room" in said
+    assert "['step-000001']" in said
+    assert steps_kept(tmp_path) == [3]
+
+
+def test_a_run_waits_for_room_that_its_thread_did_not_find_and_saves_what_it_has_then(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, tries = checkpoint._write_files, []
+
+    def full_for_a_while(folder: Path, *rest: Any) -> None:
+        tries.append(folder.name)
+        write(folder, *rest)
+        if 2 <= len(tries) <= 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_files", full_for_a_while)
+    monkeypatch.setattr(pauses, "RETRY_SECONDS", 0.01)
+    recipe = make_recipe(
+        tmp_path, tiny_model("llama"), checkpoint_every=1, keep_checkpoints=9, rehearse=False
+    )
+    events = list(train(recipe))
+    assert "No space left on device" in only(Paused, events)[0].reason
+    assert only(Continued, events)
+    run = tmp_path / "runs/first"
+    assert steps_kept(run)[-1] == 6
+    assert all(find_damage(folder) is None for folder in find_checkpoints(run))
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(checkpoint, "_write_files", write)
+    list(train(make_recipe(tmp_path / "b", tiny_model("llama"))))
+    assert_same(adapter_of(run), adapter_of(tmp_path / "b/runs/first"))
