@@ -24,12 +24,14 @@ from qadapt.engine.out_of_memory import RanOut, attempt
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import Eased, Evaluated, Event, MemoryMeasured, Resumed, StepDone
+from qadapt.model.generate import generate
 from qadapt.plan.knobs import LIVE
 from qadapt.run import resume, train
 from qadapt.train import loop
+from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
-from qadapt.train.oom import FILE_NAME, Ladder, read_rungs
-from qadapt.train.step import StepResult, find_gradient
+from qadapt.train.oom import FILE_NAME, Beginning, Ladder, read_rungs
+from qadapt.train.step import StepResult, drop_gradients, find_gradient
 from qadapt.view.journal import effective, read_events
 
 if TYPE_CHECKING:
@@ -299,3 +301,41 @@ def test_damaged_rungs_are_refused_with_a_cure(tmp_path: Path) -> None:
     with pytest.raises(BadRun, match=r"rungs.json cannot be read") as error:
         read_rungs(tmp_path / FILE_NAME)
     assert "Delete the file" in error.value.cure
+
+
+def test_answers_are_the_same_with_fewer_prompts_at_a_time(stage: Callable[[Case], Stage]) -> None:
+    model = stage(CASES[0]).model
+
+    def answers() -> list[list[int]]:
+        prompts = [row.ids.tolist() for row in rows()]
+        return generate(model, prompts, max_new_tokens=4, end_ids=frozenset({1}), pad_id=0)
+
+    expected = answers()
+    with RunsOut(40):
+        assert answers() == expected
+    assert model.training
+    with RunsOut(40, again=True), pytest.raises(torch.OutOfMemoryError):
+        answers()
+    assert model.training
+
+
+def test_a_loss_on_rows_is_found_with_fewer_at_a_time(stage: Callable[[Case], Stage]) -> None:
+    model = stage(CASES[0]).model
+    expected = evaluate_rows(model, rows(), size=4, pad_id=0)
+    with RunsOut(40):
+        assert evaluate_rows(model, rows(), size=4, pad_id=0) == pytest.approx(expected, rel=1e-6)
+    with RunsOut(40, again=True), pytest.raises(DoesNotFit, match="one row at a time"):
+        evaluate_rows(model, rows(), size=4, pad_id=0)
+
+
+def test_a_loss_scale_goes_back_to_where_the_step_began(stage: Callable[[Case], Stage]) -> None:
+    made = stage(CASES[0])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    beginning = Beginning(torch.device("cpu"), scaler)
+    batches = made.division(rows())
+    for _ in range(2):  # a second time is refused by torch unless the first is forgotten
+        assert find_gradient(made.model, made.optimizer, batches, clip_norm=1.0, scaler=scaler)
+        drop_gradients(made.optimizer)
+        beginning.restore()
+    assert scaler.get_scale() == 8.0

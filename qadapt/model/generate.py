@@ -6,10 +6,13 @@ Knows tokens, not conversations (`data/prompt.py` renders those).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 
 
 def generate(
@@ -29,7 +32,10 @@ def generate(
         max_new_tokens: Where an answer is cut off.
         end_ids: Tokens that end an answer.
         pad_id: The token that fills up.
-        batch: Prompts answered at once.
+        batch: Prompts answered at once; fewer, where memory runs out.
+
+    Raises:
+        OutOfMemoryError: A single prompt does not fit.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     settings = GenerationConfig(
@@ -42,11 +48,20 @@ def generate(
     was_training = model.training
     model.eval()
     answers: dict[int, list[int]] = {}
-    for first in range(0, len(order), batch):
-        chosen = order[first : first + batch]
-        rows = _answer_rows(model, [prompts[index] for index in chosen], settings=settings, pad_id=pad_id)
-        answers.update(zip(chosen, (_until_end(row, end_ids) for row in rows), strict=True))
-    model.train(was_training)
+    try:
+        while waiting := order[len(answers) :]:
+            chosen = waiting[:batch]
+            asked = [prompts[index] for index in chosen]
+            rows = attempt(partial(_answer_rows, model, asked, settings=settings, pad_id=pad_id))
+            if not isinstance(rows, RanOut):
+                answers.update(zip(chosen, (_until_end(row, end_ids) for row in rows), strict=True))
+                continue
+            if len(chosen) == 1:
+                raise torch.OutOfMemoryError(rows.said)
+            free_memory(model.device)
+            batch = len(chosen) // 2
+    finally:
+        model.train(was_training)
     return [answers[index] for index in range(len(prompts))]
 
 

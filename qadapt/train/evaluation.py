@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from peft import PeftModel
 
 from qadapt.adapters.lora import without_adapter
-from qadapt.data.batches import all_batches, micro_batches
+from qadapt.data.batches import Division, all_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
 from qadapt.data.tokens import Tokens
-from qadapt.errors import BadData
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.errors import BadData, DoesNotFit
 from qadapt.model.generate import generate
 from qadapt.train.step import evaluate_loss
 
@@ -61,12 +61,31 @@ class Evaluation:
 
 
 def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id: int) -> tuple[float, float]:
-    """The mean loss per learned token with the adapter, and without it."""
-    divide = partial(micro_batches, size=size, pad_id=pad_id)
-    tuned = evaluate_loss(model, all_batches(rows, divide))
+    """The mean loss per learned token with the adapter, and without it.
+
+    Raises:
+        DoesNotFit: Memory ran out with one row at a time.
+    """
+    division = Division(pad_id, size)
+    tuned = _loss(model, rows, division)
     with without_adapter(model):
-        base = evaluate_loss(model, all_batches(rows, divide))
-    return tuned, base
+        return tuned, _loss(model, rows, division)
+
+
+def _loss(model: PeftModel, rows: Sequence[Tokens], division: Division) -> float:
+    """The loss, with fewer rows at a time where memory runs out."""
+    found: Division | None = division
+    while found is not None:
+        divide = found
+        loss = attempt(lambda: evaluate_loss(model, all_batches(rows, divide)))  # noqa: B023 (called at once)
+        if not isinstance(loss, RanOut):
+            return loss
+        free_memory(next(model.parameters()).device)
+        found = found.half()
+    raise DoesNotFit(
+        "Memory ran out in the evaluation, with one row at a time.",
+        cure="Close what else uses the memory, or evaluate shorter rows.",
+    )
 
 
 def answer_rows(
@@ -76,15 +95,25 @@ def answer_rows(
 
     A row that asks nothing is passed over: one without an answer, or whose only answer stands first, or
     behind turns that the template does not take alone.
+
+    Raises:
+        DoesNotFit: Memory ran out with one question at a time.
     """
     asked = [(row, turn, ids) for row in rows for turn, ids in _last_question(row, contract)]
-    given = generate(
-        model,
-        [ids for _, _, ids in asked],
-        max_new_tokens=max_new_tokens,
-        end_ids=contract.end_ids,
-        pad_id=contract.pad_id,
+    given = attempt(
+        lambda: generate(
+            model,
+            [ids for _, _, ids in asked],
+            max_new_tokens=max_new_tokens,
+            end_ids=contract.end_ids,
+            pad_id=contract.pad_id,
+        )
     )
+    if isinstance(given, RanOut):
+        raise DoesNotFit(
+            "Memory ran out while answering a single question.",
+            cure="Ask for shorter answers (--max-new-tokens) or none, or close what else uses the memory.",
+        )
     return tuple(
         Answer(
             question=row.turns[turn - 1]["content"],
