@@ -115,7 +115,7 @@ class Health:
         raise Diverged(
             f"Training diverged at step {done.step}: {many} were left out because the loss or the gradient "
             f"was not finite (loss {done.loss:g}, norm {done.gradient_norm:g}). Where it began: {cause}.",
-            cure=f"{_cure(finding)} Nothing of these steps is in the adapter; the last checkpoint is whole.",
+            cure=f"{_cure(finding)} Nothing of these steps is in the adapter; checkpoints before are whole.",
         )
 
     def values(self) -> dict[str, Any]:
