@@ -31,6 +31,7 @@ from qadapt.export.merge import Writing, merge
 from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, choose_device
+from qadapt.pause_rules import parse_pause_rules
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
@@ -38,6 +39,7 @@ from qadapt.resumption import (
     Consent,
     Earlier,
     check_finished,
+    check_fits,
     has_begun,
     plan_anew,
     recipe_asked_for,
@@ -60,6 +62,7 @@ from qadapt.run_parts import (
 from qadapt.stage import with_progress
 from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
+from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
 from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.rehearsal import rehearse as rehearse_loop
@@ -186,7 +189,7 @@ def _steps(
         yield event
         if isinstance(event, Stopped):
             return
-    remember_peak(recipe, plan, run, measured_bytes=loop.peak_bytes)
+    _remember(recipe, plan, run, loop=loop, measured_bytes=loop.peak_bytes)
     facts = adapter_facts(recipe, plan, material)
     best = yield from (_best(loop, run) if earlier is None else earlier.unsaid(_best(loop, run)))
     contract = material.contract
@@ -225,6 +228,8 @@ def _placed(
         loop.scale_loss()
     if recipe.train.sample_prompts:
         loop.ask_samples(Samples(model, material.contract, recipe.train.sample_prompts))
+    rules = parse_pause_rules(recipe.run.pause_when)
+    loop.pause_when(guards_of(rules, device=choose_device(plan.device), run_folder=run.path))
     return loop
 
 
@@ -232,8 +237,13 @@ def _rehearsal(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, contract: PromptContract
 ) -> Iterator[Event]:
     rehearsed = yield from rehearse_loop(loop, plan, contract=contract, folder=run.rehearsal)
-    if not loop.ladder.is_taken:  # else it is not the plan's setting that was measured
-        remember_peak(recipe, plan, run, measured_bytes=rehearsed.measured_peak_bytes)
+    _remember(recipe, plan, run, loop=loop, measured_bytes=rehearsed.measured_peak_bytes)
+
+
+def _remember(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, measured_bytes: int) -> None:
+    """Keeps what the plan's setting took; where memory ran out it took at least what was measured."""
+    if not loop.ladder.is_taken or measured_bytes > plan.predicted_peak_bytes:
+        remember_peak(recipe, plan, run, measured_bytes=measured_bytes)
 
 
 def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
@@ -244,6 +254,7 @@ def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
         if earlier.has_other_plan:  # whose memory is measured from here on
             values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
             checkpoint = replace(checkpoint, values=values)
+        check_fits(run, checkpoint, loop.optimizer.parameters)
         loop.restore(checkpoint)
         if not earlier.has_saved(checkpoint.step):  # killed between the checkpoint and its line
             yield loop.saved(checkpoint_folder(run.path, checkpoint.step))
