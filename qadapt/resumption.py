@@ -7,10 +7,12 @@ from then on. The plan is made anew only when that is asked for, or when an allo
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from qadapt.data.prepared import changed_files
 from qadapt.errors import BadRecipe, BadRun
@@ -21,7 +23,7 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder
 from qadapt.run_parts import environment, make_plan
-from qadapt.train.checkpoint import find_checkpoints
+from qadapt.train.checkpoint import Checkpoint, find_checkpoints
 from qadapt.train.stored_plan import StoredPlan, read_plan
 
 Result = TypeVar("Result")
@@ -129,6 +131,20 @@ def check_finished(run: RunFolder, earlier: Earlier) -> None:
     if not earlier.has_finished:
         raise BadRun(
             f"The run {run.name} has not finished.", cure=f"`qadapt resume {run.name}` brings it to its end."
+        )
+
+
+def check_fits(run: RunFolder, checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> None:
+    """Looks whether a saved adapter has the names and the shapes of the one that takes it over.
+
+    Raises:
+        BadRun: It has not: the base is of another kind.
+    """
+    saved = {name: tensor.shape for name, tensor in checkpoint.adapter.items()}
+    if saved != {name: parameter.shape for name, parameter in parameters.items()}:
+        raise BadRun(
+            f"The saved state of the run {run.name} does not fit its base as it is now.",
+            cure=f"Put the base back as it was (model in {run.recipe}), or start a new run with run.name=...",
         )
 
 

@@ -18,6 +18,7 @@ from test_train import adapter_of, assert_same, changed, make_recipe, only
 
 from qadapt import run_parts
 from qadapt.data import row_cache
+from qadapt.data.prepared import changed_files, gone_files
 from qadapt.errors import BadData, BadOutput, BadRun
 from qadapt.events import (
     CheckpointSaved,
@@ -135,6 +136,16 @@ def test_a_field_that_shapes_the_saved_state_cannot_change(run: RunFolder) -> No
         go_on(run, allow_change=True, replan=True)
 
 
+def test_a_base_of_another_kind_cannot_take_the_saved_state_over(
+    run: RunFolder, tiny_model: TinyModel
+) -> None:
+    wider = str(tiny_model("llama", width=128))
+    edit(run, lambda recipe: changed(recipe, "model", source=wider))
+    with pytest.raises(BadRun, match="saved state of the run renamed does not fit its base"):
+        go_on(run, allow_change=True)
+    assert find_checkpoints(run.path), "nothing is lost"
+
+
 def test_how_a_run_is_exported_or_paused_may_change_at_any_time(run: RunFolder) -> None:
     edit(run, lambda recipe: changed(recipe, "export", form="merged-fp32"))
     assert isinstance(go_on(run)[-1], RunFinished)
@@ -230,6 +241,20 @@ def test_deleted_rows_whose_prepared_ones_are_gone_too_are_an_error(run: RunFold
         go_on(run)
     assert str(rows) in refusal.value.problem
     assert "Put the files back" in refusal.value.cure
+
+
+def test_of_a_folder_of_rows_only_missing_files_are_made_up_for() -> None:
+    def source(**hashes: str) -> list[dict[str, Any]]:
+        files = [{"path": path, "sha256": digest} for path, digest in hashes.items()]
+        return [{"path": "rows", "limit": None, "files": files}]
+
+    stored = source(a="1", b="2")
+    assert gone_files(stored, source(a="1")) == ["b"]
+    assert gone_files(stored, stored) == []
+    assert gone_files(stored, source(a="9")) == [], "what is left changed: that is not the same data"
+    assert gone_files(stored, source(a="1", c="3")) == []
+    assert gone_files(stored, [{**source(a="1")[0], "limit": 3}]) == []
+    assert changed_files(stored, source(a="9", c="3")) == ["a changed", "b is gone", "c is new"]
 
 
 def test_a_run_whose_rows_are_deleted_while_it_trains_does_not_notice(
