@@ -181,26 +181,23 @@ def read_events(run_folder: Path) -> list[Event]:
 def effective(events: Iterable[Event]) -> list[Event]:
     """The events that count: those with a step above the step of a later `Resumed` are left out.
 
-    A run that left in the middle of an evaluation saved its step before it: what came of that evaluation in a
-    process that died after it is left out, too, as the checkpoint does not know it.
+    A run that was asked to leave in the middle of an evaluation saves the step before it, and evaluates when
+    it is resumed. If that process dies before it has saved again, the next one evaluates once more, with the
+    same result: it counts once.
     """
     kept: list[Event] = []
     for event in events:
         if isinstance(event, Resumed):
-            kept = _up_to(event.step, kept)
+            kept = [one for one in kept if not _is_after(one, event.step)]
         kept.append(event)
-    return kept
+    evaluated: set[int] = set()
+    return [one for one in kept if not isinstance(one, Evaluated) or _is_new(one.step, evaluated)]
 
 
-def _up_to(step: int, events: Iterable[Event]) -> list[Event]:
-    kept: list[Event] = []
-    is_saved = False
-    for event in events:
-        is_unknown = is_saved and isinstance(event, Evaluated | Sampled | Warned) and event.step == step
-        if not is_unknown and not _is_after(event, step):
-            kept.append(event)
-        is_saved = is_saved or (isinstance(event, CheckpointSaved) and event.step == step)
-    return kept
+def _is_new(step: int, steps: set[int]) -> bool:
+    is_new = step not in steps
+    steps.add(step)
+    return is_new
 
 
 def _is_after(event: Event, step: int) -> bool:
