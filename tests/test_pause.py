@@ -199,14 +199,14 @@ class Fed:
         return None
 
 
-def feed(rule: Fed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qadapt.run.guards_of", lambda *_, **__: Guards([rule]))
+def feed(*rules: Fed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qadapt.run.guards_of", lambda *_, **__: Guards(rules))
 
 
 def test_a_rule_that_holds_pauses_the_run_and_changes_nothing(
     tmp_path: Path, tiny_model: TinyModel, straight: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed(Fed(1, 2, 5, 6, 7), monkeypatch)
+    feed(Fed(1, 2, 5, 6, 7), monkeypatch=monkeypatch)
     events = list(train(make_recipe(tmp_path, tiny_model("llama"))))
     waits = [event for event in events if isinstance(event, Paused | Continued)]
     assert [(type(event), event.step) for event in waits] == [
@@ -221,7 +221,7 @@ def test_a_rule_that_holds_pauses_the_run_and_changes_nothing(
 
 
 def test_a_waiting_run_obeys(tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed(Fed(*range(2, 10_000)), monkeypatch)
+    feed(Fed(*range(2, 10_000)), monkeypatch=monkeypatch)
     run, events = tmp_path / "runs/first", []
     for event in train(make_recipe(tmp_path, tiny_model("llama"))):
         events.append(event)
@@ -235,11 +235,20 @@ def test_a_rule_for_another_program_makes_the_run_leave(
     tmp_path: Path, tiny_model: TinyModel, straight: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
-        feed(Fed(3, leaves=True), context)
+        feed(Fed(3, leaves=True), monkeypatch=context)
         events = list(train(make_recipe(tmp_path, tiny_model("llama"))))
     assert events[-1] == Stopped(step=2, reason="it is fed")
     list(resume("first", folder=str(tmp_path / "runs")))
     assert_same_as(straight, tmp_path / "runs/first")
+
+
+def test_a_waiting_run_leaves_for_another_program(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed(Fed(*range(2, 9)), Fed(4, leaves=True), monkeypatch=monkeypatch)
+    events = list(train(make_recipe(tmp_path, tiny_model("llama"))))
+    assert [event.step for event in only(Paused, events)] == [1]
+    assert events[-1] == Stopped(step=1, reason="it is fed")
 
 
 def test_a_rule_that_cannot_be_watched_is_said(tmp_path: Path, tiny_model: TinyModel) -> None:

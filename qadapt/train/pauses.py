@@ -15,7 +15,7 @@ from typing import TypeVar
 from qadapt import control
 from qadapt.errors import NoRoom
 from qadapt.events import Continued, Event, Paused
-from qadapt.train.guards import Guards
+from qadapt.train.guards import Guards, Reason
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 3.0
@@ -68,8 +68,7 @@ class Pauses:
         reason = self.guards.reason()
         if reason is not None and not reason.leaves:
             yield from save()
-            yield from self._wait(step, reason.text)
-            reason = None
+            reason = yield from self._wait(step, reason.text)
         if control.is_asked(self._run_folder, "pause"):
             return "paused"
         if control.is_asked(self._run_folder, "stop"):
@@ -103,15 +102,19 @@ class Pauses:
             yield Continued(step=step, seconds=time.monotonic() - start)
         yield from written
 
-    def _wait(self, step: int, reason: str) -> Iterator[Event]:
+    def _wait(self, step: int, reason: str) -> Generator[Event, None, Reason | None]:
+        """Waits while a rule holds; gives the one that makes the run leave meanwhile, if any."""
         yield Paused(step=step, reason=reason)
         start = time.monotonic()
-        while self.guards.reason_now() is not None:
+        while (held := self.guards.reason_now()) is not None:
+            if held.leaves:
+                return held
             control.take(self._run_folder, "save")  # it was saved before the wait
             self._sleep(POLL_SECONDS)
             if self.is_leaving():
-                return
+                return None
         yield Continued(step=step, seconds=time.monotonic() - start)
+        return None
 
     def _sleep(self, seconds: float) -> None:
         """Waits, less if the run is asked to leave."""
