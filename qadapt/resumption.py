@@ -18,7 +18,7 @@ from qadapt.data.prepared import changed_files
 from qadapt.errors import BadRecipe, BadRun
 from qadapt.events import CheckpointSaved, Event, RunFinished, StepDone, Warned
 from qadapt.material import Material, prepare, step_count
-from qadapt.model.precision import choose_device
+from qadapt.model.precision import choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder
@@ -196,16 +196,28 @@ def plan_anew(taken: TakenUp) -> StoredPlan:
     The types of the adapter and of its optimizer's states stay; that of products stays on the same device.
 
     Raises:
-        BadRecipe: This device has no such types.
+        BadRun: The type of products on this device cannot train the saved adapter.
+        BadRecipe: The recipe asks for something this device has not.
         DoesNotFit: No setting fits; the cure lists the cheapest changes.
     """
     recipe, plan = taken.recipe, taken.plan
+    device = choose_device(recipe.memory.device)
     values = recipe.model_dump()
     values["adapter"]["dtype"] = plan.adapter_dtype
     values["train"]["optimizer"] = plan.optimizer
-    is_same_device = choose_device(recipe.memory.device).type == plan.device
-    if recipe.memory.compute_dtype == "auto" and is_same_device:
+    if recipe.memory.compute_dtype == "auto" and device.type == plan.device:
         values["memory"]["compute_dtype"] = plan.compute_dtype
+    compute_dtype = choose_compute_dtype(values["memory"]["compute_dtype"], device)
+    try:
+        choose_adapter_dtype(plan.adapter_dtype, compute_dtype)
+    except BadRecipe:
+        raise BadRun(
+            f"The saved adapter is {plan.adapter_dtype}, and products are {compute_dtype} on this device, "
+            "whose scaled gradients need a wider one.",
+            cure="Set memory.compute_dtype=fp32 in the run's recipe (slower), then `qadapt resume --replan`; "
+            "or go on with it on a device like the one it began on.",
+        ) from None
+    values["memory"]["compute_dtype"] = compute_dtype
     made = make_plan(Recipe.model_validate(values), taken.material)
     return replace(made, recipe=recipe.model_dump(mode="json"))
 

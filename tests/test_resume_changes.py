@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import pytest
 from test_resume import copied, counted, until
 from test_train import adapter_of, assert_same, changed, make_recipe, only
 
-from qadapt import run_parts
+from qadapt import resumption, run_parts
 from qadapt.data import row_cache
 from qadapt.data.prepared import changed_files, gone_files
 from qadapt.errors import BadData, BadOutput, BadRun
@@ -34,9 +35,11 @@ from qadapt.events import (
 from qadapt.hardware.claims import SharedCard
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
+from qadapt.resumption import TakenUp, plan_anew
 from qadapt.run import export, resume, train
 from qadapt.run_folder import RunFolder
-from qadapt.train.checkpoint import find_checkpoints
+from qadapt.train.checkpoint import Checkpoint, find_checkpoints
+from qadapt.train.loop import Loop
 from qadapt.train.stored_plan import read_plan
 from qadapt.units import GIB
 
@@ -194,6 +197,37 @@ def test_a_new_plan_keeps_the_types_of_the_saved_state(run: RunFolder) -> None:
         before.compute_dtype,
     )
     assert after.recipe == before.recipe
+
+
+def test_a_saved_state_without_a_loss_scale_is_gone_on_with_by_scaled_steps(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a run of a CPU is planned anew for a card without bf16."""
+    restore = Loop.restore
+
+    def scaled(loop: Loop, checkpoint: Checkpoint) -> None:
+        loop.scale_loss()
+        restore(loop, checkpoint)
+
+    monkeypatch.setattr(Loop, "restore", scaled)
+    assert [event.step for event in only(StepDone, go_on(run, replan=True))] == [4, 5, 6]
+
+
+def test_an_adapter_that_a_card_cannot_train_is_refused_with_a_way_that_works(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        resumption, "choose_compute_dtype", lambda choice, _: "fp16" if choice == "auto" else choice
+    )
+    recipe = changed(read_recipe(str(run.recipe)), "memory", compute_dtype="auto", device="cpu")
+    plan = replace(read_plan(run.plan), device="cuda", adapter_dtype="bf16")
+    taken = TakenUp(recipe, plan, material=None, is_to_plan=True)  # type: ignore[arg-type]
+    with pytest.raises(BadRun, match="saved adapter is bf16, and products are fp16") as refusal:
+        plan_anew(taken)
+    assert "memory.compute_dtype=fp32" in refusal.value.cure
+    wider = changed(recipe, "memory", compute_dtype="fp32")
+    monkeypatch.setattr(resumption, "make_plan", lambda *_: plan)
+    assert plan_anew(replace(taken, recipe=wider)).adapter_dtype == "bf16"
 
 
 def test_changed_rows_are_refused_by_the_path_of_their_file(run: RunFolder, rows: Path) -> None:

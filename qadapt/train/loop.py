@@ -362,7 +362,7 @@ class Loop:
             self._memory.restore(checkpoint.values["memory"])
         if "health" in checkpoint.values:  # so did this
             self._health.restore(checkpoint.values["health"])
-        if self._scaler is not None:
+        if self._scaler is not None and "loss_scale" in checkpoint.values:  # else products had another type
             self._scaler.load_state_dict(checkpoint.values["loss_scale"])
 
     @torch.no_grad()
