@@ -60,7 +60,13 @@ from qadapt.run_parts import (
     store,
 )
 from qadapt.stage import with_progress
-from qadapt.train.checkpoint import checkpoint_folder, find_damage, load_checkpoint, load_newest
+from qadapt.train.checkpoint import (
+    checkpoint_folder,
+    drop_newer,
+    find_damage,
+    load_checkpoint,
+    load_newest,
+)
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
@@ -148,12 +154,12 @@ def resume(
     """
     run = find_run(name, folder)
     with working_on(run):
+        control.take(run.path)  # what an earlier process did not live to do; later ones are for this one
         earlier = Earlier(effective(read_events(run.path)))
         if earlier.has_finished:
             cure = f"`qadapt export {name}` writes the merged model."
             raise BadRun(f"The run {name} has finished.", cure=cure)
-        control.take(run.path)  # what an earlier process did not live to do
-        shutil.rmtree(run.rehearsal, ignore_errors=True)  # likewise
+        shutil.rmtree(run.rehearsal, ignore_errors=True)  # likewise of an earlier process
         with Journal(run.journal) as journal:
             yield from journal.record(_resumed_run(run, earlier, Consent(replan, allow_change)))
 
@@ -250,7 +256,9 @@ def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
     checkpoint, problems = load_newest(run.path)
     for problem in problems:
         yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
-    if checkpoint is not None:
+    if checkpoint is None:
+        drop_newer(run.path, -1)  # none is whole: they must not stand before those to come
+    else:
         if earlier.has_other_plan:  # whose memory is measured from here on
             values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
             checkpoint = replace(checkpoint, values=values)

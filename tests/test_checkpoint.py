@@ -411,6 +411,28 @@ def test_a_run_without_a_whole_checkpoint_starts_again_and_says_so(straight: Pat
     assert_same(adapter_of(tmp_path / "stopped"), adapter_of(straight / "first"))
 
 
+def test_a_run_that_starts_again_keeps_what_it_saves_from_then_on(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "stopped", tmp_path / "stopped")
+    for folder in find_checkpoints(tmp_path / "stopped"):
+        flip_a_bit(folder / "optimizer.safetensors")
+    events = resume("stopped", folder=str(tmp_path))
+    for event in events:
+        if isinstance(event, CheckpointSaved) and event.step == 2:
+            break
+    events.close()  # type: ignore[attr-defined]
+    taken, problems = load_newest(tmp_path / "stopped")
+    assert taken is not None
+    assert taken.step >= 2
+    assert problems == []
+
+
+def test_what_lies_there_of_later_steps_drops_no_new_one(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(8))
+    save_checkpoint(tmp_path, state(9))
+    save_steps(tmp_path, 2, keep=1)
+    assert steps_kept(tmp_path) == [2, 8, 9]
+
+
 def test_a_process_killed_after_it_fell_back_falls_back_again(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,8 @@ class Saver:
 
     def _drop_old(self, step: int, best_step: int | None) -> list[Event]:
         events: list[Event] = []
-        for folder in find_checkpoints(self.run_folder)[: -self.keep]:
+        until_now = [folder for folder in find_checkpoints(self.run_folder) if step_of(folder) <= step]
+        for folder in until_now[: -self.keep]:
             if step_of(folder) == best_step or self._is_kept_for_good(step_of(folder)):
                 continue
             try:
