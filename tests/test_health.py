@@ -27,7 +27,7 @@ from qadapt.train.gauges import History, clipped, dead, diverging, find_ill, lea
 from qadapt.train.health import Health
 from qadapt.train.movement import find_unmoved, fingerprints
 from qadapt.train.optimizer import make_optimizer
-from qadapt.train.replay import Finding, Replay
+from qadapt.train.replay import Finding, Replay, _is_finite
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -146,6 +146,29 @@ def test_a_module_whose_input_is_bad_already_is_not_blamed(tiny_model: TinyModel
     module(model, NAME).register_forward_pre_hook(values)
     found = replay_of(model, some_rows()).find_cause()
     assert found.where == "model.layers.1.self_attn"
+
+
+def test_masks_of_very_low_numbers_are_not_taken_for_bad_ones(tiny_model: TinyModel) -> None:
+    """gemma2 hands its layers such masks; only eager attention has its soft caps."""
+    model = tiny(tiny_model("gemma2"))
+    poison = Poison()
+    poison.is_hit = True
+    module(model, f"{NAME}.base_layer").register_forward_hook(poison.output)
+    found = replay_of(model, some_rows()).find_cause()
+    assert (found.kind, found.where) == ("forward", f"{WHERE}.base_layer")
+
+
+def test_a_number_among_many_that_is_none_is_seen() -> None:
+    lowest = torch.finfo(torch.bfloat16).min
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert _is_finite(torch.full((4, 9), torch.finfo(dtype).min, dtype=dtype))
+        for bad in (math.nan, math.inf, -math.inf):
+            values = torch.full((4, 9), max(lowest, torch.finfo(dtype).min), dtype=dtype)
+            values[2, 3] = bad
+            assert not _is_finite(values)
+            assert not _is_finite(values.T[3])
+    assert _is_finite(torch.empty(0))
+    assert not _is_finite(torch.tensor(math.nan))
 
 
 def test_no_memory_to_look_is_said(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

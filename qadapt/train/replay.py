@@ -247,8 +247,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _is_finite(values: Tensor) -> bool:
-    """Whether every number is finite; their sum is if they are, and it takes no memory."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32)))
+    """Whether every number is finite: lowest and highest are. A sum may overflow, as a mask's does."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(values.detach().aminmax())).all())
 
 
 def _short(name: str) -> str:
