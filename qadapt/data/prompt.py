@@ -3,8 +3,8 @@
 Template, day, special tokens, end tokens, BOS and EOS rule, mask rule and the tokenizer's own identity stand
 in it, and it is saved beside the adapter: training, evaluation, chat and export use the same. Of what stands
 in `rendering/`, `template.py` renders, `spans.py` and `layouts.py` show by marks which characters are whose,
-and `encoding.py` makes tokens of them by the tokenizer's offsets. Knows no files of rows, no length, no
-batches.
+and `encoding.py` makes tokens of them by where characters went (`places.py`). Knows no files of rows, no
+length, no batches.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from qadapt.cache import cache_folder, output_errors, staged, working_folder
 from qadapt.data.store import Damaged, Store
 from qadapt.errors import BadOutput
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the store and of everything that makes tokens of rows; a change of either is another number."""
 MOST_BYTES = 20 * 1024**3
 LONGEST_UNUSED_SECONDS = 90 * 24 * 3600.0

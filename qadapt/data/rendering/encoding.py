@@ -1,7 +1,7 @@
 """Rows to tokens, many at a time: some are rendered, then the tokenizer works on all of them at once.
 
-Spans of the text become tokens by the offsets the tokenizer keeps; no list of them is made. Knows no template
-and no file: layouts are handed in.
+Spans of the text become tokens by where their characters went (`places.py`). Knows no template and no file:
+layouts are handed in.
 
 Legend: T tokens of a row.
 """
@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qadapt.data.conversation import Conversation, Document, Message, Row
 from qadapt.data.rendering.layouts import Learn, is_empty
+from qadapt.data.rendering.places import Places, Tracked, counted, token_widths, tokens_between
 from qadapt.data.rendering.spans import Layout, Note, Span
-from qadapt.data.rendering.tokenizer import starts_with_bos, tokens_between
+from qadapt.data.rendering.tokenizer import starts_with_bos
 from qadapt.data.tokens import Flags, Ids
 from qadapt.errors import BadData
 
@@ -105,6 +106,11 @@ class Encoder:
     ) -> None:
         self._tokenizer, self._layout, self._rules = tokenizer, layout, rules
         self._backend = tokenizer.backend_tokenizer
+        self._widths = token_widths(tokenizer)
+        # the fast one keeps no offsets
+        self._encode_batch = (
+            self._backend.encode_batch if self._widths is None else self._backend.encode_batch_fast
+        )
         self._bos_token, self._bos = tokenizer.bos_token, tokenizer.bos_token_id
         self._starts_with_bos = starts_with_bos(tokenizer)
 
@@ -112,7 +118,7 @@ class Encoder:
         """The rows as tokens, in their order, each whole or refused; a batch of them is in memory."""
         for prepared in self._batches(rows):
             texts = [each.layout.text for each in prepared if isinstance(each, _Prepared)]
-            encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+            encodings = iter(self._encode_batch(texts, add_special_tokens=False))
             for each in prepared:
                 yield each if isinstance(each, Refused) else self._checked(each, next(encodings))
 
@@ -184,10 +190,11 @@ class Encoder:
         learns_all = self._rules.learn == "all"
         supervised = np.full(len(ids), learns_all, np.bool_)
         turn_ends, notes = [], set(layout.notes)
+        places = self._places(layout.text, ids, encoding)
         for span in layout.spans:
             message = row.messages[span.message]
             first, after, is_joined = tokens_between(
-                encoding, span.start, span.end, size=len(layout.text), ends=self._rules.end_ids
+                places, span.start, span.end, ids=ids, ends=self._rules.end_ids
             )
             supervised[first:after] = message.is_learned
             if message.is_learned:
@@ -205,6 +212,14 @@ class Encoder:
             unlearned="" if turn_ends or learns_all else self._unlearned(row.messages),
             notes=frozenset(notes),
         )
+
+    def _places(self, text: str, ids: Ids, encoding: Encoding) -> Places:
+        if self._widths is None:
+            return Tracked(encoding, len(text))
+        places = counted(text, ids, self._widths)
+        if places is not None:
+            return places
+        return Tracked(self._backend.encode(text, add_special_tokens=False), len(text))
 
     def _unlearned(self, messages: Sequence[Message]) -> Unlearned:
         roles = ("assistant",) if isinstance(self._rules.learn, str) else self._rules.learn

@@ -1,4 +1,4 @@
-"""The model's own tokenizer: read from its folder, extended by new tokens, asked where characters went.
+"""The model's own tokenizer: read from its folder, and extended by new tokens.
 
 Only fast tokenizers (the `tokenizers` library) are used: they alone say which characters a token stands for.
 Knows no templates, no rows.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Encoding
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qadapt.errors import BadModel, BadRecipe
@@ -99,41 +99,3 @@ def _values(path: Path) -> dict[str, Any]:
         return {}
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
-
-
-def tokens_between(
-    encoding: Encoding, start: int, end: int, *, size: int, ends: Iterable[int]
-) -> tuple[int, int, bool]:
-    """The tokens of the characters from `start` to `end`: number of the first, and of the first after them.
-
-    A token that reaches over either edge is left out; but not an end token that swallows the white space
-    behind it, as Phi-3's does. Whether one reaches over `start` comes third.
-
-    Args:
-        encoding: A text's tokens.
-        start: First character.
-        end: Character after the last.
-        size: Characters of the text.
-        ends: Ids of the end tokens.
-    """
-    first = _token_at(encoding, start, size=size)
-    is_joined = _begins_before(encoding, first, start)
-    first += is_joined
-    after = _token_at(encoding, end, size=size)
-    if _begins_before(encoding, after, end) and encoding.ids[after] in ends:
-        after += 1
-    return first, max(first, after), is_joined
-
-
-def _token_at(encoding: Encoding, character: int, *, size: int) -> int:
-    """The first token with this character, or else with the next that any token has."""
-    for position in range(character, size):
-        token = encoding.char_to_token(position)
-        if token is not None:
-            return token
-    return len(encoding)
-
-
-def _begins_before(encoding: Encoding, token: int, character: int) -> bool:
-    characters = encoding.token_to_chars(token) if token < len(encoding) else None
-    return characters is not None and characters[0] < character
