@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -13,7 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qadapt import control
 from qadapt.cli.main import run
+from qadapt.cli.train import _polite_interrupt
+from qadapt.events import StepDone
 from qadapt.view.journal import read_events
 
 if TYPE_CHECKING:
@@ -227,3 +232,41 @@ def test_a_disk_without_room_for_a_checkpoint_is_one_message_before_the_first_st
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs/first").exists(), "the rehearsal found it: nothing is lost"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_run_whose_terminal_or_pipe_is_gone_is_asked_to_save_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error(errno.EIO, "gone")
+
+        def fileno(self) -> int:
+            return scratch.fileno()
+
+    with (tmp_path / "scratch").open("w") as scratch:
+        monkeypatch.setattr(sys, "stdout", Gone())  # rich's own way to be silent closes this file
+        monkeypatch.setattr(sys, "stderr", Gone())
+        step = StepDone(
+            step=1, loss=1, learning_rate=1, gradient_norm=1, tokens=1, supervised_tokens=1, rows=1, seconds=1
+        )
+        with _polite_interrupt(tmp_path) as watched:
+            list(watched([step]))
+            signal.raise_signal(signal.SIGHUP)
+            assert control.is_asked(tmp_path, "stop")
+            signal.raise_signal(signal.SIGHUP)  # shells say it once more
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_is_no_reason_to_leave(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _polite_interrupt(tmp_path):
+            signal.raise_signal(signal.SIGHUP)
+        assert not control.is_asked(tmp_path, "stop")
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,3 +1,4 @@
+import errno
 import io
 import itertools
 import json
@@ -524,6 +525,32 @@ def test_a_closed_pipe_ends_the_printing_but_not_the_run(monkeypatch):
     monkeypatch.setattr(screen, "on_broken_pipe", leave)  # rich's own also closes stdout of this process
     state = show(run(), console=screen, is_live=False, is_quiet=False)
     assert state.finished is not None
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_closed_terminal_ends_the_printing_but_not_the_run(is_live):
+    is_closed = False
+
+    class Terminal(io.StringIO):
+        def write(self, text: str) -> int:
+            if is_closed:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    def closing():
+        nonlocal is_closed
+        yield from run()[:20]
+        is_closed = True
+        yield from run()[20:]
+
+    screen = Console(file=Terminal(), force_terminal=True, width=100, _environ={})
+    excepthook, threading.excepthook = threading.excepthook, lambda _: None  # the thread that draws ends
+    try:
+        state = show(closing(), console=screen, is_live=is_live, is_quiet=False)
+    finally:
+        threading.excepthook = excepthook
+    assert state.finished is not None
+    assert screen.quiet
 
 
 def test_the_live_screen_leaves_its_last_picture_and_the_summary():

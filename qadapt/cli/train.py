@@ -122,9 +122,10 @@ def _announced(text: str) -> Iterator[None]:
 
 @contextmanager
 def _polite_interrupt(run_folder: Path) -> Iterator[Watch]:
-    """A first Ctrl-C (or SIGTERM, or Ctrl-Break) asks the run to save and leave; a second leaves now.
+    """A first Ctrl-C (or SIGTERM, SIGHUP, Ctrl-Break) asks the run to save and leave; a second leaves now.
 
-    Before the first step, or a wait for it, there is nothing to save, and Ctrl-C leaves at once.
+    Before the first step, or a wait for it, there is nothing to save, and Ctrl-C leaves at once. That the
+    terminal is closed is often said twice, by the system and the shell: only the first SIGHUP counts.
     """
     has_begun = is_asked = False
 
@@ -136,6 +137,8 @@ def _polite_interrupt(run_folder: Path) -> Iterator[Watch]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal is_asked
+        if is_asked and signal.Signals(number).name == "SIGHUP":
+            return
         if is_asked or not has_begun:
             raise KeyboardInterrupt
         is_asked = True
@@ -143,7 +146,9 @@ def _polite_interrupt(run_folder: Path) -> Iterator[Watch]:
             control.ask(run_folder, "stop")
         except BadOutput:  # nor could it be saved there
             raise KeyboardInterrupt from None
-        with suppress(RuntimeError):  # the signal came in the middle of printing something else
+        # RuntimeError: the signal came in the middle of printing something else. The others: nobody reads any
+        # more, as when Ctrl-C ended the other end of a pipe, too, or the terminal was closed.
+        with suppress(RuntimeError, SystemExit, OSError):
             error_console().print("finishing the micro-batch, then saving; Ctrl-C again leaves now")
 
     before = {each: signal.signal(each, handle) for each in _leaving_signals()}
@@ -157,4 +162,6 @@ def _polite_interrupt(run_folder: Path) -> Iterator[Watch]:
 def _leaving_signals() -> tuple[signal.Signals, ...]:
     if sys.platform == "win32":
         return (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
-    return (signal.SIGINT, signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: the run outlives its terminal
+        return (signal.SIGINT, signal.SIGTERM)
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

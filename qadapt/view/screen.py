@@ -1,13 +1,14 @@
 """Shows a run while it happens: the live dashboard on a terminal, plain lines elsewhere.
 
 The run is pulled from here (`for event in events`), and drawing never breaks it: a live picture is drawn by
-another thread, which only reads the latest state; a closed pipe ends the printing, not the run.
+another thread, which only reads the latest state; a closed pipe or terminal ends the printing, not the run.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
@@ -70,11 +71,17 @@ def _drawn(
     state: RunState, events: Iterable[Event], *, console: Console, now: Callable[[], float]
 ) -> RunState:
     picture = _Picture(state, now)
-    with Live(
+    live = Live(
         get_renderable=picture.draw, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=False
-    ):
+    )
+    with _while_it_is_read(console):
+        live.start()
+    try:
         for event in events:
             picture.state = fold(picture.state, event)
+    finally:
+        with _while_it_is_read(console):
+            live.stop()
     return picture.state
 
 
@@ -92,8 +99,15 @@ def _warnings(state: RunState) -> list[str]:
 
 
 def _print(console: Console, line: str) -> None:
-    try:
-        writable = line.encode(console.encoding, "replace").decode(console.encoding)
+    writable = line.encode(console.encoding, "replace").decode(console.encoding)
+    with _while_it_is_read(console):
         console.print(Text(writable), soft_wrap=True)
-    except SystemExit:  # rich leaves so when the reader of a pipe is gone, and is silent from then on
-        return
+
+
+@contextmanager
+def _while_it_is_read(console: Console) -> Iterator[None]:
+    """Makes a console silent that nobody reads any more."""
+    try:
+        yield
+    except (SystemExit, OSError):  # so rich leaves when a pipe is closed, and so a closed terminal is told
+        console.quiet = True
