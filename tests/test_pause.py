@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from qadapt import control
+from qadapt.cli import pause as cli_pause
 from qadapt.cli.main import run as run_command
 from qadapt.errors import BadOutput, NoRoom
 from qadapt.events import (
@@ -507,3 +508,71 @@ def test_a_process_that_sleeps_and_is_paused_from_outside_goes_on_exactly(
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def test_a_request_that_was_cleared_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process that works on the run had just taken it up."""
+    run = tmp_path / "first"
+    run.mkdir()
+    looks = 0
+
+    def look(_: RunFolder) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            control.take(run)
+        if looks == 5 and control.is_asked(run, "pause"):
+            control.take(run)
+            journal.append(Stopped(step=4, reason="paused"))
+        return looks < 10 and looks != 7
+
+    monkeypatch.setattr("qadapt.run_folder.is_worked_on", look)
+    monkeypatch.setattr(cli_pause, "POLL_SECONDS", 0)
+    with Journal(run / FILE_NAME) as journal:
+        journal.append(Stopped(step=1, reason="paused"))
+        assert run_command(["pause", "first", "--folder", str(tmp_path)]) == 0
+    assert looks == 7, "it waits until the process has left"
+    assert "paused after step 4" in capsys.readouterr().out
+
+
+def test_a_save_that_was_cleared_away_is_not_taken_for_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "first"
+    run.mkdir()
+    looks = 0
+
+    def look(_: RunFolder) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            control.take(run)
+        if looks == 5 and control.is_asked(run, "save"):
+            journal.append(CheckpointSaved(step=4, folder="step-000004", is_best=False, bytes=1))
+            control.take(run)
+        return looks < 10
+
+    monkeypatch.setattr("qadapt.run_folder.is_worked_on", look)
+    monkeypatch.setattr(cli_pause, "POLL_SECONDS", 0)
+    with Journal(run / FILE_NAME) as journal:
+        journal.append(CheckpointSaved(step=1, folder="step-000001", is_best=False, bytes=1))
+        assert run_command(["save", "first", "--folder", str(tmp_path)]) == 0
+    assert "saved after step 4" in capsys.readouterr().out
+
+
+def test_a_request_that_comes_while_the_journal_is_read_is_heard(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for event in train(make_recipe(tmp_path, tiny_model("llama"))):
+        if isinstance(event, StepDone):
+            control.ask(tmp_path / "runs/first", "stop")
+
+    def read(run: Path) -> list[Event]:
+        control.ask(run, "pause")
+        return read_events(run)
+
+    monkeypatch.setattr("qadapt.run.read_events", read)
+    events = list(resume("first", folder=str(tmp_path / "runs")))
+    assert events[-1] == Stopped(step=1, reason="paused")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,17 +31,17 @@ def pause(run: Run, folder: Folder = "runs") -> None:
     from qadapt.errors import BadRun
     from qadapt.events import RunFinished, Stopped
 
-    found = _asked(run, folder, "pause", said="finishing the micro-batch, then saving")
-    _wait(found, lambda: False)
-    events = _events(found)
-    last = events[-1] if events else None
-    if isinstance(last, Stopped):
-        _say(f"paused after step {last.step:,}, saved; the card is free. Go on with: qadapt resume {run}")
-    elif isinstance(last, RunFinished):
-        _say(f"the run finished meanwhile, after step {last.step:,}; `qadapt export {run}` writes the model")
+    asked = _asked(run, folder, "pause")
+    error_console().print("finishing the micro-batch, then saving", markup=False)
+    _wait(asked, lambda: any(isinstance(event, Stopped) for event in asked.said()))
+    left = next((event for event in asked.said() if isinstance(event, Stopped | RunFinished)), None)
+    if isinstance(left, Stopped):
+        _say(f"paused after step {left.step:,}, saved; the card is free. Go on with: qadapt resume {run}")
+    elif left is not None:
+        _say(f"the run finished meanwhile, after step {left.step:,}; `qadapt export {run}` writes the model")
     else:
         raise BadRun(
-            f"The run {run} ended before it could pause; it is saved up to step {_saved_step(events):,}.",
+            f"The run {run} ended before it could pause; it is saved up to step {_saved_step(asked.run):,}.",
             cure=f"What it said in its own terminal tells why; `qadapt resume {run}` goes on.",
         )
 
@@ -51,19 +52,41 @@ def save(run: Run, folder: Folder = "runs") -> None:
     Example: `qadapt save my-run`.
     """
     from qadapt.errors import BadRun
+    from qadapt.events import CheckpointSaved, Paused
 
-    found = _asked(run, folder, "save", said="finishing the step, then saving")
-    _wait(found, lambda: not control.is_asked(found.path, "save"))
-    events = _events(found)
-    if control.is_asked(found.path, "save"):
+    def is_saved() -> bool:
+        is_waiting = isinstance(_events(asked.run)[-1], Paused)  # and was saved before
+        return is_waiting or any(isinstance(event, CheckpointSaved) for event in asked.said())
+
+    asked = _asked(run, folder, "save")
+    error_console().print("finishing the step, then saving", markup=False)
+    _wait(asked, is_saved)
+    if asked.is_open() or not is_saved():
         raise BadRun(
-            f"The run {run} ended before it could save; it is saved up to step {_saved_step(events):,}.",
+            f"The run {run} ended before it could save; it is saved up to step {_saved_step(asked.run):,}.",
             cure=f"`qadapt watch {run} --once` shows how it ended.",
         )
-    _say(f"saved after step {_saved_step(events):,}; the run goes on")
+    _say(f"saved after step {_saved_step(asked.run):,}; the run goes on")
 
 
-def _asked(run: str, folder: str, request: control.Request, *, said: str) -> RunFolder:
+@dataclass(frozen=True)
+class Asked:
+    """A run that was asked for something, when its journal had so many events."""
+
+    run: RunFolder
+    request: control.Request
+    events_before: int
+
+    def is_open(self) -> bool:
+        """Whether the request still waits."""
+        return control.is_asked(self.run.path, self.request)
+
+    def said(self) -> list[Event]:
+        """What the run said since."""
+        return _events(self.run)[self.events_before :]
+
+
+def _asked(run: str, folder: str, request: control.Request) -> Asked:
     from qadapt.errors import BadRun
     from qadapt.run_folder import find_run, is_worked_on
 
@@ -73,16 +96,26 @@ def _asked(run: str, folder: str, request: control.Request, *, said: str) -> Run
             f"No process works on the run {run}, so there is none to {request}.",
             cure=f"`qadapt watch {run} --once` shows where it stands; `qadapt resume {run}` goes on.",
         )
+    asked = Asked(found, request, len(_events(found)))
     control.ask(found.path, request)
-    error_console().print(said, markup=False)
-    return found
+    return asked
 
 
-def _wait(run: RunFolder, is_done: Callable[[], bool]) -> None:
+def _wait(asked: Asked, is_done: Callable[[], bool]) -> None:
+    """Waits until the request is done, and for one to leave until the process has left.
+
+    A process that takes the run up clears away what it was asked before: then it is asked again.
+    """
+    from qadapt.events import Stopped
     from qadapt.run_folder import is_worked_on
 
     try:
-        while not is_done() and is_worked_on(run):
+        while is_worked_on(asked.run):
+            if not asked.is_open():
+                if not is_done():
+                    control.ask(asked.run.path, asked.request)
+                elif not isinstance(_events(asked.run)[-1], Stopped):
+                    return
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         error_console().print("left; the run does what it was asked for", markup=False)
@@ -90,14 +123,16 @@ def _wait(run: RunFolder, is_done: Callable[[], bool]) -> None:
 
 
 def _events(run: RunFolder) -> list[Event]:
-    from qadapt.view.journal import effective, read_events
+    from qadapt.view.journal import read_events
 
-    return effective(read_events(run.path)) if run.path.is_dir() else []
+    return read_events(run.path) if run.path.is_dir() else []
 
 
-def _saved_step(events: list[Event]) -> int:
+def _saved_step(run: RunFolder) -> int:
     from qadapt.events import CheckpointSaved
+    from qadapt.view.journal import effective
 
+    events = effective(_events(run))
     return max((event.step for event in events if isinstance(event, CheckpointSaved)), default=0)
 
 
