@@ -147,8 +147,12 @@ def _is_unborn(path: Path) -> bool:
 
 
 @contextmanager
-def working_on(run: RunFolder) -> Iterator[None]:
+def working_on(run: RunFolder, *, wait_seconds: float = 1.0) -> Iterator[None]:
     """Holds a run for this process; the system lets go of it when the process ends, however.
+
+    Args:
+        run: The run.
+        wait_seconds: Whoever only looks whether it is worked on holds it for a moment, too.
 
     Raises:
         BadRun: Another process works on it.
@@ -156,11 +160,12 @@ def working_on(run: RunFolder) -> Iterator[None]:
     """
     lock = FileLock(run.path / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
         raise BadRun(
             f"Another process works on the run {run.path.name}.",
-            cure=f"`qadapt watch {run.path.name}` shows it; wait for its end, or stop it with Ctrl-C.",
+            cure=f"`qadapt watch {run.path.name}` shows it; wait for its end, or end it with "
+            f"`qadapt pause {run.path.name}`.",
         ) from None
     except OSError as error:
         raise BadOutput(
@@ -176,7 +181,7 @@ def working_on(run: RunFolder) -> Iterator[None]:
 def is_worked_on(run: RunFolder) -> bool:
     """Whether a process works on the run now."""
     try:
-        with working_on(run):
+        with working_on(run, wait_seconds=0):
             return False
     except BadRun:
         return True
