@@ -11,9 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+REFUSED_SECONDS = 5.0 if os.name == "nt" else 0.0
+"""How long a rename may be refused."""
+POLL_SECONDS = 0.05
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -26,7 +31,7 @@ def write_whole(path: Path, text: str) -> None:
     try:
         building.write_text(text, encoding="utf-8")
         flush_file(building)
-        building.replace(path)
+        rename(building, path)
     except OSError:
         building.unlink(missing_ok=True)
         raise
@@ -73,12 +78,12 @@ def publish(building: Path, target: Path) -> None:
     former = target.with_name(f".{target.name}.former")
     if target.exists():
         shutil.rmtree(former, ignore_errors=True)
-        target.replace(former)
+        rename(target, former)
     try:
-        building.replace(target)
+        rename(building, target)
     except OSError:
         if former.exists():
-            former.replace(target)
+            rename(former, target)
         raise
     flush_folder(target.parent)
     shutil.rmtree(former, ignore_errors=True)
@@ -89,7 +94,27 @@ def put_back(parent: Path) -> None:
     for former in parent.glob(".*.former"):
         target = former.with_name(former.name.removeprefix(".").removesuffix(".former"))
         if not target.exists():
-            former.replace(target)
+            rename(former, target)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Gives a file or a folder another name; what has that name is replaced, if it is a file.
+
+    Windows refuses while a virus scanner or an indexer has a file in it open, which they do for a moment with
+    all that is new: there it is tried again for some seconds.
+
+    Raises:
+        OSError: It cannot be renamed; all is as it was.
+    """
+    end = time.monotonic() + REFUSED_SECONDS
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def flush_tree(folder: Path) -> None:

@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from datetime import time as time_of_day
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
-from qadapt import control
+from qadapt import control, durable
 from qadapt.cli import pause as cli_pause
 from qadapt.cli.main import run as run_command
 from qadapt.errors import BadOutput, NoRoom
@@ -39,7 +41,7 @@ from qadapt.events import (
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml
 from qadapt.run import resume, train
-from qadapt.run_folder import RunFolder, is_worked_on
+from qadapt.run_folder import RunFolder, is_worked_on, working_on
 from qadapt.train import checkpoint, guards, pauses, saver
 from qadapt.train.checkpoint import find_checkpoints, find_damage
 from qadapt.train.guards import CardUse, FreeDisk, Guards, Heat, Hours, OnBattery, OtherProgram
@@ -576,3 +578,32 @@ def test_a_request_that_comes_while_the_journal_is_read_is_heard(
     monkeypatch.setattr("qadapt.run.read_events", read)
     events = list(resume("first", folder=str(tmp_path / "runs")))
     assert events[-1] == Stopped(step=1, reason="paused")
+
+
+def test_who_only_looks_at_a_run_keeps_nobody_from_taking_it_up(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    looker = FileLock(tmp_path / ".lock", thread_local=False)
+    looker.acquire()
+    Timer(0.2, looker.release).start()
+    with working_on(run):
+        assert is_worked_on(run)
+
+
+@pytest.mark.parametrize(("refusals", "is_renamed"), [(2, True), (10_000, False)])
+def test_a_rename_that_a_scanner_refuses_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int, is_renamed: bool
+) -> None:
+    left, replace = refusals, Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return replace(self, target)
+
+    monkeypatch.setattr(durable, "REFUSED_SECONDS", 0.3)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with nullcontext() if is_renamed else pytest.raises(PermissionError):
+        durable.write_whole(tmp_path / "plan.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == (["plan.json"] if is_renamed else [])
