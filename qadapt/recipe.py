@@ -156,7 +156,7 @@ class TrainSection(Section):
     patience: Positive | None = None
     """Stop after this many evaluations without a better loss."""
     checkpoint_every: Positive | None = None
-    """Steps between saved states; none: at evaluations and at the end."""
+    """Steps between saved states; besides, one at evaluations, at the end, and after five minutes without."""
     keep_checkpoints: Positive = 2
     """Newest saved states to keep; the best one is kept besides."""
     keep_every: Positive | None = None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qadapt import cache
 from qadapt.errors import BadOutput, BadRun, NoRoom
-from qadapt.events import CheckpointSaved, Continued, Event, Paused, Resumed, RunFinished, Warned
+from qadapt.events import CheckpointSaved, Continued, Evaluated, Event, Paused, Resumed, RunFinished, Warned
 from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
 from qadapt.train import checkpoint, loop, pauses
@@ -348,6 +348,42 @@ def test_saving_beside_the_training_or_not_gives_the_same_to_the_bit(
     assert_same(adapter_of(made["beside"]), adapter_of(made["between"]))
     for left, right in zip(*(find_checkpoints(run) for run in made.values()), strict=True):
         assert_same(tensors_of(load_checkpoint(left)), tensors_of(load_checkpoint(right)))
+
+
+# Saved by time
+
+
+def test_a_recipe_without_a_rule_is_saved_by_time_and_ends_with_the_same_bits(
+    tmp_path: Path, straight: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    recipe = make_recipe(tmp_path, tiny_model("llama"), evaluate_every=None)
+    events = train(recipe)
+    saved = [event.step for event in events if isinstance(event, CheckpointSaved)]
+    assert saved == [1, 2, 3, 4, 5, 6, 6], "before the evaluation at the end, too"
+    assert_same(adapter_of(tmp_path / "runs/first"), adapter_of(straight / "first"))
+
+
+def test_a_process_killed_in_a_long_evaluation_evaluates_again_and_trains_nothing_again(
+    tmp_path: Path, straight: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: object) -> float:
+        raise KeyboardInterrupt
+
+    recipe = make_recipe(tmp_path, tiny_model("llama"), evaluate_every=None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "SAVE_SECONDS", 0)
+        patch.setattr(loop.Loop, "_held_out_loss", killed)
+        list(train(recipe))
+    events = list(resume("first", folder=str(tmp_path / "runs")))
+    assert only(Resumed, events)[0].step == 6
+    assert [event.step for event in only(Evaluated, events)] == [6]
+    assert_same(adapter_of(tmp_path / "runs/first"), adapter_of(straight / "first"))
+
+
+def test_a_fast_run_without_a_rule_is_saved_at_its_end_only(tmp_path: Path, tiny_model: TinyModel) -> None:
+    events = list(train(make_recipe(tmp_path, tiny_model("llama"), evaluate_every=None)))
+    assert [event.step for event in only(CheckpointSaved, events)] == [6]
 
 
 # A run that goes on

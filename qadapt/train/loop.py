@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +43,8 @@ from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gr
 
 MEMORY_EVERY = 50
 """Steps from one whose memory is counted to the next: such a step takes about a quarter more time."""
+SAVE_SECONDS = 300
+"""After so long without a checkpoint one is written, between the recipe's, too: what a kill costs at most."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,17 @@ class Loop:
         self.progress = Progress()
         self._saver = Saver(run_folder, keep=settings.keep_checkpoints, keep_every=settings.keep_every)
         self._pauses = Pauses(run_folder)
-        self.ladder = Ladder(model, optimizer, division=settings.division(rows.pad_id), run_folder=run_folder)
+        self.ladder = Ladder(
+            model,
+            optimizer,
+            division=settings.division(rows.pad_id),
+            run_folder=run_folder,
+            pauses=self._pauses,
+        )
         self._memory = MemoryMeter(model, optimizer)
         self._health = Health(optimizer, steps=settings.steps, clip_norm=settings.clip_norm)
         self._is_applied = True
+        self._save_started = time.monotonic()
         self._samples: Samples | None = None
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._device = next(model.parameters()).device
@@ -151,6 +160,7 @@ class Loop:
     def events(self) -> Iterator[Event]:
         """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
+        self._save_started = time.monotonic()
         yield from self._pauses.guards.warnings()
         with self._saver, within_free_memory(self._device):
             while True:
@@ -185,10 +195,15 @@ class Loop:
         is_last = step == self.settings.steps
         if self.rows.held_out and (is_last or _is_due(step, self.settings.evaluate_every)):
             self.progress = replace(self.progress, owes_evaluation=True)
-        elif is_last or _is_due(step, self.settings.checkpoint_every):
+            if self._is_long_unsaved():  # it takes its time, too
+                yield from self._begin_save()
+        elif is_last or _is_due(step, self.settings.checkpoint_every) or self._is_long_unsaved():
             if is_last:
                 yield from self._sampled()
             yield from self._begin_save()
+
+    def _is_long_unsaved(self) -> bool:
+        return time.monotonic() - self._save_started >= SAVE_SECONDS
 
     def _step(self, *, is_watched: bool) -> Generator[Event, None, StepDone | None]:
         """One step; None, and all is as before it, if this process is asked to leave in the middle of it."""
@@ -312,6 +327,10 @@ class Loop:
         control.take(self.run_folder)
         yield Stopped(step=self.progress.step, reason=reason)
 
+    def when_room(self, write: Callable[[], Sequence[Event]]) -> Iterator[Event]:
+        """What `write` gives; while the disk is full, waits and tries again."""
+        return self._pauses.when_room(self.progress.step, write)
+
     def _begin_save(self) -> Iterator[Event]:
         """Saves where the run stands, beside what comes next."""
         return self._pauses.when_room(self.progress.step, self._save)
@@ -344,7 +363,9 @@ class Loop:
             random=random_state(self._device),
             values=values,
         )
-        return self._saver.save(checkpoint, best_step=progress.best_step)
+        events = self._saver.save(checkpoint, best_step=progress.best_step)
+        self._save_started = time.monotonic()
+        return events
 
     def saved(self, folder: Path) -> CheckpointSaved:
         """What the journal says of the checkpoint of where the run stands."""
