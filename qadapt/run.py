@@ -199,13 +199,18 @@ def _steps(
     facts = adapter_facts(recipe, plan, material)
     best = yield from (_best(loop, run) if earlier is None else earlier.unsaid(_best(loop, run)))
     contract = material.contract
-    save_adapter(
-        loop.model,
-        run.adapter,
-        facts=facts,
-        tokenizer=contract.tokenizer,
-        beside={CONTRACT_FILE: contract.facts()},
-    )
+
+    def write() -> tuple[Event, ...]:
+        save_adapter(
+            loop.model,
+            run.adapter,
+            facts=facts,
+            tokenizer=contract.tokenizer,
+            beside={CONTRACT_FILE: contract.facts()},
+        )
+        return ()
+
+    yield from loop.when_room(write)
     yield RunFinished(
         step=loop.progress.step,
         adapter=str(run.adapter),

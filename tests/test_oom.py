@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from oom_matrix import CASES, Case, Outcome, RunsOut, Stage, assert_equals_the_reference, rows
+from peft import PeftModel
+from safetensors import SafetensorError
+from test_new_tokens import facts
 from test_train import adapter_of, assert_same, make_recipe, only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from qadapt.adapters import lora
 from qadapt.data.batches import Division
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
 from qadapt.engine.out_of_memory import RanOut, attempt
 from qadapt.engine.recompute import set_recompute
-from qadapt.errors import BadRun, DoesNotFit
-from qadapt.events import Eased, Evaluated, Event, MemoryMeasured, Resumed, StepDone
+from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
+from qadapt.events import (
+    Continued,
+    Eased,
+    Evaluated,
+    Event,
+    MemoryMeasured,
+    Paused,
+    Resumed,
+    RunFinished,
+    StepDone,
+)
 from qadapt.model.generate import generate
 from qadapt.plan.knobs import LIVE
 from qadapt.run import resume, train
-from qadapt.train import loop
+from qadapt.train import loop, oom, pauses
 from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
-from qadapt.train.oom import FILE_NAME, Beginning, Ladder, read_rungs
+from qadapt.train.oom import FILE_NAME, Beginning, Ladder, read_rungs, write_rungs
 from qadapt.train.step import StepResult, drop_gradients, find_gradient
 from qadapt.view.journal import effective, read_events
 
@@ -294,6 +310,59 @@ def test_an_evaluation_goes_on_with_fewer_rows_at_a_time(tmp_path: Path, tiny_mo
     (tmp_path / "runs/first").rename(tmp_path / "runs/other")
     plain = only(Evaluated, train(recipe))[0]
     assert evaluated.loss == pytest.approx(plain.loss, rel=1e-6)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, times: int) -> None:
+    """The disk is full when the function is called, so many times."""
+    real, calls = getattr(module, name), []
+
+    def write(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= times:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, name, write)
+    monkeypatch.setattr(pauses, "RETRY_SECONDS", 0.01)
+
+
+def test_a_rung_and_an_adapter_that_find_the_disk_full_wait_for_room(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, oom, "write_whole", times=2)
+    full_disk(monkeypatch, lora, "write_facts", times=1)
+    run_out(monkeypatch, at=70, call=2)
+    found = list(train(make_recipe(tmp_path, tiny_model("llama"), steps=3, rehearse=False)))
+    told = [(type(event), event.step) for event in found if isinstance(event, Paused | Eased | Continued)]
+    assert told == [(Paused, 2), (Continued, 2), (Eased, 2), (Paused, 3), (Continued, 3)]
+    assert isinstance(found[-1], RunFinished)
+    assert len(read_rungs(tmp_path / "runs/first" / FILE_NAME)) == 1
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, NoRoom), (errno.EROFS, BadOutput)])
+def test_a_full_disk_is_told_from_one_that_cannot_be_written(
+    number: int, kind: type[BadOutput], tmp_path: Path, stage: Callable[[Case], Stage]
+) -> None:
+    def write(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    made = stage(CASES[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oom, "write_whole", write)
+        with pytest.raises(BadOutput) as error:
+            write_rungs(tmp_path / FILE_NAME, [])
+        assert type(error.value) is kind
+        patch.setattr(PeftModel, "save_pretrained", _safetensors_error(number))
+        with pytest.raises(BadOutput) as error:
+            lora.save_adapter(made.model, tmp_path / "adapter", facts=facts(), tokenizer=cast(Any, None))
+        assert type(error.value) is kind
+
+
+def _safetensors_error(number: int) -> Callable[..., None]:
+    def save(*_: Any, **__: Any) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: no (os error {number}) at path")
+
+    return save
 
 
 def test_damaged_rungs_are_refused_with_a_cure(tmp_path: Path) -> None:

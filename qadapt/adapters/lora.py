@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
-from qadapt.cache import require_free
+from qadapt.cache import FULL, require_free
 from qadapt.durable import whole_folder
-from qadapt.errors import BadOutput, BadRecipe
+from qadapt.errors import BadOutput, BadRecipe, NoRoom
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -129,8 +129,8 @@ def save_adapter(
         beside: JSON files to stand beside it, by name.
 
     Raises:
-        NoRoom: The place is too full.
-        BadOutput: The place is read-only, or filled up meanwhile.
+        NoRoom: The place is too full, or filled up meanwhile; the adapter that was there is whole.
+        BadOutput: The place is read-only.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = facts.base, facts.revision
@@ -146,10 +146,18 @@ def save_adapter(
             for name, values in (beside or {}).items():
                 (building / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise BadOutput(
+        kind = NoRoom if _is_full(error) else BadOutput
+        raise kind(
             f"The adapter {folder} cannot be written: {error}",
             cure="Make room or make the folder writable, then `qadapt resume`.",
         ) from None
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether the disk was full; safetensors hands the system's number on in its words only."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(f"(os error {number})" in str(error) for number in FULL)
 
 
 def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:

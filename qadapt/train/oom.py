@@ -24,16 +24,18 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from qadapt.cache import FULL
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.durable import write_whole
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.engine.recompute import recomputed_layers, set_recompute
-from qadapt.errors import BadOutput, BadRun, DoesNotFit
-from qadapt.events import Eased
+from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
+from qadapt.events import Eased, Event
 from qadapt.plan.knobs import LIVE
 from qadapt.train.checkpoint import random_state, restore_random_state
 from qadapt.train.optimizer import AdapterOptimizer
+from qadapt.train.pauses import Pauses
 from qadapt.train.step import StepResult, drop_gradients
 
 FILE_NAME = "rungs.json"
@@ -164,10 +166,17 @@ class Ladder:
         optimizer: Over its trained parameters.
         division: How the plan divides rows.
         run_folder: Where rungs are kept.
+        pauses: Wait while there is no room for them on the disk; none of a run that nobody can ask anything.
     """
 
     def __init__(
-        self, model: PeftModel, optimizer: AdapterOptimizer, *, division: Division, run_folder: Path
+        self,
+        model: PeftModel,
+        optimizer: AdapterOptimizer,
+        *,
+        division: Division,
+        run_folder: Path,
+        pauses: Pauses | None = None,
     ) -> None:
         draws = _draws_at_random(model)
         self._splitting = Splitting(division, draws=draws)
@@ -179,6 +188,7 @@ class Ladder:
         self._optimizer = optimizer
         self._device = next(model.parameters()).device
         self._path = run_folder / FILE_NAME
+        self._pauses = pauses or Pauses(run_folder)
         self._taken = read_rungs(self._path)
         self._waiting = list(self._taken)
         self._update_stopped: tuple[int, int] | None = None
@@ -211,11 +221,11 @@ class Ladder:
     def begin_with(self, other: Ladder) -> None:
         """Takes over from step 1 on what a rehearsal had to take."""
         for rung in other._taken:
-            self._take(rung)
+            self._keep(rung)
 
     def climb_step(
         self, trial: Trial, *, step: int, rows: Sequence[Tokens], beginning: Beginning
-    ) -> Generator[Eased, None, StepResult | None]:
+    ) -> Generator[Event, None, StepResult | None]:
         """Tries a step until it is done, or the run is asked to leave; then all is as where it began.
 
         Raises:
@@ -227,15 +237,15 @@ class Ladder:
                 drop_gradients(self._optimizer)
                 free_memory(self._device)
                 beginning.restore()
-                yield self._ease(step, rows)
+                yield from self._take(self._ease(step, rows))
             else:
                 free_memory(self._device)
-                yield self._ease_update(step)
+                yield from self._take(self._ease_update(step))
         if done is None:
             beginning.restore()
         return done
 
-    def climb_evaluation(self, evaluate: Callable[[], float], *, step: int) -> Generator[Eased, None, float]:
+    def climb_evaluation(self, evaluate: Callable[[], float], *, step: int) -> Generator[Event, None, float]:
         """Tries an evaluation until it is done; its rows are divided further each time memory runs out.
 
         Raises:
@@ -253,7 +263,7 @@ class Ladder:
                     cure="Leave the longest held-out rows out, or set data.length lower; then qadapt resume.",
                 )
             price = self._evaluating.price(size)
-            yield self._take(
+            yield from self._take(
                 Eased(step=step, phase="evaluation", knob="micro_batch", value=size, price=price)
             )
         return done
@@ -264,7 +274,7 @@ class Ladder:
             value = turn.next(rows)
             if value is not None:
                 price = turn.price(value)
-                return self._take(Eased(step=step, phase="training", knob=knob, value=value, price=price))
+                return Eased(step=step, phase="training", knob=knob, value=value, price=price)
         longest = max(rows, key=len)
         raise DoesNotFit(
             f"Memory ran out in step {step} on the last rung; the longest of its rows, {longest.place}, has "
@@ -286,11 +296,15 @@ class Ladder:
                 )
             value, price = "the rest of it", "nothing; unused memory was given back"
         self._update_stopped = stopped
-        return self._take(Eased(step=step, phase="update", knob="update", value=value, price=price))
+        return Eased(step=step, phase="update", knob="update", value=value, price=price)
 
-    def _take(self, rung: Eased) -> Eased:
+    def _take(self, rung: Eased) -> Iterator[Event]:
+        """Takes a rung, after waiting for room on the disk if there is none."""
+        return self._pauses.when_room(rung.step, lambda: [self._keep(rung)])
+
+    def _keep(self, rung: Eased) -> Eased:
+        write_rungs(self._path, [*self._taken, rung])
         self._taken.append(rung)
-        write_rungs(self._path, self._taken)
         self._turn(rung)
         return rung
 
@@ -336,6 +350,7 @@ def write_rungs(path: Path, rungs: Sequence[Eased]) -> None:
     """Writes the rungs that a run took, whole or not at all.
 
     Raises:
+        NoRoom: The disk is full.
         BadOutput: The folder cannot be written.
     """
     names = ("step", "phase", "knob", "value", "price")
@@ -343,7 +358,8 @@ def write_rungs(path: Path, rungs: Sequence[Eased]) -> None:
     try:
         write_whole(path, json.dumps({"version": 1, "rungs": values}, indent=2) + "\n")
     except OSError as error:
-        raise BadOutput(
+        kind = NoRoom if error.errno in FULL else BadOutput
+        raise kind(
             f"The rungs {path} cannot be written: {error}",
             cure="Make room or make the folder writable, then `qadapt resume`.",
         ) from None
