@@ -607,3 +607,22 @@ def test_a_rename_that_a_scanner_refuses_for_a_moment_is_tried_again(
     with nullcontext() if is_renamed else pytest.raises(PermissionError):
         durable.write_whole(tmp_path / "plan.json", "{}")
     assert [path.name for path in tmp_path.iterdir()] == (["plan.json"] if is_renamed else [])
+
+
+def test_a_save_during_a_wait_says_that_the_run_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "first"
+    run.mkdir()
+
+    def look(_: RunFolder) -> bool:
+        if control.is_asked(run, "save"):
+            control.take(run)
+        return True
+
+    monkeypatch.setattr("qadapt.run_folder.is_worked_on", look)
+    with Journal(run / FILE_NAME) as journal:
+        journal.append(CheckpointSaved(step=4, folder="step-000004", is_best=False, bytes=1))
+        journal.append(Paused(step=4, reason="it is between 18:00 and 23:00"))
+    assert run_command(["save", "first", "--folder", str(tmp_path)]) == 0
+    assert "saved after step 4; the run waits: it is between 18:00 and 23:00" in capsys.readouterr().out

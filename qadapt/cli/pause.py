@@ -36,7 +36,7 @@ def pause(run: Run, folder: Folder = "runs") -> None:
     _wait(asked, lambda: any(isinstance(event, Stopped) for event in asked.said()))
     left = next((event for event in asked.said() if isinstance(event, Stopped | RunFinished)), None)
     if isinstance(left, Stopped):
-        _say(f"paused after step {left.step:,}, saved; the card is free. Go on with: qadapt resume {run}")
+        _say(f"paused after step {left.step:,}, saved; its memory is free. Go on with: qadapt resume {run}")
     elif left is not None:
         _say(f"the run finished meanwhile, after step {left.step:,}; `qadapt export {run}` writes the model")
     else:
@@ -55,8 +55,8 @@ def save(run: Run, folder: Folder = "runs") -> None:
     from qadapt.events import CheckpointSaved, Paused
 
     def is_saved() -> bool:
-        is_waiting = isinstance(_events(asked.run)[-1], Paused)  # and was saved before
-        return is_waiting or any(isinstance(event, CheckpointSaved) for event in asked.said())
+        is_new = any(isinstance(event, CheckpointSaved) for event in asked.said())
+        return is_new or isinstance(_events(asked.run)[-1], Paused)  # it saved before it began to wait
 
     asked = _asked(run, folder, "save")
     error_console().print("finishing the step, then saving", markup=False)
@@ -66,7 +66,9 @@ def save(run: Run, folder: Folder = "runs") -> None:
             f"The run {run} ended before it could save; it is saved up to step {_saved_step(asked.run):,}.",
             cure=f"`qadapt watch {run} --once` shows how it ended.",
         )
-    _say(f"saved after step {_saved_step(asked.run):,}; the run goes on")
+    last = _events(asked.run)[-1]
+    then = f"waits: {last.reason}" if isinstance(last, Paused) else "goes on"
+    _say(f"saved after step {_saved_step(asked.run):,}; the run {then}")
 
 
 @dataclass(frozen=True)
