@@ -509,6 +509,38 @@ def test_too_little_room_is_found_before_the_first_byte(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_save_without_room_keeps_nothing_from_being_said_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool
+) -> None:
+    saver = Saver(tmp_path, keep=9, in_background=in_background)
+    said = saver.save(state(1), best_step=None)
+    while not steps_kept(tmp_path):
+        threading.Event().wait(0.01)
+    with monkeypatch.context() as patch, pytest.raises(NoRoom):
+        patch.setattr(cache, "free_bytes", lambda folder: 1000)
+        saver.save(state(2), best_step=None)
+    said += saver.save(state(2), best_step=None, is_awaited=True)
+    assert [event.step for event in only(CheckpointSaved, said)] == [1, 2]
+
+
+def test_an_awaited_save_that_fails_halfway_keeps_nothing_from_being_said_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, keep=9)
+    saver.save(state(1), best_step=None)
+    while not steps_kept(tmp_path):
+        threading.Event().wait(0.01)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(NoRoom):
+        patch.setattr(checkpoint, "_flush_journal", full)
+        saver.save(state(2), best_step=None, is_awaited=True)
+    assert [event.step for event in only(CheckpointSaved, saver.finished())] == [1]
+
+
 def test_a_disk_that_fills_up_meanwhile_costs_nothing_that_was_saved(tmp_path: Path) -> None:
     """The system itself refuses, in a process of its own: no file may be larger than 3,000 bytes there."""
     text = f"""

@@ -42,33 +42,38 @@ class Saver:
         self.keep_every = keep_every
         self.in_background = in_background
         self._writing: Future[list[Event]] | None = None
+        self._unsaid: list[Event] = []
 
-    def save(self, checkpoint: Checkpoint, *, best_step: int | None) -> list[Event]:
+    def save(self, checkpoint: Checkpoint, *, best_step: int | None, is_awaited: bool = False) -> list[Event]:
         """Begins to write a checkpoint; its tensors may change as soon as this returns.
 
         Args:
             checkpoint: The state, on any device.
             best_step: The step of the best evaluation so far, whose checkpoint stays.
+            is_awaited: Return when it is on the disk.
 
         Returns:
-            What became of the save before, and without a thread of this one.
+            What became of the save before, and of this one if it is awaited or has no thread.
 
         Raises:
             NoRoom: There is no room for this one, or there was none for the one before.
-            BadOutput: The one before could not be written.
+            BadOutput: One of them could not be written.
         """
-        events = self.wait()
+        self._settle()
         if not self.in_background:
-            return events + self._write(checkpoint, best_step)
+            self._unsaid += self._write(checkpoint, best_step)
+            return self._said()
         check_room(self.run_folder, checkpoint)
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._writing = thread.submit(self._write, _copied(checkpoint), best_step)
         thread.shutdown(wait=False)  # takes no more work, and ends with this one
-        return events
+        if is_awaited:
+            self._settle()
+        return self._said()
 
     def finished(self) -> list[Event]:
         """What became of a save that is done; empty while it goes on. Raises what `wait` raises."""
-        return self.wait() if self._writing is not None and self._writing.done() else []
+        return [] if self._writing is not None and not self._writing.done() else self.wait()
 
     def wait(self) -> list[Event]:
         """Waits for the save that goes on, if any, and says what became of it.
@@ -77,11 +82,19 @@ class Saver:
             NoRoom: There was no room for it; the older checkpoints are whole.
             BadOutput: It could not be written; likewise.
         """
-        if self._writing is None:
-            return []
-        wait([self._writing])  # an interrupt in here forgets nothing
-        done, self._writing = self._writing, None
-        return done.result()
+        self._settle()
+        return self._said()
+
+    def _settle(self) -> None:
+        """Waits for the save that goes on; what is raised after it keeps nothing from being said later."""
+        if self._writing is not None:
+            wait([self._writing])  # an interrupt in here forgets nothing
+            done, self._writing = self._writing, None
+            self._unsaid += done.result()
+
+    def _said(self) -> list[Event]:
+        events, self._unsaid = self._unsaid, []
+        return events
 
     def __enter__(self) -> Saver:
         return self
