@@ -26,7 +26,7 @@ from qadapt.adapters import lora
 from qadapt.data.batches import Division
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
-from qadapt.engine.out_of_memory import RanOut, attempt
+from qadapt.engine.out_of_memory import RanOut, attempt, is_out_of_memory
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
 from qadapt.events import (
@@ -48,6 +48,7 @@ from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
 from qadapt.train.oom import FILE_NAME, Beginning, Ladder, read_rungs, write_rungs
 from qadapt.train.step import StepResult, drop_gradients, find_gradient
+from qadapt.units import MIB
 from qadapt.view.journal import effective, read_events
 
 if TYPE_CHECKING:
@@ -197,6 +198,10 @@ def test_every_live_knob_can_be_turned(stage: Callable[[Case], Stage]) -> None:
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )
 def test_what_torch_raises_where_memory_runs_out_is_known(error: Exception) -> None:
@@ -204,6 +209,15 @@ def test_what_torch_raises_where_memory_runs_out_is_known(error: Exception) -> N
         raise error
 
     assert isinstance(attempt(work), RanOut)
+
+
+@pytest.mark.parametrize(("free_bytes", "is_known"), [(100 * MIB, True), (2048 * MIB, False)])
+def test_a_library_that_does_not_start_is_a_full_card_only_if_it_is_full(
+    free_bytes: int, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 8192 * MIB))
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+    assert is_out_of_memory(error) is is_known
 
 
 def test_a_real_refusal_of_the_allocator_is_known() -> None:

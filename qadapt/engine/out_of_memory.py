@@ -13,15 +13,24 @@ from typing import TypeVar
 
 import torch
 
+from qadapt.units import MIB
+
 Result = TypeVar("Result")
 
 SAID = (
     "can't allocate memory",  # torch's allocator on a CPU
     "not enough memory",  # the same on Windows
-    "CUDA error: out of memory",  # from the driver, past torch's allocator
-    "CUBLAS_STATUS_ALLOC_FAILED",  # a library's own workspace
+    "CUDA error: out of memory",  # from the runtime, past torch's allocator
+    "CUDA driver error: out of memory",  # from the driver, as with expandable segments
+    "Triton Error [CUDA]: out of memory",  # while a kernel is loaded
+    "_STATUS_ALLOC_FAILED",  # the own workspace of cuBLAS, cuDNN, cuSOLVER
+    "ALLOCATION_FAILED",  # the same of newer cuDNN
 )
 """What an ordinary `RuntimeError` says when it means that memory ran out."""
+NO_HANDLE = "CUBLAS_STATUS_NOT_INITIALIZED"
+"""What cuBLAS says at its first product on a full card, and where CUDA itself is broken."""
+HANDLE_BYTES = 256 * MIB
+"""With more than this free it is not for memory that it says so."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error)
+    return any(text in said for text in SAID) or (NO_HANDLE in said and _free_on_card() < HANDLE_BYTES)
+
+
+def _free_on_card() -> int:
+    """Bytes that the driver has left; what torch's allocator keeps unused no other library gets."""
+    return torch.cuda.mem_get_info()[0]
 
 
 def attempt(work: Callable[[], Result]) -> Result | RanOut:
