@@ -37,6 +37,7 @@ from qadapt.events import (
     UpdateSkipped,
     Warned,
 )
+from qadapt.run_folder import RunFolder, working_on
 from qadapt.view.chart import LossChart, smoothed
 from qadapt.view.dashboard import Dashboard
 from qadapt.view.journal import FILE_NAME, Journal, follow
@@ -609,13 +610,42 @@ def test_watch_shows_a_run_that_is_over_and_leaves(tmp_path, capsys):
 
 def test_watch_once_prints_one_picture_of_a_run_that_goes_on(tmp_path, capsys):
     written_run(tmp_path / "demo", run(done=42))
-    watch("demo", str(tmp_path), once=True)
+    with working_on(RunFolder(tmp_path / "demo")):
+        watch("demo", str(tmp_path), once=True)
     assert "step 42 of 60" in capsys.readouterr().out
+
+
+def test_after_the_rehearsal_the_run_trains_though_no_step_is_done():
+    rehearsed = Rehearsed(
+        predicted_peak_bytes=1, measured_peak_bytes=1, longest_row_tokens=1, parts={}, time=START + 9
+    )
+    before = [event for event in run(done=0) if not isinstance(event, StepDone)]
+    assert fold_all(before).status == "preparing"
+    assert fold_all([*before, rehearsed]).status == "training"
+
+
+def test_watch_says_that_a_run_died_and_how_to_go_on(tmp_path, capsys):
+    written_run(tmp_path / "demo", run(done=42))
+    watch("demo", str(tmp_path), once=True)
+    text = capsys.readouterr().out
+    assert "ended without saving since step 40" in text
+    assert "no news" not in text
+    assert "left" not in text, "there is no time left to say"
+    watch("demo", str(tmp_path))
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "ended without saving since step 40",
+        "42 of 60 steps",
+        f"go on with: qadapt resume {'demo'}",
+    ]
+    watch("demo", str(tmp_path), json=True)
+    numbers = json.loads(capsys.readouterr().out)
+    assert (numbers["status"], numbers["seconds_left"]) == ("ended", None)
 
 
 def test_watch_json_prints_numbers_for_programs(tmp_path, capsys):
     written_run(tmp_path / "demo", run(done=42))
-    watch(str(tmp_path / "demo"), json=True)
+    with working_on(RunFolder(tmp_path / "demo")):
+        watch(str(tmp_path / "demo"), json=True)
     numbers = json.loads(capsys.readouterr().out)
     assert (numbers["step"], numbers["steps"], numbers["status"]) == (42, 60, "training")
 
@@ -634,7 +664,8 @@ def test_leaving_watch_says_that_the_run_goes_on(tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(follow, "__kwdefaults__", {**follow.__kwdefaults__, "sleep": interrupted})
-    watch("demo", str(tmp_path))
+    with working_on(RunFolder(tmp_path / "demo")):
+        watch("demo", str(tmp_path))
     captured = capsys.readouterr()
     assert "step 42/60" in captured.out or "step 41/60" in captured.out
     assert "the run goes on" in captured.err

@@ -24,23 +24,38 @@ def watch(
     import json as json_text
     import time
 
-    from qadapt.run_folder import find_run
+    from qadapt.errors import BadOutput
+    from qadapt.run_folder import find_run, is_worked_on
     from qadapt.view.dashboard import Dashboard
     from qadapt.view.figures import figures
     from qadapt.view.journal import follow, read_events
+    from qadapt.view.lines import summary
     from qadapt.view.screen import show
-    from qadapt.view.state import fold_all
+    from qadapt.view.state import fold_all, left
 
     screen = console()
-    run_folder = find_run(run, folder).path
+    found = find_run(run, folder)
+
+    def is_left() -> bool:
+        try:
+            return not is_worked_on(found)
+        except BadOutput:  # a folder that only may be read says nothing
+            return False
+
+    is_dead = is_left()
+    state = fold_all(read_events(found.path))
+    state = left(state) if is_dead else state
     if json:
-        typer.echo(json_text.dumps(figures(fold_all(read_events(run_folder)), time.time()), indent=2))
+        typer.echo(json_text.dumps(figures(state, time.time()), indent=2))
         return
-    if once and not screen.options.ascii_only:
-        screen.print(Dashboard(fold_all(read_events(run_folder)), time.time()))
+    if (once or (is_dead and screen.is_terminal)) and not screen.options.ascii_only:
+        screen.print(Dashboard(state, time.time()))
         return
-    events = read_events(run_folder) if once else follow(run_folder)
+    events = read_events(found.path) if once else follow(found.path, is_left=is_left)
     try:
-        show(events, console=screen, is_live=screen.is_terminal and not once, is_quiet=False)
+        state = show(events, console=screen, is_live=screen.is_terminal and not once, is_quiet=False)
     except KeyboardInterrupt:
         error_console().print("left; the run goes on")
+        return
+    if not state.is_over and is_left():
+        screen.print("\n".join(summary(left(state))), markup=False, soft_wrap=True)

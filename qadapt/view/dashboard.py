@@ -39,7 +39,7 @@ from qadapt.events import (
 )
 from qadapt.units import format_bytes, format_count, format_seconds
 from qadapt.view.chart import LossChart
-from qadapt.view.lines import describe, format_loss, format_recompute
+from qadapt.view.lines import describe, ended_words, format_loss, format_recompute, run_argument
 from qadapt.view.memory import MemoryRow, difference_percent, memory_rows
 from qadapt.view.memory_table import MemoryTable
 from qadapt.view.sample_table import SampleTable
@@ -153,6 +153,8 @@ def _status(state: RunState, now: float) -> tuple[str, str]:
         return state.status, "bold green" if state.finished else "bold yellow"
     if state.paused is not None:
         return f"paused for {format_seconds(state.silent_seconds(now))}", "bold reverse yellow"
+    if state.is_left:
+        return ended_words(state), "bold yellow"
     silent = state.silent_seconds(now)
     step_seconds = state.step.seconds if state.step else 0.0
     if silent > max(SILENT_SECONDS, 10 * step_seconds):
@@ -190,6 +192,8 @@ def _progress(state: RunState, now: float) -> RenderableType:
     if not state.done_steps and state.stage is not None and state.stage.total:
         total, done = float(state.stage.total), float(state.stage.done)
         text = f"{state.stage.name} {done / total:.0%}".replace("%", " %")
+    elif state.is_left:
+        text += f" · qadapt resume {run_argument(state)} goes on"
     elif left is not None and not state.is_over:
         text += f" · {format_seconds(left)} left"
     line = Table.grid(expand=True, padding=(0, 1))

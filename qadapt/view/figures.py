@@ -14,7 +14,8 @@ def figures(state: RunState, now: float) -> dict[str, object]:
     """The state as plain numbers for programs: what `qadapt watch --json` prints.
 
     Fields, null where unknown and in place of NaN: `schema` (1), `name`, `model`, `method`, `device`,
-    `status` (`waiting`, `preparing`, `training`, `paused`, `stopped`, `finished`), `stage`, `step`, `steps`,
+    `status` (`waiting`, `preparing`, `training`, `paused`, `stopped`, `finished`, or `ended` when its
+    process is gone and did not say so), `stage`, `step`, `steps`,
     `loss`, `recent_loss`, `evaluation_loss`, `best_step`, `best_loss`, `learning_rate`, `gradient_norm`,
     `tokens`, `supervised_share`, `tokens_per_second`, `elapsed_seconds`, `seconds_left`, `silent_seconds`,
     `saved_step`, `memory` (a list of `category`, `predicted_bytes`, `measured_bytes`),

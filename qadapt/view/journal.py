@@ -9,6 +9,7 @@ steps were flushed (`train/checkpoint.py`).
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ from qadapt.run_folder import run_names
 
 FILE_NAME = "events.jsonl"
 RETRY_SECONDS = 3
+LOOKS_PER_PROBE = 20
+"""A watched run is looked at so often before it is asked once more whether a process works on it."""
 """Between two tries to write to a full disk."""
 STEPPED = (
     StepDone, MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Eased, UpdateSkipped, Paused, Continued,
@@ -205,15 +208,20 @@ def _is_after(event: Event, step: int) -> bool:
 
 
 def follow(
-    run_folder: Path, *, poll_seconds: float = 0.5, sleep: Callable[[float], None] = time.sleep
+    run_folder: Path,
+    *,
+    is_left: Callable[[], bool] = lambda: False,
+    poll_seconds: float = 0.5,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Event]:
-    """The events of a run from its first, waiting for more until the run has finished or stopped.
+    """The events of a run from its first, waiting for more until the run has finished, stopped or died.
 
     The journal may not exist yet, and its last line may be half written: both are waited for. An end that a
     later `Resumed` took back is passed over. The caller may leave at any time.
 
     Args:
         run_folder: The run's folder.
+        is_left: Whether no process works on the run; then its events end without an end of the run.
         poll_seconds: Seconds between two looks at the file.
         sleep: The clock to wait by.
 
@@ -221,14 +229,17 @@ def follow(
         BadRun: There is no such run folder (raised here, before the first event).
     """
     _check_folder(run_folder)
-    return _tail(run_folder / FILE_NAME, poll_seconds=poll_seconds, sleep=sleep)
+    return _tail(run_folder / FILE_NAME, is_left=is_left, poll_seconds=poll_seconds, sleep=sleep)
 
 
-def _tail(path: Path, *, poll_seconds: float, sleep: Callable[[float], None]) -> Iterator[Event]:
+def _tail(
+    path: Path, *, is_left: Callable[[], bool], poll_seconds: float, sleep: Callable[[float], None]
+) -> Iterator[Event]:
     # Each look opens the file anew and begins after the last whole line: no lock is held (Windows), and a
     # half line that a resumed run removes was never taken.
     whole_bytes, number, last_time, is_over = 0, 0, 0.0, False
-    while True:
+    for looks in itertools.count():
+        is_last_look = looks % LOOKS_PER_PROBE == 0 and is_left()  # what it wrote is there by now
         for line in _whole_lines(path, whole_bytes):
             whole_bytes += len(line) + 1
             number += 1
@@ -241,7 +252,7 @@ def _tail(path: Path, *, poll_seconds: float, sleep: Callable[[float], None]) ->
             elif isinstance(event, RunStarted | Resumed | StepDone):
                 is_over = False
             yield event
-        if is_over:
+        if is_over or is_last_look:
             return
         sleep(poll_seconds)
 

@@ -175,13 +175,16 @@ def summary(state: RunState) -> list[str]:
 
     Of a rehearsal without a run: what it measured, and what was needed to make it fit.
     """
-    name = _run_argument(state)
+    name = run_argument(state)
     if state.stopped is not None:
         kept = (
             f"saved at step {state.saved_step:,}" if state.saved_step is not None else "nothing was saved yet"
         )
         done = f"{state.done_steps:,} of {state.total_steps:,} steps; {kept}"
         return [f"stopped: {state.stopped.reason}", done, f"go on with: qadapt resume {name}"]
+    if state.is_left:
+        done = f"{state.done_steps:,} of {state.total_steps:,} steps"
+        return [ended_words(state), done, f"go on with: qadapt resume {name}"]
     if state.finished is None:
         return [] if state.rehearsed is None or state.done_steps else _rehearsal(state.rehearsed, state.eased)
     lines = [_losses(state), _speed(state)]
@@ -189,6 +192,18 @@ def summary(state: RunState) -> list[str]:
         lines.append(_peak(state))
     lines += [f"adapter: {state.finished.adapter}", f"next: qadapt export {name}"]
     return lines
+
+
+def ended_words(state: RunState) -> str:
+    """How a run stands whose process is gone: `ended without saving since step 300`."""
+    saved = state.saved_step
+    if saved is None:
+        return "ended before anything was saved"
+    return (
+        f"ended, saved at step {saved:,}"
+        if saved == state.done_steps
+        else (f"ended without saving since step {saved:,}")
+    )
 
 
 def _rehearsal(rehearsed: Rehearsed, eased: Sequence[Eased]) -> list[str]:
@@ -204,7 +219,7 @@ def _rehearsal(rehearsed: Rehearsed, eased: Sequence[Eased]) -> list[str]:
     ]
 
 
-def _run_argument(state: RunState) -> str:
+def run_argument(state: RunState) -> str:
     """What to call the run in a command: its name where runs are looked for by default, else its folder."""
     if state.run is None:
         return "RUN"

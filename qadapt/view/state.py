@@ -98,6 +98,7 @@ class RunState:
     warnings: tuple[Warned, ...] = ()
     warning_count: int = 0
     rehearsed: Rehearsed | None = None
+    is_ready: bool = False  # what comes next is a step
     eased: tuple[Eased, ...] = ()
     skipped_steps: tuple[int, ...] = ()  # whose update was left out; health ends a run before they are many
     samples: tuple[Sampled, ...] = ()  # the latest answers to each prompt
@@ -105,6 +106,7 @@ class RunState:
     notes: tuple[tuple[float, Event], ...] = ()  # (seconds into the run, event), for people to read
     finished: RunFinished | None = None
     stopped: Stopped | None = None
+    is_left: bool = False  # no process works on it, though it never said that it ended
     exported: Exported | None = None
     session: Session = field(default_factory=Session)
 
@@ -115,12 +117,14 @@ class RunState:
 
     @property
     def status(self) -> str:
-        """`waiting`, `preparing`, `training`, `paused`, `stopped` or `finished`."""
+        """`waiting`, `preparing`, `training`, `paused`, `stopped`, `finished`, `ended` (killed, crashed)."""
         if self.is_over:
             return "finished" if self.finished else "stopped"
+        if self.is_left:
+            return "ended"
         if self.paused is not None:
             return "paused"
-        if self.session.steps:
+        if self.session.steps or self.is_ready:
             return "training"
         return "waiting" if self.session.last_event is None else "preparing"
 
@@ -162,14 +166,14 @@ class RunState:
     def elapsed_seconds(self, now: float) -> float:
         """Seconds that processes worked on the run, without pauses and the time from a stop to a resume."""
         last = self.session.last_event
-        is_still = self.is_over or self.paused is not None or last is None
+        is_still = self.is_over or self.is_left or self.paused is not None or last is None
         running = 0.0 if is_still or last is None else max(0.0, now - last)
         return self.session.active_seconds + running
 
     def silent_seconds(self, now: float) -> float:
         """Seconds since the last event of a run that is not over."""
         last = self.session.last_event
-        return 0.0 if self.is_over or last is None else max(0.0, now - last)
+        return 0.0 if self.is_over or self.is_left or last is None else max(0.0, now - last)
 
     def seconds_left(self, now: float) -> float | None:
         """Seconds until the last step; None while unknown.
@@ -179,7 +183,7 @@ class RunState:
         pause.
         """
         session = self.session
-        if not self.recent or not self.total_steps or session.step_seconds <= 0:
+        if self.is_left or not self.recent or not self.total_steps or session.step_seconds <= 0:
             return None
         assert session.first_step_began is not None and session.last_step_ended is not None
         if self.is_over:
@@ -191,6 +195,11 @@ class RunState:
         if self.paused is not None and session.last_event is not None:
             now = session.last_event
         return max(0.0, left - max(0.0, now - session.last_step_ended))
+
+
+def left(state: RunState) -> RunState:
+    """The state of a run that no process works on any more: it ended by itself, or where it last was."""
+    return state if state.is_over else replace(state, is_left=True, paused=None, stage=None)
 
 
 def fold_all(events: Iterable[Event], state: RunState | None = None) -> RunState:
@@ -222,7 +231,9 @@ def fold(state: RunState, event: Event) -> RunState:
 def _with_fact(state: RunState, event: Event) -> RunState:
     match event:
         case RunStarted():
-            return replace(state, run=event, stage=None, finished=None, stopped=None, paused=None)
+            return replace(
+                state, run=event, stage=None, is_ready=False, finished=None, stopped=None, paused=None
+            )
         case StageStarted():
             return replace(state, stage=Stage(event.stage))
         case Planned():
@@ -251,7 +262,7 @@ def _with_progress(state: RunState, event: Event) -> RunState:
 def _with_care(state: RunState, event: Event) -> RunState:
     match event:
         case Rehearsed():
-            return replace(state, rehearsed=event, stage=None)
+            return replace(state, rehearsed=event, stage=None, is_ready=True)
         case Eased():
             return replace(state, eased=(*state.eased, event)[-KEPT_EASED:])
         case UpdateSkipped():
@@ -301,6 +312,7 @@ def _back_to(state: RunState, step: int) -> RunState:
     return replace(
         state,
         step=None,
+        is_ready=True,
         done_steps=step,
         saved_step=step,
         recent=(),
