@@ -337,7 +337,7 @@ class Loop:
 
     def _saved(self) -> Iterator[Event]:
         """Saves where the run stands, and returns when that is on the disk."""
-        return self._pauses.when_room(self.progress.step, lambda: [*self._save(), *self._saver.wait()])
+        return self._pauses.when_room(self.progress.step, lambda: self._save(is_awaited=True))
 
     def _look_at_save(self, look: Callable[[], list[Event]]) -> Iterator[Event]:
         """What became of a save; if there was no room for it, where the run stands now is saved instead."""
@@ -347,7 +347,7 @@ class Loop:
             events = self._saved()  # begun outside of the handler, which holds the copy that had no room
         yield from events
 
-    def _save(self) -> list[Event]:
+    def _save(self, *, is_awaited: bool = False) -> list[Event]:
         progress = self.progress
         values = {
             "progress": asdict(progress),
@@ -363,7 +363,7 @@ class Loop:
             random=random_state(self._device),
             values=values,
         )
-        events = self._saver.save(checkpoint, best_step=progress.best_step)
+        events = self._saver.save(checkpoint, best_step=progress.best_step, is_awaited=is_awaited)
         self._save_started = time.monotonic()
         return events
 
