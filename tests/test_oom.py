@@ -326,6 +326,19 @@ def test_an_evaluation_goes_on_with_fewer_rows_at_a_time(tmp_path: Path, tiny_mo
     assert evaluated.loss == pytest.approx(plain.loss, rel=1e-6)
 
 
+def test_a_card_that_has_more_room_by_now_is_tried_once_more_before_a_rung(
+    stage: Callable[[Case], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage(CASES[0])
+    monkeypatch.setattr(oom, "renew_cap", lambda _: True)
+    expected = made.once(RunsOut(0))
+    found = made.once(RunsOut(50))
+    assert not found.eased
+    assert_equals_the_reference(made.case, found, expected)
+    with pytest.raises(DoesNotFit):
+        made.once(RunsOut(5, again=True))
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, times: int) -> None:
     """The disk is full when the function is called, so many times."""
     real, calls = getattr(module, name), []

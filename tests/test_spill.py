@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+
 import psutil
 import pytest
 import torch
 
-from qadapt.events import StepDone, Warned
+from qadapt.events import Continued, Event, Paused, StepDone, Warned
 from qadapt.train import spill
-from qadapt.train.spill import CardMemory, Pace, swapped_in_bytes, within_free_memory
+from qadapt.train.spill import CardMemory, Pace, renew_cap, renewing_cap, swapped_in_bytes, within_free_memory
 from qadapt.units import GIB, MIB
 
 
@@ -32,6 +34,50 @@ def test_the_cap_is_taken_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == [(0.75, card), (1.0, card)]
     with within_free_memory(torch.device("cpu")):
         assert len(told) == 2
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A card of 8 GiB; its only number is what is free. The allocator's share is asked of it as of torch."""
+    shares, free = [1.0], [1 * GIB]
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: shares[-1])
+    monkeypatch.setattr(spill, "card_memory", lambda _: CardMemory(8 * GIB, free[0], 2 * GIB))
+    yield free
+
+
+def test_the_cap_follows_what_is_free(card: list[int]) -> None:
+    device = torch.device("cuda", 0)
+    assert not renew_cap(device), "none was taken"
+    with within_free_memory(device):
+        assert not renew_cap(device), "as much as before"
+        card[0] = 4 * GIB
+        assert renew_cap(device)
+        assert torch.cuda.get_per_process_memory_fraction(device) == pytest.approx((6 - 1 / 8) / 8)
+        card[0] = 2 * GIB
+        assert not renew_cap(device), "less"
+        assert torch.cuda.get_per_process_memory_fraction(device) == pytest.approx((4 - 1 / 8) / 8)
+    assert not renew_cap(torch.device("cpu"))
+
+
+def test_after_a_wait_the_cap_is_renewed(card: list[int]) -> None:
+    device = torch.device("cuda", 0)
+
+    def waits() -> Generator[Event, None, str]:
+        yield Paused(step=1, reason="hours")
+        card[0] = 5 * GIB
+        yield Continued(step=1, seconds=3600)
+        return "over"
+
+    found: list[str] = []
+
+    def follow() -> Generator[Event, None, None]:
+        found.append((yield from renewing_cap(device, waits())))
+
+    with within_free_memory(device):
+        assert [type(event) for event in follow()] == [Paused, Continued]
+        assert torch.cuda.get_per_process_memory_fraction(device) == pytest.approx((7 - 1 / 8) / 8)
+    assert found == ["over"]
 
 
 def done(step: int, seconds: float, *, tokens: int = 1000) -> StepDone:

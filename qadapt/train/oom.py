@@ -36,6 +36,7 @@ from qadapt.plan.knobs import LIVE
 from qadapt.train.checkpoint import random_state, restore_random_state
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Pauses
+from qadapt.train.spill import renew_cap
 from qadapt.train.step import StepResult, drop_gradients
 
 FILE_NAME = "rungs.json"
@@ -232,15 +233,17 @@ class Ladder:
             DoesNotFit: Memory ran out on the last rung; names the longest row.
         """
         yield from self._take_again(lambda rung: rung.step <= step and rung.phase != "evaluation")
+        has_more = False
         while isinstance(done := attempt(trial), RanOut):
             if trial.found is None:
                 drop_gradients(self._optimizer)
-                free_memory(self._device)
+            free_memory(self._device)
+            if trial.found is None:
                 beginning.restore()
-                yield from self._take(self._ease(step, rows))
-            else:
-                free_memory(self._device)
-                yield from self._take(self._ease_update(step))
+            if not has_more and (has_more := renew_cap(self._device)):
+                continue  # once a step: the card has more than when the cap was taken
+            rung = self._ease(step, rows) if trial.found is None else self._ease_update(step)
+            yield from self._take(rung)
         if done is None:
             beginning.restore()
         return done

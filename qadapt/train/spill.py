@@ -10,16 +10,19 @@ steps, not with a prediction. No CUDA machine under Windows has confirmed the ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import psutil
 import torch
 
-from qadapt.events import Event, StepDone, Warned
+from qadapt.events import Continued, Event, StepDone, Warned
 from qadapt.units import MIB, format_bytes
+
+Result = TypeVar("Result")
 
 OUTSIDE_BYTES = 128 * MIB
 """Left free for what torch's allocator does not give out: kernels loaded late, libraries' own workspaces."""
@@ -57,6 +60,38 @@ def within_free_memory(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def renew_cap(device: torch.device) -> bool:
+    """Gives a capped allocator what is free on its card now; whether that is clearly more than it had.
+
+    What another program let go of comes in, what it took goes out, before the driver would have to move it.
+    """
+    if device.type != "cuda":
+        return False
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    if before >= 1.0:  # nothing was capped
+        return False
+    card = card_memory(device)
+    torch.cuda.set_per_process_memory_fraction(card.usable_share, device)
+    return (card.usable_share - before) * card.total_bytes >= OUTSIDE_BYTES
+
+
+def renewing_cap(
+    device: torch.device, events: Generator[Event, None, Result]
+) -> Generator[Event, None, Result]:
+    """Passes events on, and renews the cap after each wait among them; the result is theirs."""
+    try:
+        while True:
+            event = next(events)
+            if isinstance(event, Continued):
+                renew_cap(device)
+            yield event
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        events.close()
 
 
 def card_memory(device: torch.device) -> CardMemory:
