@@ -448,7 +448,7 @@ def test_quiet_prints_warnings_and_the_end_only():
 def test_plain_lines_say_what_care_was_taken():
     lines = printed([*run(done=42), *CARED, PAUSED, Continued(step=42, seconds=300.0, time=START + 426)])
     for line in (
-        "rehearsed with a row of 142 tokens in 5.0 s: peak 630.0 MiB measured (+1.3 % of the plan's)",
+        "rehearsed: peak 630.0 MiB measured (+1.3 % of plan), longest row 142 tokens, 5.0 s",
         "step 42: memory ran out (training) and nothing is lost: "
         "micro_batch is 4 from here on, about 3 % slower",
         "step 42: update left out, nothing changed: row 17",

@@ -90,11 +90,10 @@ def _care(event: Event) -> str | None:
     match event:
         case Rehearsed():
             percent = difference_percent(event.predicted_peak_bytes, event.measured_peak_bytes)
-            off = "" if percent is None else f" ({percent:+.1f} % of the plan's)"
+            off = "" if percent is None else f" ({percent:+.1f} % of plan)"
             return (
-                f"rehearsed with a row of {event.longest_row_tokens:,} tokens in "
-                f"{format_seconds(sum(event.parts.values()))}: peak "
-                f"{format_bytes(event.measured_peak_bytes)} measured{off}"
+                f"rehearsed: peak {format_bytes(event.measured_peak_bytes)} measured{off}, longest row "
+                f"{event.longest_row_tokens:,} tokens, {format_seconds(sum(event.parts.values()))}"
             )
         case Eased():
             now = f"{event.knob} is {event.value} from here on, {event.price}"
