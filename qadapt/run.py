@@ -240,7 +240,7 @@ def _placed(
     if recipe.train.sample_prompts:
         loop.ask_samples(Samples(model, material.contract, recipe.train.sample_prompts))
     rules = parse_pause_rules(recipe.run.pause_when)
-    loop.pause_when(guards_of(rules, device=choose_device(plan.device), run_folder=run.path))
+    loop.pauses.guards = guards_of(rules, device=choose_device(plan.device), run_folder=run.path)
     return loop
 
 
@@ -248,7 +248,8 @@ def _rehearsal(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, contract: PromptContract
 ) -> Iterator[Event]:
     rehearsed = yield from rehearse_loop(loop, plan, contract=contract, folder=run.rehearsal)
-    _remember(recipe, plan, run, loop=loop, measured_bytes=rehearsed.measured_peak_bytes)
+    if rehearsed is not None:
+        _remember(recipe, plan, run, loop=loop, measured_bytes=rehearsed.measured_peak_bytes)
 
 
 def _remember(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, measured_bytes: int) -> None:
@@ -259,8 +260,9 @@ def _remember(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, m
 
 def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
     checkpoint, problems = load_newest(run.path)
+    used = "The run's start is used." if checkpoint is None else f"Step {checkpoint.step:,} is used."
     for problem in problems:
-        yield Warned(message=problem, cure="The one before it is used, or else the run's start.")
+        yield Warned(message=problem, cure=used)
     if checkpoint is None:
         drop_newer(run.path, -1)  # none is whole: they must not stand before those to come
     else:
@@ -269,8 +271,9 @@ def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
             checkpoint = replace(checkpoint, values=values)
         check_fits(run, checkpoint, loop.optimizer.parameters)
         loop.restore(checkpoint)
-        if not earlier.has_saved(checkpoint.step):  # killed between the checkpoint and its line
-            yield loop.saved(checkpoint_folder(run.path, checkpoint.step))
+        saved = loop.saved(checkpoint_folder(run.path, checkpoint.step))
+        if not earlier.has_saved(saved):  # killed between the checkpoint and its line
+            yield saved
     yield Resumed(step=loop.progress.step)
 
 

@@ -13,6 +13,7 @@ import torch
 from test_train import adapter_of, assert_same, make_recipe, only
 from torch import Tensor, nn
 
+from qadapt import control
 from qadapt.cli.main import run as run_command
 from qadapt.data.order import Order
 from qadapt.data.rows import RowSet
@@ -29,6 +30,7 @@ from qadapt.events import (
     RunFinished,
     StageStarted,
     StepDone,
+    Stopped,
     Warned,
 )
 from qadapt.hardware import calibration
@@ -352,3 +354,20 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
     assert prompt_of(row("qqaaqqqaa")) == [0, 1, 2, 3, 4, 5, 6]
     assert prompt_of(row("qqaaqqq")) == [0, 1]
     assert prompt_of(row("aaaa")) == [0, 1, 2, 3]
+
+
+def test_a_rehearsal_is_left_within_a_micro_batch_and_the_run_goes_on_as_without(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    run, events = tmp_path / "paused/runs/first", []
+    for event in train(rehearsed_recipe(tmp_path / "paused", tiny_model("llama"))):
+        events.append(event)
+        if isinstance(event, StageStarted) and event.stage == "rehearsing the longest step":
+            control.ask(run, "pause")
+    assert events[-1] == Stopped(step=0, reason="paused")
+    assert not only(Rehearsed, events)
+    assert "rehearsing an evaluation" not in {event.stage for event in only(StageStarted, events)}
+    assert not (run / ".rehearsal").exists()
+    list(resume("first", folder=str(run.parent)))
+    list(train(rehearsed_recipe(tmp_path / "straight", tiny_model("llama"))))
+    assert_same(adapter_of(run), adapter_of(tmp_path / "straight/runs/first"))

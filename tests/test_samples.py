@@ -10,10 +10,11 @@ import pytest
 import torch
 from test_train import adapted, adapter_of, assert_same, changed, gradient, make_recipe, only
 
+from qadapt import control
 from qadapt.adapters.lora import trainable, without_adapter
 from qadapt.data.prompt import load_contract
 from qadapt.errors import BadData
-from qadapt.events import CheckpointSaved, Evaluated, Event, RunFinished, Sampled, StepDone, Warned
+from qadapt.events import CheckpointSaved, Evaluated, Event, RunFinished, Sampled, StepDone, Stopped, Warned
 from qadapt.model.generate import generate
 from qadapt.run import resume, train
 from qadapt.train import samples
@@ -116,7 +117,7 @@ def test_the_base_is_asked_once(tiny_model: TinyModel, monkeypatch: pytest.Monke
     monkeypatch.setattr(samples, "generate", counted)
     samples_asked = Samples(pushed(folder), load_contract(folder), PROMPTS)
     first, second = list(samples_asked.ask(1)), list(samples_asked.ask(2))
-    assert asked == [2, 2, 2], "the base, then the adapter twice"
+    assert asked == [1] * 6, "two prompts of the base, then of the adapter twice"
     assert [event.base_answer for event in only(Sampled, first)] == [
         event.base_answer for event in only(Sampled, second)
     ]
@@ -182,3 +183,26 @@ def test_a_run_without_held_out_rows_samples_at_the_end(tmp_path: Path, tiny_mod
     [sampled] = only(Sampled, events)
     assert sampled.step == 2
     assert events.index(sampled) < events.index(only(CheckpointSaved, events)[-1])
+
+
+def test_a_run_that_is_paused_between_two_answers_asks_all_of_them_when_it_goes_on(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = tmp_path / "runs/first", 0
+
+    def pausing(*arguments: Any, **named: Any) -> list[list[int]]:
+        nonlocal asked
+        asked += 1
+        control.ask(run, "pause")
+        return generate(*arguments, **named)
+
+    fields = {"rehearse": False, "sample_prompts": PROMPTS}
+    with monkeypatch.context() as context:
+        context.setattr(samples, "generate", pausing)
+        events = list(train(make_recipe(tmp_path, tiny_model("llama"), **fields)))
+    assert asked == 1
+    assert events[-1] == Stopped(step=3, reason="paused")
+    assert not only(Sampled, events)
+    events += list(resume("first", folder=str(tmp_path / "runs")))
+    assert [event.step for event in only(Evaluated, events)] == [3, 6]
+    assert [event.step for event in only(Sampled, events)] == [3, 3, 6, 6]

@@ -22,13 +22,7 @@ from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.errors import NoRoom
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
-from qadapt.train.checkpoint import (
-    Checkpoint,
-    drop_newer,
-    random_state,
-    restore_random_state,
-)
-from qadapt.train.guards import Guards
+from qadapt.train.checkpoint import Checkpoint, drop_newer, random_state, restore_random_state
 from qadapt.train.health import Health
 from qadapt.train.memory import MemoryMeter
 from qadapt.train.oom import Beginning, Ladder, Trial
@@ -38,7 +32,7 @@ from qadapt.train.replay import Replay
 from qadapt.train.samples import Samples
 from qadapt.train.saver import Saver, saved_event
 from qadapt.train.schedule import learning_rate
-from qadapt.train.spill import Pace, within_free_memory
+from qadapt.train.spill import Pace, renewing_cap, within_free_memory
 from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient
 
 MEMORY_EVERY = 50
@@ -88,6 +82,8 @@ class Progress:
     evaluations_since_best: int = 0
     owes_evaluation: bool = False
     """It left in the middle of the evaluation after `step`, or before it."""
+    owes_samples: bool = False
+    """Likewise of the sample answers after `step`, which its checkpoint follows."""
 
 
 class Loop:
@@ -120,13 +116,13 @@ class Loop:
         self.run_folder = run_folder
         self.progress = Progress()
         self._saver = Saver(run_folder, keep=settings.keep_checkpoints, keep_every=settings.keep_every)
-        self._pauses = Pauses(run_folder)
+        self.pauses = Pauses(run_folder)
         self.ladder = Ladder(
             model,
             optimizer,
             division=settings.division(rows.pad_id),
             run_folder=run_folder,
-            pauses=self._pauses,
+            pauses=self.pauses,
         )
         self._memory = MemoryMeter(model, optimizer)
         self._health = Health(optimizer, steps=settings.steps, clip_norm=settings.clip_norm)
@@ -149,10 +145,6 @@ class Loop:
         """The highest memory measured so far; 0 before the first step. On a CPU, of watched steps only."""
         return self._memory.measured()[1]
 
-    def pause_when(self, guards: Guards) -> None:
-        """Pauses from now on when a rule says so."""
-        self._pauses.guards = guards
-
     def ask_samples(self, samples: Samples) -> None:
         """Asks the model these prompts from now on, after every evaluation and at the end."""
         self._samples = samples
@@ -161,16 +153,19 @@ class Loop:
         """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
         self._save_started = time.monotonic()
-        yield from self._pauses.guards.warnings()
+        yield from self.pauses.guards.warnings()
         with self._saver, within_free_memory(self._device):
             while True:
                 yield from self._look_at_save(self._saver.finished)
-                reason = yield from self._pauses.between_steps(self.progress.step, self._saved)
+                waits = self.pauses.between_steps(self.progress.step, self._saved)
+                reason = yield from renewing_cap(self._device, waits)
                 if reason is not None:
                     yield from self._leave(reason)
                     return
                 if self.progress.owes_evaluation:
                     yield from self._evaluation()
+                elif self.progress.owes_samples:
+                    yield from self._sampled()
                 elif self.progress.step == self.settings.steps or self._has_lost_patience():
                     yield from self._look_at_save(self._saver.wait)
                     return
@@ -197,9 +192,9 @@ class Loop:
             self.progress = replace(self.progress, owes_evaluation=True)
             if self._is_long_unsaved():  # it takes its time, too
                 yield from self._begin_save()
-        elif is_last or _is_due(step, self.settings.checkpoint_every) or self._is_long_unsaved():
-            if is_last:
-                yield from self._sampled()
+        elif is_last:
+            self.progress = replace(self.progress, owes_samples=True)
+        elif _is_due(step, self.settings.checkpoint_every) or self._is_long_unsaved():
             yield from self._begin_save()
 
     def _is_long_unsaved(self) -> bool:
@@ -250,7 +245,7 @@ class Loop:
             batches,
             clip_norm=self.settings.clip_norm,
             scaler=self._scaler,
-            is_leaving=self._pauses.is_leaving,
+            is_leaving=self.pauses.is_leaving,
         )
 
     def _loss_scale(self) -> float | None:
@@ -276,7 +271,7 @@ class Loop:
         return is_known or step % MEMORY_EVERY == 0
 
     def _evaluation(self) -> Iterator[Event]:
-        """An evaluation and a checkpoint after it; nothing if the run is asked to leave meanwhile."""
+        """An evaluation; nothing if the run is asked to leave meanwhile."""
         try:
             evaluated = yield from self._evaluate()
         except Leaving:
@@ -290,8 +285,6 @@ class Loop:
                 "lower train.learning_rate.",
                 step=evaluated.step,
             )
-        yield from self._sampled()
-        yield from self._begin_save()
 
     def _evaluate(self) -> Generator[Event, None, Evaluated]:
         start = time.perf_counter()
@@ -305,7 +298,7 @@ class Loop:
         else:
             since = self.progress.evaluations_since_best + 1
             self.progress = replace(self.progress, evaluations_since_best=since)
-        self.progress = replace(self.progress, owes_evaluation=False)
+        self.progress = replace(self.progress, owes_evaluation=False, owes_samples=True)
         return Evaluated(
             step=self.progress.step, loss=loss, is_best=is_best, seconds=time.perf_counter() - start
         )
@@ -313,10 +306,18 @@ class Loop:
     def _held_out_loss(self) -> float:
         at_once = self.order.rows_per_step if self.settings.packed else None  # no more documents than planned
         batches = all_batches(self.rows.held_out, self.ladder.evaluation, at_once=at_once)
-        return evaluate_loss(self.model, self._pauses.unless_leaving(batches))
+        return evaluate_loss(self.model, self.pauses.unless_leaving(batches))
 
     def _sampled(self) -> Iterator[Event]:
-        return self._samples.ask(self.progress.step) if self._samples is not None else iter(())
+        """Sample answers, if asked for, and a checkpoint after them; nothing if asked to leave meanwhile."""
+        if self._samples is not None:
+            try:
+                sampled = list(self._samples.ask(self.progress.step, self.pauses.unless_leaving))
+            except Leaving:
+                return
+            yield from sampled
+        self.progress = replace(self.progress, owes_samples=False)
+        yield from self._begin_save()
 
     def _has_lost_patience(self) -> bool:
         patience = self.settings.patience
@@ -329,15 +330,15 @@ class Loop:
 
     def when_room(self, write: Callable[[], Sequence[Event]]) -> Iterator[Event]:
         """What `write` gives; while the disk is full, waits and tries again."""
-        return self._pauses.when_room(self.progress.step, write)
+        return self.pauses.when_room(self.progress.step, write)
 
     def _begin_save(self) -> Iterator[Event]:
         """Saves where the run stands, beside what comes next."""
-        return self._pauses.when_room(self.progress.step, self._save)
+        return self.pauses.when_room(self.progress.step, self._save)
 
     def _saved(self) -> Iterator[Event]:
         """Saves where the run stands, and returns when that is on the disk."""
-        return self._pauses.when_room(self.progress.step, lambda: self._save(is_awaited=True))
+        return self.pauses.when_room(self.progress.step, lambda: self._save(is_awaited=True))
 
     def _look_at_save(self, look: Callable[[], list[Event]]) -> Iterator[Event]:
         """What became of a save; if there was no room for it, where the run stands now is saved instead."""

@@ -38,11 +38,13 @@ class Pauses:
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
+        self.leave_folder = run_folder
+        """Where it is asked to leave; another folder for a part of a run that writes to its own."""
         self.guards = Guards()
 
     def is_leaving(self) -> bool:
         """Whether the run is asked to save and leave; costs two looks at the folder."""
-        return control.is_asked_to_leave(self._run_folder)
+        return control.is_asked_to_leave(self.leave_folder)
 
     def unless_leaving(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items one by one.
@@ -69,9 +71,9 @@ class Pauses:
         if reason is not None and not reason.leaves:
             yield from save()
             reason = yield from self._wait(step, reason.text)
-        if control.is_asked(self._run_folder, "pause"):
+        if control.is_asked(self.leave_folder, "pause"):
             return "paused"
-        if control.is_asked(self._run_folder, "stop"):
+        if control.is_asked(self.leave_folder, "stop"):
             return "asked to stop"
         return None if reason is None else reason.text
 

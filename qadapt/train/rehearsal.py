@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from qadapt import control
 from qadapt.data.order import Order
 from qadapt.data.packing import pack
 from qadapt.data.prompt import PromptContract
@@ -60,7 +61,7 @@ PARTS = {StepDone: "step", Evaluated: "evaluation", CheckpointSaved: "checkpoint
 
 def rehearse(
     loop: Loop, plan: StoredPlan, *, contract: PromptContract, folder: Path
-) -> Generator[Event, None, Rehearsed]:
+) -> Generator[Event, None, Rehearsed | None]:
     """Goes through everything once with the rows that take the most memory, and puts all back.
 
     Args:
@@ -71,6 +72,7 @@ def rehearse(
 
     Returns:
         What was measured, the last event, too. What the loop's ladder had to take is taken by the run's.
+        None if the run is asked to leave meanwhile, which is left to its loop.
 
     Raises:
         DoesNotFit: Memory ran out on the ladder's last rung.
@@ -84,11 +86,14 @@ def rehearse(
         with put_back(loop.model, loop.optimizer):
             yield from _one_step(short, parts)
             measured_bytes = short.peak_bytes
-            yield from _answer(short, contract, parts)
+            if not control.is_asked_to_leave(loop.run_folder):
+                yield from _answer(short, contract, parts)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         reset_peak(next(loop.model.parameters()).device)
     loop.ladder.begin_with(short.ladder)
+    if control.is_asked_to_leave(loop.run_folder):
+        return None
     rehearsed = Rehearsed(
         predicted_peak_bytes=plan.predicted_peak_bytes,
         measured_peak_bytes=measured_bytes,
@@ -155,6 +160,7 @@ def _short_loop(loop: Loop, plan: StoredPlan, folder: Path) -> Loop:
         settings=replace(settings, steps=1, evaluate_every=None, patience=None, checkpoint_every=None),
         run_folder=folder,
     )
+    short.pauses.leave_folder = loop.run_folder
     if plan.compute_dtype == "fp16":
         short.scale_loss()
     return short

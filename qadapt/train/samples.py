@@ -10,7 +10,7 @@ Legend: T tokens of prompt and answer, K positions that predict the answer and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from peft import PeftModel
@@ -26,6 +26,9 @@ from qadapt.train.checkpoint import random_state, restore_random_state
 
 ANSWER_TOKENS = 64
 """An answer is cut off here: enough to see its form, short enough to come often."""
+
+
+OneByOne = Callable[[Iterable[list[int]]], Iterator[list[int]]]
 
 
 class Samples:
@@ -47,15 +50,19 @@ class Samples:
         self._ids = [_prompt_ids(contract, prompt) for prompt in prompts]
         self._base_answers: list[list[int]] = []
 
-    def ask(self, step: int) -> Iterator[Event]:
+    def ask(self, step: int, one_by_one: OneByOne = iter) -> Iterator[Event]:
         """Answers to all prompts after step `step`, or that there is no memory for them.
 
         The base is asked the first time only.
+
+        Args:
+            step: The last step that is done.
+            one_by_one: Hands out the prompts' tokens; what it raises ends the asking, without a trace.
         """
         device = next(self._model.parameters()).device
         random, was_training = random_state(device), self._model.training
         try:
-            found = attempt(lambda: self._sampled(step))
+            found = attempt(lambda: self._sampled(step, one_by_one))
         finally:
             self._model.train(was_training)
             restore_random_state(random, device)
@@ -69,12 +76,12 @@ class Samples:
             step=step,
         )
 
-    def _sampled(self, step: int) -> list[Sampled]:
+    def _sampled(self, step: int, one_by_one: OneByOne) -> list[Sampled]:
         self._model.eval()
         if not self._base_answers:
             with without_adapter(self._model):
-                self._base_answers = self._answers()
-        parts = zip(self._prompts, self._ids, self._answers(), self._base_answers, strict=True)
+                self._base_answers = self._answers(one_by_one)
+        parts = zip(self._prompts, self._ids, self._answers(one_by_one), self._base_answers, strict=True)
         return [
             Sampled(
                 step=step,
@@ -86,15 +93,19 @@ class Samples:
             for prompt, ids, answer, base_answer in parts
         ]
 
-    def _answers(self) -> list[list[int]]:
-        return generate(
+    def _answers(self, one_by_one: OneByOne) -> list[list[int]]:
+        """One at a time: as little memory as can be, and no filling up."""
+        return [self._answer(ids) for ids in one_by_one(self._ids)]
+
+    def _answer(self, ids: Sequence[int]) -> list[int]:
+        [answer] = generate(
             self._model,
-            self._ids,
+            [ids],
             max_new_tokens=ANSWER_TOKENS,
             end_ids=self._contract.end_ids,
             pad_id=self._contract.pad_id,
-            batch=1,  # as little memory as can be, and no filling up
         )
+        return answer
 
     @torch.inference_mode()
     def _divergence(self, prompt: Sequence[int], answer: Sequence[int]) -> float:
