@@ -177,6 +177,18 @@ def test_rows_with_dropout_are_not_split_and_the_price_says_so(stage: Callable[[
     assert "rows cannot be split" in only_rung.price
 
 
+@pytest.mark.parametrize("field", ["attention_dropout", "resid_pdrop", "router_jitter_noise"])
+def test_rows_are_not_split_where_a_configuration_names_noise_that_no_module_shows(
+    field: str, stage: Callable[[Case], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage(CASES[0])
+    monkeypatch.setattr(made.model.get_base_model().config, field, 0.1, raising=False)
+    ladder = Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder)
+    assert ladder.is_drawing
+    monkeypatch.setattr(made.model.get_base_model().config, field, 0.0)
+    assert not Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder).is_drawing
+
+
 def test_an_update_that_never_fits_is_an_error_with_a_cure(stage: Callable[[Case], Stage]) -> None:
     made = stage(Case("bf16", dtype=torch.bfloat16))
     counting = RunsOut(0)

@@ -4,8 +4,9 @@ A step is two halves. If memory runs out before its update, nothing has changed 
 dropped, the next rung is taken, random state and loss scale go back to where the step began, and it is done
 again, the same sum over the same rows. If it runs out in the update, the update is gone on with where it
 stopped (`optimizer.py`). A rung changes how a step is computed and never what: which ones there are, and
-their order, is in `plan/knobs.py`. Each is an event and is on the disk (`rungs.json`, with the step from
-which it counts) before anything is done again, so a resumed run takes it at the same step.
+their order, is in `plan/knobs.py`: `micro_batch`, then `recompute`. Smaller chunks of the loss and of MLPs,
+and offload to the host, are not there yet. Each is an event and is on the disk (`rungs.json`, with the step
+from which it counts) before anything is done again, so a resumed run takes it at the same step.
 
 Rows are split only where nothing is drawn at random: a step's dropout masks depend on its shapes. More
 recomputation draws the same ones.
@@ -14,11 +15,11 @@ recomputation draws the same ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -40,6 +41,8 @@ from qadapt.train.spill import renew_cap
 from qadapt.train.step import StepResult, drop_gradients
 
 FILE_NAME = "rungs.json"
+NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
+"""What names fields of configurations whose noise no module shows."""
 Value = int | str
 
 
@@ -210,6 +213,11 @@ class Ladder:
         return tuple(self._turns)
 
     @property
+    def is_drawing(self) -> bool:
+        """Whether a step draws at random, so that its rows cannot be split."""
+        return self._splitting.draws
+
+    @property
     def is_taken(self) -> bool:
         """Whether any rung was taken in this run: its plan was too large for this machine."""
         return bool(self._taken)
@@ -369,6 +377,17 @@ def write_rungs(path: Path, rungs: Sequence[Eased]) -> None:
 
 
 def _draws_at_random(model: PeftModel) -> bool:
-    """Whether a step in training draws dropout masks."""
-    attention = model.get_base_model().config.to_dict().get("attention_dropout") or 0.0
-    return attention > 0 or any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules())
+    """Whether a step in training may draw masks or noise; functional ones are known by their field."""
+    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in model.modules()):
+        return True
+    return _names_noise(model.get_base_model().config.to_dict())
+
+
+def _names_noise(values: Mapping[str, Any]) -> bool:
+    """Whether a field of a model's configuration, at any depth, asks for dropout or noise."""
+    return any(
+        _names_noise(value)
+        if isinstance(value, dict)
+        else isinstance(value, int | float) and value > 0 and any(word in name for word in NOISE)
+        for name, value in values.items()
+    )
