@@ -68,9 +68,10 @@ class Earlier:
     def _said(self) -> frozenset[tuple[str, str]]:
         return frozenset((event.message, event.cure) for event in self.events if isinstance(event, Warned))
 
-    def has_saved(self, step: int) -> bool:
-        """Whether the journal knows of the checkpoint after `step`; not if a kill came between the two."""
-        return any(isinstance(event, CheckpointSaved) and event.step == step for event in self.events)
+    def has_saved(self, saved: CheckpointSaved) -> bool:
+        """Whether the journal knows of a checkpoint as it is; not if a kill came between the two."""
+        known = [event for event in self.events if isinstance(event, CheckpointSaved)]
+        return any((event.step, event.is_best) == (saved.step, saved.is_best) for event in known)
 
     def unsaid(self, events: Generator[Event, None, Result]) -> Generator[Event, None, Result]:
         """Passes events on, but for warnings that the journal has already; the result is theirs."""

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadapt.errors import BadOutput, BadRun, NoRoom
-from qadapt.events import Evaluated, Event, Resumed, RunFinished, RunStarted, StepDone, Stopped, Warned
+from qadapt.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepDone,
+    Stopped,
+    Warned,
+)
 from qadapt.run_folder import run_names
 from qadapt.view.journal import FILE_NAME, Journal, effective, follow, read_events
 
@@ -220,6 +231,24 @@ def test_steps_after_the_checkpoint_are_superseded_by_a_resume():
         step(3, 0.5),
     ]
     assert effective(events) == [started(), step(1), step(2), warned, Resumed(step=2), step(3, 0.5)]
+
+
+def test_what_an_evaluation_said_counts_once_though_two_processes_said_it():
+    def saved(is_best: bool) -> CheckpointSaved:
+        return CheckpointSaved(step=3, folder="step-000003", is_best=is_best, bytes=1)
+
+    said = [
+        Evaluated(step=3, loss=0.9, is_best=True, seconds=1.0),
+        Warned(message="m", cure="c", step=3),
+        *(Sampled(step=3, prompt=ask, answer="a", base_answer="b", divergence=0.0) for ask in "pq"),
+    ]
+    events = [
+        step(3), saved(False), Resumed(step=3), *said[:3], Resumed(step=3), *said, saved(True),
+        Warned(message="m", cure="c", step=4),
+    ]  # fmt: skip
+    kept = effective(events)
+    again = [event for event in kept if not isinstance(event, Resumed)]
+    assert again == [step(3), *said, saved(True), events[-1]]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(min_value=0, max_value=9)), max_size=30))

@@ -186,21 +186,32 @@ def effective(events: Iterable[Event]) -> list[Event]:
 
     A run that was asked to leave in the middle of an evaluation saves the step before it, and evaluates when
     it is resumed. If that process dies before it has saved again, the next one evaluates once more, with the
-    same result: it counts once.
+    same result: that, its warnings and its sample answers count once. A checkpoint that was saved again
+    counts as it is now.
     """
     kept: list[Event] = []
     for event in events:
         if isinstance(event, Resumed):
             kept = [one for one in kept if not _is_after(one, event.step)]
         kept.append(event)
-    evaluated: set[int] = set()
-    return [one for one in kept if not isinstance(one, Evaluated) or _is_new(one.step, evaluated)]
+    counting: dict[tuple[object, ...], int] = {}
+    for at, event in enumerate(kept):
+        deed = _deed(event) or (at,)
+        counting[deed] = at if isinstance(event, CheckpointSaved) else counting.get(deed, at)
+    return [kept[at] for at in sorted(counting.values())]
 
 
-def _is_new(step: int, steps: set[int]) -> bool:
-    is_new = step not in steps
-    steps.add(step)
-    return is_new
+def _deed(event: Event) -> tuple[object, ...] | None:
+    """What an event says that may be said again; None if it says something else each time."""
+    match event:
+        case Evaluated() | CheckpointSaved():
+            return type(event), event.step
+        case Sampled():
+            return Sampled, event.step, event.prompt
+        case Warned() if event.step is not None:
+            return Warned, event.step, event.message, event.cure
+        case _:
+            return None
 
 
 def _is_after(event: Event, step: int) -> bool:
