@@ -44,7 +44,8 @@ from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder, is_worked_on, working_on
 from qadapt.train import checkpoint, guards, pauses, saver
 from qadapt.train.checkpoint import find_checkpoints, find_damage
-from qadapt.train.guards import CardUse, FreeDisk, Guards, Heat, Hours, OnBattery, OtherProgram
+from qadapt.train.guards import FreeDisk, Guards, Heat, Hours, OnBattery, OtherProgram
+from qadapt.train.spill import CardMemory
 from qadapt.units import GIB
 from qadapt.view.figures import figures
 from qadapt.view.journal import FILE_NAME, Journal, effective, read_events
@@ -283,8 +284,10 @@ def test_heat_is_let_go_of_five_degrees_below() -> None:
 
 
 def test_another_program_is_what_grows_and_not_the_run_itself() -> None:
+    free_and_others = [(GIB, GIB), (GIB, GIB + GIB // 8), (3 * GIB, 3 * GIB), (GIB, 3 * GIB)]
     uses = iter(
-        [CardUse(GIB, GIB), CardUse(GIB, GIB + GIB // 8), CardUse(3 * GIB, 3 * GIB), CardUse(GIB, 3 * GIB)]
+        CardMemory(8 * GIB, free_bytes, 8 * GIB - free_bytes - others_bytes)
+        for free_bytes, others_bytes in free_and_others
     )
     rule = OtherProgram(2 * GIB, lambda: next(uses))
     assert [rule.reason(NOON) is not None for _ in range(4)] == [False, False, False, True]

@@ -24,6 +24,7 @@ import torch
 from qadapt.cache import free_bytes
 from qadapt.events import Warned
 from qadapt.pause_rules import PauseRules
+from qadapt.train.spill import CardMemory, card_memory
 from qadapt.units import MIB, format_bytes
 
 LOOK_SECONDS = 5.0
@@ -71,20 +72,12 @@ class Heat:
         return "no temperature of the card can be read" if self.celsius() is None else None
 
 
-@dataclass(frozen=True)
-class CardUse:
-    """A card's memory now: free, and what neither is free nor counted by this process, in bytes."""
-
-    free_bytes: int
-    others_bytes: int
-
-
 @dataclass
 class OtherProgram:
     """Another program took memory on the card, and less than the limit is free: it gets all of it."""
 
     limit_bytes: int
-    look: Callable[[], CardUse | None]
+    look: Callable[[], CardMemory | None]
     least_others_bytes: int | None = None
     name = "vram"
     leaves = True
@@ -229,7 +222,9 @@ def guards_of(rules: PauseRules, *, device: torch.device, run_folder: Path) -> G
     """What is watched of this machine for a recipe's rules."""
     found: list[Rule] = []
     if rules.vram_bytes is not None:
-        found.append(OtherProgram(rules.vram_bytes, lambda: _card_use(device)))
+        found.append(
+            OtherProgram(rules.vram_bytes, lambda: card_memory(device) if device.type == "cuda" else None)
+        )
     if rules.temperature_celsius is not None:
         found.append(Heat(rules.temperature_celsius, lambda: _celsius(device)))
     if rules.hours is not None:
@@ -248,13 +243,6 @@ def _celsius(device: torch.device) -> float | None:
         return torch.cuda.temperature(device)
     except (pynvml.NVMLError, RuntimeError):  # a virtual GPU has no sensor, and NVML may be missing
         return None
-
-
-def _card_use(device: torch.device) -> CardUse | None:
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return CardUse(free_bytes=free, others_bytes=total - free - torch.cuda.memory_reserved(device))
 
 
 def _is_plugged() -> bool | None:

@@ -43,6 +43,11 @@ class CardMemory:
     reserved_bytes: int
 
     @property
+    def others_bytes(self) -> int:
+        """What is neither free nor counted by this process's allocator."""
+        return self.total_bytes - self.free_bytes - self.reserved_bytes
+
+    @property
     def usable_share(self) -> float:
         """The share of the card that the allocator may have: what it has, and what is really free."""
         usable_bytes = self.reserved_bytes + max(0, self.free_bytes - OUTSIDE_BYTES)
