@@ -19,7 +19,7 @@ from test_train import adapter_of, assert_same, make_recipe, only
 from torch import Tensor
 
 from qadapt import cache
-from qadapt.errors import BadOutput, BadRun, NoRoom
+from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
 from qadapt.events import CheckpointSaved, Continued, Evaluated, Event, Paused, Resumed, RunFinished, Warned
 from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
@@ -381,6 +381,22 @@ def test_a_process_killed_in_a_long_evaluation_evaluates_again_and_trains_nothin
     assert_same(adapter_of(tmp_path / "runs/first"), adapter_of(straight / "first"))
 
 
+def test_a_step_whose_evaluation_does_not_fit_is_saved(
+    tmp_path: Path, straight: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(_: object) -> float:
+        raise MemoryError
+
+    recipe = make_recipe(tmp_path, tiny_model("llama"), evaluate_every=None)
+    with monkeypatch.context() as patch, pytest.raises(DoesNotFit, match="in the evaluation") as ended:
+        patch.setattr(loop.Loop, "_held_out_loss", too_large)
+        list(train(recipe))
+    assert "--allow-change" in ended.value.cure
+    assert steps_kept(tmp_path / "runs/first") == [6]
+    list(resume("first", folder=str(tmp_path / "runs")))
+    assert_same(adapter_of(tmp_path / "runs/first"), adapter_of(straight / "first"))
+
+
 def test_a_fast_run_without_a_rule_is_saved_at_its_end_only(tmp_path: Path, tiny_model: TinyModel) -> None:
     events = list(train(make_recipe(tmp_path, tiny_model("llama"), evaluate_every=None)))
     assert [event.step for event in only(CheckpointSaved, events)] == [6]
@@ -442,7 +458,9 @@ def test_a_run_without_a_whole_checkpoint_starts_again_and_says_so(straight: Pat
     for folder in folders:
         flip_a_bit(folder / "optimizer.safetensors")
     events = list(resume("stopped", folder=str(tmp_path)))
-    assert len([each for each in only(Warned, events) if "is damaged" in each.message]) == len(folders)
+    damaged = [each for each in only(Warned, events) if "is damaged" in each.message]
+    assert len(damaged) == len(folders)
+    assert {each.cure for each in damaged} == {"The run's start is used."}
     assert only(Resumed, events)[0].step == 0
     assert_same(adapter_of(tmp_path / "stopped"), adapter_of(straight / "first"))
 
