@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
 from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.engine.ledger import Ledger
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import Diverged
 from qadapt.events import CheckpointSaved, Event, RunFinished, StepDone, UpdateSkipped, Warned
@@ -28,6 +29,7 @@ from qadapt.train.health import Health
 from qadapt.train.movement import find_unmoved, fingerprints
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.replay import Finding, Replay, _is_finite
+from qadapt.units import MIB
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -493,6 +495,15 @@ def test_tensors_that_moved_are_not_named_even_if_only_the_lost_part_did(
 ) -> None:
     model = tiny(tiny_model("llama"))
     assert stepped(model, dtype=dtype)[0] is None
+
+
+def test_looking_at_a_large_table_takes_little_memory() -> None:
+    table = torch.randn(4096, 2048, requires_grad=True)
+    optimizer = make_optimizer({"table": table}, kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
+    bits = table.detach().view(torch.int32).long()
+    expected = [(bits * bits).sum().item()]
+    with Ledger(budget_bytes=56 * MIB):  # 32 of them are the table
+        assert fingerprints(optimizer).tolist() == expected
 
 
 def test_tensors_that_did_not_move_are_named_with_their_cause(tiny_model: TinyModel) -> None:

@@ -17,6 +17,8 @@ from qadapt.train.optimizer import AdapterOptimizer, CompensatedAdamW
 
 UPDATES = 3
 _BITS = {2: torch.int16, 4: torch.int32}
+_PART_VALUES = 1 << 20
+"""So many at a time take 16 MiB beside the tensor, however large its table is."""
 _SHOWN = 3
 
 
@@ -35,8 +37,8 @@ def fingerprints(optimizer: AdapterOptimizer) -> Tensor:
 
 
 def _content(tensor: Tensor) -> Tensor:
-    bits = tensor.detach().view(_BITS[tensor.element_size()]).long()
-    return (bits * bits).sum()
+    parts = tensor.detach().view(_BITS[tensor.element_size()]).flatten().split(_PART_VALUES)
+    return torch.stack([part.long().square().sum() for part in parts]).sum()
 
 
 def find_unmoved(optimizer: AdapterOptimizer, start: Sequence[int]) -> Note | None:
