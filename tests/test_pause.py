@@ -151,7 +151,7 @@ def test_a_pause_ends_the_micro_batch_and_changes_nothing(
     with monkeypatch.context() as context:
         asking(run, "pause", at_look=at_look, monkeypatch=context)
         events = list(train(make_recipe(tmp_path, tiny_model("llama"))))
-    assert events[-1] == Stopped(step=step, reason="paused")
+    assert events[-1] == Stopped(step=step, reason="paused on request")
     assert events[-2].step == step  # type: ignore[attr-defined]
     assert isinstance(events[-2], CheckpointSaved)
     assert not only(Evaluated, events)
@@ -231,7 +231,7 @@ def test_a_waiting_run_obeys(tmp_path: Path, tiny_model: TinyModel, monkeypatch:
         events.append(event)
         if isinstance(event, Paused):
             control.ask(run, "pause")
-    assert events[-1] == Stopped(step=1, reason="paused")
+    assert events[-1] == Stopped(step=1, reason="paused on request")
     assert not only(Continued, events)
 
 
@@ -530,13 +530,13 @@ def test_a_request_that_was_cleared_away_is_made_again(
             control.take(run)
         if looks == 5 and control.is_asked(run, "pause"):
             control.take(run)
-            journal.append(Stopped(step=4, reason="paused"))
+            journal.append(Stopped(step=4, reason="paused on request"))
         return looks < 10 and looks != 7
 
     monkeypatch.setattr("qadapt.run_folder.is_worked_on", look)
     monkeypatch.setattr(cli_pause, "POLL_SECONDS", 0)
     with Journal(run / FILE_NAME) as journal:
-        journal.append(Stopped(step=1, reason="paused"))
+        journal.append(Stopped(step=1, reason="paused on request"))
         assert run_command(["pause", "first", "--folder", str(tmp_path)]) == 0
     assert looks == 7, "it waits until the process has left"
     assert "paused after step 4" in capsys.readouterr().out
@@ -580,7 +580,7 @@ def test_a_request_that_comes_while_the_journal_is_read_is_heard(
 
     monkeypatch.setattr("qadapt.run.read_events", read)
     events = list(resume("first", folder=str(tmp_path / "runs")))
-    assert events[-1] == Stopped(step=1, reason="paused")
+    assert events[-1] == Stopped(step=1, reason="paused on request")
 
 
 def test_who_only_looks_at_a_run_keeps_nobody_from_taking_it_up(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_a_rehearsal_is_left_within_a_micro_batch_and_the_run_goes_on_as_without
         events.append(event)
         if isinstance(event, StageStarted) and event.stage == "rehearsing the longest step":
             control.ask(run, "pause")
-    assert events[-1] == Stopped(step=0, reason="paused")
+    assert events[-1] == Stopped(step=0, reason="paused on request")
     assert not only(Rehearsed, events)
     assert "rehearsing an evaluation" not in {event.stage for event in only(StageStarted, events)}
     assert not (run / ".rehearsal").exists()

@@ -201,7 +201,7 @@ def test_a_run_that_is_paused_between_two_answers_asks_all_of_them_when_it_goes_
         context.setattr(samples, "generate", pausing)
         events = list(train(make_recipe(tmp_path, tiny_model("llama"), **fields)))
     assert asked == 1
-    assert events[-1] == Stopped(step=3, reason="paused")
+    assert events[-1] == Stopped(step=3, reason="paused on request")
     assert not only(Sampled, events)
     events += list(resume("first", folder=str(tmp_path / "runs")))
     assert [event.step for event in only(Evaluated, events)] == [3, 6]

@@ -72,9 +72,9 @@ class Pauses:
             yield from save()
             reason = yield from self._wait(step, reason.text)
         if control.is_asked(self.leave_folder, "pause"):
-            return "paused"
+            return "paused on request"
         if control.is_asked(self.leave_folder, "stop"):
-            return "asked to stop"
+            return "asked to leave, as by Ctrl-C"
         return None if reason is None else reason.text
 
     def when_room(self, step: int, write: Callable[[], Sequence[Event]]) -> Iterator[Event]:
