@@ -20,7 +20,7 @@ from qadapt.data.batches import Division, all_batches
 from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
-from qadapt.errors import NoRoom
+from qadapt.errors import DoesNotFit, NoRoom
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import Checkpoint, drop_newer, random_state, restore_random_state
 from qadapt.train.health import Health
@@ -152,7 +152,6 @@ class Loop:
     def events(self) -> Iterator[Event]:
         """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
-        self._save_started = time.monotonic()
         yield from self.pauses.guards.warnings()
         with self._saver, within_free_memory(self._device):
             while True:
@@ -276,6 +275,9 @@ class Loop:
             evaluated = yield from self._evaluate()
         except Leaving:
             return
+        except DoesNotFit:
+            yield from self._saved()
+            raise
         yield evaluated
         if not math.isfinite(evaluated.loss):
             yield Warned(
@@ -364,9 +366,8 @@ class Loop:
             random=random_state(self._device),
             values=values,
         )
-        events = self._saver.save(checkpoint, best_step=progress.best_step, is_awaited=is_awaited)
         self._save_started = time.monotonic()
-        return events
+        return self._saver.save(checkpoint, best_step=progress.best_step, is_awaited=is_awaited)
 
     def saved(self, folder: Path) -> CheckpointSaved:
         """What the journal says of the checkpoint of where the run stands."""

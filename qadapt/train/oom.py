@@ -240,7 +240,7 @@ class Ladder:
         Raises:
             DoesNotFit: Memory ran out on the last rung; names the longest row.
         """
-        yield from self._take_again(lambda rung: rung.step <= step and rung.phase != "evaluation")
+        yield from self._take_again(lambda rung: rung.step <= step)  # a rehearsal's, too
         has_more = False
         while isinstance(done := attempt(trial), RanOut):
             if trial.found is None:
@@ -271,7 +271,7 @@ class Ladder:
             if size is None:
                 raise DoesNotFit(
                     f"Memory ran out in the evaluation after step {step}, with one held-out row at a time.",
-                    cure="Leave the longest held-out rows out, or set data.length lower; then qadapt resume.",
+                    cure="Leave the longest held-out rows out, then `qadapt resume --allow-change`.",
                 )
             price = self._evaluating.price(size)
             yield from self._take(
