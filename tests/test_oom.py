@@ -46,7 +46,7 @@ from qadapt.run import resume, train
 from qadapt.train import loop, oom, pauses
 from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
-from qadapt.train.oom import FILE_NAME, Beginning, Ladder, read_rungs, write_rungs
+from qadapt.train.oom import FILE_NAME, Beginning, Ladder, Trial, read_rungs, write_rungs
 from qadapt.train.step import StepResult, drop_gradients, find_gradient
 from qadapt.units import MIB
 from qadapt.view.journal import effective, read_events
@@ -349,6 +349,20 @@ def test_a_card_that_has_more_room_by_now_is_tried_once_more_before_a_rung(
     assert_equals_the_reference(made.case, found, expected)
     with pytest.raises(DoesNotFit):
         made.once(RunsOut(5, again=True))
+
+
+def test_an_evaluation_rung_of_a_rehearsal_is_said_before_step_1_is_done_again(
+    stage: Callable[[Case], Stage],
+) -> None:
+    made = stage(CASES[0])
+    rung = Eased(step=1, phase="evaluation", knob="micro_batch", value=1, price="")
+    write_rungs(made.folder / FILE_NAME, [rung])
+    ladder = Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder)
+    ladder.go_to(0)
+    trial = Trial(find=lambda: None, apply=lambda _: None, around=nullcontext)
+    said = list(ladder.climb_step(trial, step=1, rows=rows(), beginning=Beginning(torch.device("cpu"), None)))
+    assert [(type(event), event.step) for event in said if isinstance(event, Eased)] == [(Eased, 1)]
+    assert ladder.evaluation.size == 1
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, times: int) -> None:
