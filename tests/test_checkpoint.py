@@ -23,7 +23,7 @@ from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
 from qadapt.events import CheckpointSaved, Continued, Evaluated, Event, Paused, Resumed, RunFinished, Warned
 from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
-from qadapt.train import checkpoint, loop, pauses
+from qadapt.train import checkpoint, loop, pauses, saver
 from qadapt.train.checkpoint import (
     FILES,
     MANIFEST,
@@ -292,6 +292,18 @@ def test_the_state_is_copied_before_save_returns_and_there_is_one_copy_at_most(
     loaded = load_checkpoint(find_checkpoints(tmp_path)[0])
     assert_same(loaded.adapter, state(1).adapter)
     assert loaded.values["progress"]["step"] == 1
+
+
+def test_without_memory_for_a_copy_the_state_is_written_before_save_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(saver, "_copied_group", too_large)
+    events = Saver(tmp_path, keep=1).save(state(1), best_step=None)
+    assert [event.step for event in only(CheckpointSaved, events)] == [1]
+    assert load_newest(tmp_path)[0] is not None
 
 
 @pytest.mark.parametrize("error", [None, GeneratorExit, RuntimeError])

@@ -17,6 +17,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from qadapt.engine.out_of_memory import RanOut, attempt
 from qadapt.events import CheckpointSaved, Event, Warned
 from qadapt.train.checkpoint import Checkpoint, check_room, find_checkpoints, save_checkpoint, step_of
 
@@ -60,12 +61,13 @@ class Saver:
             BadOutput: One of them could not be written.
         """
         self._settle()
-        if not self.in_background:
+        check_room(self.run_folder, checkpoint)
+        copied = attempt(lambda: _copied(checkpoint)) if self.in_background else None
+        if copied is None or isinstance(copied, RanOut):  # without room for a copy the training waits
             self._unsaid += self._write(checkpoint, best_step)
             return self._said()
-        check_room(self.run_folder, checkpoint)
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
-        self._writing = thread.submit(self._write, _copied(checkpoint), best_step)
+        self._writing = thread.submit(self._write, copied, best_step)
         thread.shutdown(wait=False)  # takes no more work, and ends with this one
         if is_awaited:
             self._settle()
