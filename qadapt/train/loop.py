@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
 from qadapt import control
-from qadapt.data.batches import Division, all_batches
+from qadapt.data.batches import all_batches
 from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
@@ -32,6 +32,7 @@ from qadapt.train.replay import Replay
 from qadapt.train.samples import Samples
 from qadapt.train.saver import Saver, saved_event
 from qadapt.train.schedule import learning_rate
+from qadapt.train.settings import LoopSettings, Progress
 from qadapt.train.spill import Pace, renewing_cap, within_free_memory
 from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient
 
@@ -39,51 +40,6 @@ MEMORY_EVERY = 50
 """Steps from one whose memory is counted to the next: such a step takes about a quarter more time."""
 SAVE_SECONDS = 300
 """After so long without a checkpoint one is written, between the recipe's, too: what a kill costs at most."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each.
-
-    Of `packed` micro-batches none has more than `packed_tokens`, nor learns more than `packed_learned` of
-    them: what the plan has room for, in training and in evaluation.
-    """
-
-    steps: int
-    micro_batch: int
-    packed: bool
-    packed_tokens: int
-    packed_learned: int
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    final_share: float
-    clip_norm: float | None
-    evaluate_every: int | None
-    patience: int | None
-    checkpoint_every: int | None
-    keep_checkpoints: int
-    keep_every: int | None
-
-    def division(self, pad_id: int) -> Division:
-        """How the plan divides rows."""
-        return Division(
-            pad_id, self.micro_batch, self.packed, tokens=self.packed_tokens, learned=self.packed_learned
-        )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: steps done, and the best evaluation so far."""
-
-    step: int = 0
-    best_step: int | None = None
-    best_loss: float | None = None
-    evaluations_since_best: int = 0
-    owes_evaluation: bool = False
-    """It left in the middle of the evaluation after `step`, or before it."""
-    owes_samples: bool = False
-    """Likewise of the sample answers after `step`, which its checkpoint follows."""
 
 
 class Loop:

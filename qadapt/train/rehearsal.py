@@ -45,9 +45,10 @@ from qadapt.events import (
 from qadapt.model.generate import generate
 from qadapt.plan.estimate import peak_error_bytes
 from qadapt.train.checkpoint import random_state, restore_random_state
-from qadapt.train.loop import Loop, LoopSettings
+from qadapt.train.loop import Loop
 from qadapt.train.memory import reset_peak
 from qadapt.train.optimizer import AdapterOptimizer
+from qadapt.train.settings import LoopSettings
 from qadapt.train.stored_plan import StoredPlan
 from qadapt.units import format_bytes
 
