@@ -40,8 +40,8 @@ from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
 from qadapt.shape import ModelShape, find_shape, table_rows
 from qadapt.stage import Report
-from qadapt.train.settings import LoopSettings
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
+from qadapt.train.settings import LoopSettings
 from qadapt.train.stored_plan import StoredPlan
 from qadapt.units import parse_bytes
 

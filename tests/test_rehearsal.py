@@ -39,11 +39,11 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml
 from qadapt.run import rehearse, resume, train
 from qadapt.train import loop, rehearsal
-from qadapt.train.settings import LoopSettings
 from qadapt.train.oom import read_rungs
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.rehearsal import fullest_step, prompt_of, put_back
 from qadapt.train.saver import Saver
+from qadapt.train.settings import LoopSettings
 from qadapt.train.step import find_gradient
 
 if TYPE_CHECKING:
