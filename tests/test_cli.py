@@ -188,7 +188,7 @@ def test_help_and_version_start_in_a_blink_and_without_torch() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: TinyModel) -> None:
-    recipe = write_recipe(tmp_path, tiny_model("llama"), steps=400)
+    recipe = write_recipe(tmp_path, tiny_model("llama"), steps=100)
     with subprocess.Popen(
         command("train", str(recipe)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
