@@ -37,13 +37,13 @@ LINEARS = {
 }  # fmt: skip
 
 
-def random_pieces(entry: TensorEntry) -> Iterator[memoryview]:
+def random_pieces(entry: TensorEntry, *, device: str = "cpu") -> Iterator[memoryview]:
     """Random values of about the right size, by pieces."""
     dtype = torch.bfloat16 if entry.dtype == "BF16" else torch.float32
     left = math.prod(entry.shape)
     while left:
         count = min(left, 4 * MIB)
-        yield bytes_of((torch.randn(count) * 0.02).to(dtype))
+        yield bytes_of((torch.randn(count, device=device) * 0.02).to(dtype).cpu())
         left -= count
 
 

@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,16 @@ def setting_of(dtype: Any) -> Setting:
     )  # fmt: skip
 
 
-def write_model(folder: Path, values: Mapping[str, Any]) -> None:
-    """Random weights for a configuration, tensor by tensor, in bf16; config.json last."""
+def write_model(folder: Path, values: Mapping[str, Any], *, device: str = "cpu") -> None:
+    """Random weights for a configuration, tensor by tensor, in bf16; config.json last.
+
+    They are drawn on `device`.
+    """
     meta = skeleton_base(values, quantization="none", double_quant=False, dtype=torch.bfloat16)
     entries = [TensorEntry(name, "BF16", tuple(one.shape)) for name, one in meta.state_dict().items()]
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    for _ in write_shards(folder, entries, values=random_pieces, shard_bytes=5 * GIB):
+    for _ in write_shards(folder, entries, values=partial(random_pieces, device=device), shard_bytes=5 * GIB):
         pass
     (folder / "config.json").write_text(json.dumps(dict(values), indent=2), encoding="utf-8")
 
