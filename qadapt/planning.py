@@ -386,8 +386,9 @@ def ask_of(
     setting = setting_of(
         recipe, chosen, device=target.device, compute_dtype=compute_dtype, adapter_dtype=adapter_dtype
     )
-    wanted = {"micro_batch": recipe.memory.micro_batch, "recompute": recipe.memory.recompute}
-    free = frozenset(name for name in PLANNED if wanted[name] == "auto")
+    memory = recipe.memory
+    wanted = {"micro_batch": memory.micro_batch, "recompute": memory.recompute, "offload": memory.offload}
+    free = frozenset(name for name in PLANNED if wanted.get(name, "auto") == "auto")
     if config is not None and chosen is None:
         check_numbers(_Outline.of(config), setting)
     return Question(chosen, setting, target, recipe.train.rows_per_step, free, config)

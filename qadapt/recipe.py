@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qadapt.pause_rules import parse_pause_rules
+from qadapt.shape import Part
 from qadapt.units import parse_bytes
 
 Positive = Annotated[int, Field(gt=0)]
@@ -182,6 +183,8 @@ class MemorySection(Section):
     """Rows in one forward pass."""
     recompute: Literal["auto", "all", "none"] | Positive = "auto"
     """Activation checkpointing (arXiv:1604.06174) of every layer, of none, or of so many of the first."""
+    offload: Literal["auto", "none"] | tuple[Part, ...] = "auto"
+    """What stays in the memory of the host: input embeddings, inputs of recomputed layers, frozen layers."""
 
     @field_validator("budget")
     @classmethod
@@ -196,6 +199,14 @@ class MemorySection(Section):
         is_count = type(value) is int and value > 0
         if value not in ("auto", "all", "none") and not is_count:
             raise ValueError("give auto, all, none, or how many of the first layers, 1 or more")
+        return value
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _is_offload(cls, value: object) -> object:
+        is_list = isinstance(value, list | tuple) and value and all(each in get_args(Part) for each in value)
+        if value not in ("auto", "none") and not is_list:
+            raise ValueError(f"give auto, none, or a list of {', '.join(get_args(Part))}")
         return value
 
 

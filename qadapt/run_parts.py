@@ -90,6 +90,9 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         packed=plan.setting.packed,
         packed_tokens=plan.setting.tokens if plan.setting.packed else 0,
         packed_learned=plan.setting.supervised_tokens if plan.setting.packed else 0,
+        loss_chunk=plan.setting.loss_chunk,
+        mlp_tiles=plan.setting.mlp_tiles,
+        offload=plan.setting.offload,
         recipe=recipe.model_dump(mode="json"),
     )
 

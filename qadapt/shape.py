@@ -13,10 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qadapt.architecture import check_decoder, check_fields, size
 from qadapt.errors import BadModel, NoClosedForm
+
+Part = Literal["embeddings", "boundaries", "layers"]
+"""What can stay in the memory of the host: the table of the input embeddings, the inputs of recomputed
+layers, the frozen weights of the decoder layers."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures whose closed form and training are tested, by `model_type`."""

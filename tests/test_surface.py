@@ -92,6 +92,7 @@ FIELDS = [
     "memory.compute_dtype",
     "memory.micro_batch",
     "memory.recompute",
+    "memory.offload",
     "export.form",
     "export.base",
     "export.shard",

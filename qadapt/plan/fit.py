@@ -1,7 +1,8 @@
 """The fastest plan within a budget: the combinations of the free knobs are estimated, the best one taken.
 
 The closed form takes well under a millisecond per combination. All are tried, except that a fine knob's
-values (`Knob.fine`: how many layers recompute) are searched by halving within each combination of the others.
+values (`Knob.fine`: how many layers recompute) are searched by halving within each combination of the others,
+and that last resorts (`Knob.last_resort`) are tried only where nothing fits without them.
 `tools/bench/exhaustive.py` compares with trying everything. Knows no screen and no recipe file.
 """
 
@@ -63,9 +64,14 @@ def fit(
     """
     knobs = [knob for knob in KNOBS if knob.name in free]
     bench = _Bench(shape, rows_per_step, room, card)
-    tried = list(bench.search(setting, knobs))
-    fitting = [candidate for candidate in tried if bench.fits(candidate)]
-    if not fitting:
+    turned = [knob for knob in knobs if not knob.last_resort]
+    for more in (None, *(knob for knob in knobs if knob.last_resort)):
+        turned += [] if more is None else [more]
+        tried = list(bench.search(setting, turned))
+        fitting = [candidate for candidate in tried if bench.fits(candidate)]
+        if fitting:
+            break
+    else:
         least = min((candidate.estimate for candidate in tried), key=lambda each: each.needed_bytes)
         raise _does_not_fit(shape, least, room=room, rows_per_step=rows_per_step, card=card)
     best = min(fitting, key=lambda each: (each.cost, each.count, each.estimate.needed_bytes))
@@ -75,7 +81,7 @@ def fit(
         budget_bytes=room.free_bytes,
         micro_batches_per_step=best.count,
         seconds_per_step=best.seconds,
-        reasons=tuple(bench.reason(knob, best) for knob in knobs),
+        reasons=tuple(bench.reason(knob, best) for knob in turned),
     )
 
 

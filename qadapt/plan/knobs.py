@@ -32,6 +32,9 @@ class Knob:
 
     What a knob that `needs_rows` is worth depends on how long the rows are; who has them turns it.
 
+    A `last_resort` knob is turned by `fit` only where nothing fits without it, in the registry's order; else
+    it stands where the setting has it.
+
     A `live` knob can be turned in the middle of a run where memory runs out (`train/oom.py`): it changes how
     a step is computed and not what. They are taken in the order of the registry, the cheapest first.
     """
@@ -45,6 +48,7 @@ class Knob:
     fine: bool = False
     needs_rows: bool = False
     live: bool = False
+    last_resort: bool = False
 
     def change(self, setting: Setting, value: Value, *, rows_per_step: int) -> Setting:
         """The setting with this knob at a value."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qadapt.errors import BadRecipe
-from qadapt.shape import Linear, ModelShape
+from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
     from qadapt.recipe import Recipe
@@ -45,6 +45,9 @@ class Setting:
     loss goes backward (qadapt's step does not; published stacks do). `new_tokens` is the number of tokens
     whose rows of embedding and head are trained; the shape's vocabulary includes them.
 
+    `loss_chunk` is how many learned tokens are at the head at once, 0 for all of them; `mlp_tiles` in how
+    many pieces along the sequence a feed-forward part is computed; `offload` what stays on the host, on CUDA.
+
     `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
     most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length;
     `step_tokens` the tokens of all rows of the fullest optimizer step, as no micro-batch holds more, 0 where
@@ -53,7 +56,7 @@ class Setting:
 
     rows: int = 1
     length: int = 2048
-    quantization: Literal["nf4", "none"] = "nf4"
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
     double_quant: bool = True
     method: Literal["lora"] = "lora"
     rank: int = 16
@@ -64,6 +67,9 @@ class Setting:
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw-8bit"
     supervised_share: float = 1.0
     recompute: Recompute = "all"
+    loss_chunk: int = 0
+    mlp_tiles: int = 1
+    offload: tuple[Part, ...] = ()
     accumulates: bool = True
     holds_logits: bool = False
     packed: bool = False
@@ -256,6 +262,7 @@ def setting_of(
         optimizer=optimizer,
         supervised_share=supervised_share,
         recompute="all" if memory.recompute == "auto" else memory.recompute,
+        offload=memory.offload if isinstance(memory.offload, tuple) else (),
         accumulates=recipe.train.rows_per_step > rows,
         packed=recipe.data.packing is True,
         documents=recipe.train.rows_per_step if recipe.data.packing is True else 0,

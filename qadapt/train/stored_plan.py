@@ -14,6 +14,7 @@ from typing import Any
 from qadapt.errors import BadRun
 from qadapt.events import Planned
 from qadapt.plan.setting import Recompute
+from qadapt.shape import Part
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class StoredPlan:
     """How a run's steps are placed on a device.
 
     `packed` came with a later release: a plan without it is of a run whose rows are filled up. Packed
-    micro-batches have at most `packed_tokens`, and learn at most `packed_learned` of them. `recipe` is the
+    micro-batches have at most `packed_tokens`, and learn at most `packed_learned` of them; later still came
+    `loss_chunk`, `mlp_tiles` and `offload`, which are those of `plan.setting.Setting`. `recipe` is the
     one it was made for, as plain values; empty in a plan of an earlier release.
     """
 
@@ -54,6 +56,9 @@ class StoredPlan:
     packed: bool = False
     packed_tokens: int = 0
     packed_learned: int = 0
+    loss_chunk: int = 0
+    mlp_tiles: int = 1
+    offload: tuple[Part, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def event(self) -> Planned:
@@ -86,7 +91,8 @@ def read_plan(path: Path) -> StoredPlan:
         values = json.loads(path.read_text(encoding="utf-8"))
         del values["version"]
         ingredients = Ingredients(**values.pop("ingredients"))
-        return StoredPlan(ingredients=ingredients, reasons=tuple(values.pop("reasons")), **values)
+        reasons, offload = tuple(values.pop("reasons")), tuple(values.pop("offload", ()))
+        return StoredPlan(ingredients=ingredients, reasons=reasons, offload=offload, **values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"The plan {path} cannot be read: {error}"
         cure = (
