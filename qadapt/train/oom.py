@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,7 +30,6 @@ from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.durable import write_whole
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
-from qadapt.engine.recompute import recomputed_layers, set_recompute
 from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
 from qadapt.events import Eased, Event
 from qadapt.plan.knobs import LIVE
@@ -39,79 +38,11 @@ from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Pauses
 from qadapt.train.spill import renew_cap
 from qadapt.train.step import StepResult, drop_gradients
+from qadapt.train.turns import Recomputing, Splitting, Turn
 
 FILE_NAME = "rungs.json"
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
 """What names fields of configurations whose noise no module shows."""
-Value = int | str
-
-
-class Turn(Protocol):
-    """How a live knob is turned."""
-
-    def next(self, rows: Sequence[Tokens]) -> Value | None:
-        """The next value, with which these rows take less memory; None if there is none."""
-
-    def take(self, value: Value) -> None:
-        """Sets the value; one with more memory than now is passed over."""
-
-    def price(self, value: Value) -> str:
-        """What the value costs, in words."""
-
-
-class Splitting:
-    """Fewer rows at a time, or tokens where they are packed."""
-
-    def __init__(self, division: Division, *, draws: bool) -> None:
-        self.division = division
-        self.draws = draws
-
-    def next(self, rows: Sequence[Tokens]) -> Value | None:
-        """The next half that divides these rows further; rows that are not known are divided anyhow."""
-        if self.draws:
-            return None
-        smaller = self.division.smaller(rows) if rows else self.division.half()
-        return None if smaller is None else smaller.size
-
-    def take(self, value: Value) -> None:
-        """Sets the size."""
-        self.division = self.division.down_to(int(value))
-
-    def price(self, value: Value) -> str:
-        """What smaller micro-batches cost."""
-        unit = "token" if self.division.packed else "row"
-        many = "" if value == 1 else "s"
-        return f"{value:,} {unit}{many} at a time: more and smaller products, so a little slower"
-
-
-class Recomputing:
-    """More layers that compute their activations again; half of those that are left at a time."""
-
-    def __init__(self, model: PeftModel, *, draws: bool) -> None:
-        self._base = model.get_base_model()
-        self.draws = draws
-
-    def next(self, _: Sequence[Tokens]) -> Value | None:
-        """Half of the layers that are left, or all if it is the last one."""
-        recomputed, layers = recomputed_layers(self._base)
-        if recomputed == layers:
-            return None
-        more = recomputed + (layers - recomputed + 1) // 2
-        return "all" if more == layers else more
-
-    def take(self, value: Value) -> None:
-        """Sets how many layers recompute."""
-        recomputed, layers = recomputed_layers(self._base)
-        if value == "all":
-            set_recompute(self._base, "all")
-        elif recomputed < int(value) < layers:
-            set_recompute(self._base, int(value))
-
-    def price(self, value: Value) -> str:
-        """What recomputation costs."""
-        layers = "every layer is" if value == "all" else f"{value} layers are"
-        text = f"{layers} computed twice, at most a third more time"
-        return f"{text}; rows cannot be split, as dropout would draw other masks" if self.draws else text
 
 
 @dataclass
