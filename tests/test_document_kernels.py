@@ -44,7 +44,7 @@ def slow_varlen(
     left, right = named["window_size"]
     assert right == 0, "causal"
     groups = query.shape[1] // key.shape[1]
-    assert named["enable_gqa"] is (groups > 1)
+    assert named.get("enable_gqa", True) is (groups > 1)  # torch 2.11 does not know the name
     bounds = starts.tolist()
     assert longest == longest_key == max(b - a for a, b in pairwise(bounds))
     found = []
@@ -65,6 +65,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """The engine takes the CPU for a card of compute capability 8.9 with the kernel."""
     monkeypatch.setattr(engine, "capability_for", lambda tensor: 8.9)
     monkeypatch.setattr(engine, "varlen_attn", slow_varlen)
+    monkeypatch.setattr(engine, "HAS_VARLEN", True)
     varlen_problem.cache_clear()
     yield monkeypatch
     varlen_problem.cache_clear()
@@ -94,6 +95,34 @@ def test_the_kernel_is_called_so_that_it_gives_what_one_document_at_a_time_gives
     one_by_one = attend(sliding_window=window)
     torch.testing.assert_close(at_once, one_by_one, rtol=2e-2, atol=2e-2)  # bf16
     assert at_once.shape == (1, sum(LENGTHS), 4, 16)
+
+
+def varlen_of_2_11(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    named: dict[str, Any] = {"scale": scale, "window_size": window_size}
+    return slow_varlen(query, key, value, starts, key_starts, longest, longest_key, **named)
+
+
+def test_the_kernel_of_a_torch_without_a_word_for_groups_is_called_without_it(
+    card: pytest.MonkeyPatch,
+) -> None:
+    card.setattr(engine, "varlen_attn", varlen_of_2_11)
+    card.setattr(engine, "SAYS_GROUPS", False)
+    assert problem_here() is None
+    card.setattr(engine, "SAYS_GROUPS", True)
+    varlen_problem.cache_clear()
+    found = problem_here()
+    assert found is not None and "enable_gqa" in found
 
 
 def see_everything(*tensors: Tensor, **named: Any) -> Tensor:

@@ -19,8 +19,9 @@ from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, capability_of
-from qadapt.plan.allocator import reserved_range
+from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.setting import Setting, auto_dtypes
+from qadapt.plan.workspace import blas_workspace_bytes
 from qadapt.run import resume, train
 from qadapt.shape import find_config
 from qadapt.train.dryrun import dry_run
@@ -34,6 +35,22 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def before_bytes() -> int:
+    """What is allocated, but for the workspaces of cuBLAS, which a thread keeps from its first product on.
+
+    A dry run begins before they are there. Here they are made, if no test has done so, and taken off.
+    """
+    values = torch.ones(16, 16, device="cuda", requires_grad=True)
+    (values @ values).sum().backward()
+    del values
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    workspaces = 2 * blas_workspace_bytes(capability_of(torch.device("cuda")))
+    assert torch.cuda.memory_allocated() >= workspaces
+    return torch.cuda.memory_allocated() - workspaces
 
 
 def test_a_run_on_the_card_learns_within_its_prediction(tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -74,7 +91,7 @@ def test_paged_states_are_saved_and_read_back(tiny_model: TinyModel) -> None:
     assert all(torch.equal(value.cpu(), saved[name]) for name, value in again.tensors().items())
 
 
-def test_a_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -> None:
+def test_a_step_on_the_card_takes_what_the_dry_run_says(before_bytes: int, tiny_model: TinyModel) -> None:
     device = torch.device("cuda")
     folder = tiny_model("llama", layers=6, width=512, vocabulary=8192, context=2048)
     compute, adapter = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
@@ -87,9 +104,6 @@ def test_a_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -
         accumulates=False,
     )
     dry = dry_run(find_config(str(folder)).values, setting, capability=capability_of(device), steps=2)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before_bytes = torch.cuda.memory_allocated()
     base = load_base(folder, quantization="nf4", double_quant=True, dtype=DTYPES[compute], device=device)
     set_recompute(base, "all")
     model = attach_lora(base, Lora(rank=16, alpha=16), dtype=DTYPES[adapter], seed=0).train()
@@ -101,8 +115,7 @@ def test_a_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -
     evaluate_loss(model, [batch])
     peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
     assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)
-    reserved = reserved_range(dry.trace)
-    assert reserved.low_bytes * 0.95 <= torch.cuda.max_memory_reserved() <= reserved.high_bytes * 1.05
+    assert reserved_range(dry.trace).widened(RUN_NOISE).holds(torch.cuda.max_memory_reserved())
 
 
 def on_the_card(folder: Path, compute: str) -> PeftModel:
@@ -128,7 +141,9 @@ def test_a_packed_step_on_the_card_is_the_padded_one(family: str, tiny_model: Ti
         assert difference < 0.1, name  # 16 bits
 
 
-def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyModel) -> None:
+def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(
+    before_bytes: int, tiny_model: TinyModel
+) -> None:
     folder = tiny_model("llama", layers=6, width=512, vocabulary=8192, context=2048)
     compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
     setting = Setting(
@@ -138,9 +153,6 @@ def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(tiny_model: TinyM
     shape = packed_shape((2048, 1000, 500, 300, 248), supervised_tokens=1024)
     capability = capability_of(torch.device("cuda"))
     dry = dry_run(find_config(str(folder)).values, setting, capability=capability, batch=shape, steps=2)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before_bytes = torch.cuda.memory_allocated()
     model = on_the_card(folder, compute)
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
     ids, positions = torch.randint(3, 8000, (1, 4096)), torch.arange(0, 4096, 4)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from qadapt.engine.target import HAS_VARLEN, TYPES, capability_for
+from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for
 from qadapt.errors import Unsupported
 from qadapt.plan.attention import attention_kernel, document_kernel
 from qadapt.shape import shape_from_config
@@ -135,6 +135,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, 
     longest = max(documents.lengths)
     window = how.windowed(longest)
     queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))  # (T, H, D)
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if SAYS_GROUPS else {}
     found = varlen_attn(
         queries,
         keys,
@@ -145,7 +146,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, 
         longest,
         scale=how.scaling,
         window_size=(-1 if window is None else window - 1, 0),  # keys before the query's own
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(found, Tensor), "only the output was asked for"
     return found[None]

@@ -32,10 +32,13 @@ from qadapt.plan.workspace import kernel_bytes
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    HAS_VARLEN = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    _NAMED = frozenset(inspect.signature(varlen_attn).parameters)
 except ImportError:
-    HAS_VARLEN = False
-"""Whether this torch has the kernel for many documents at once, with all that is asked of it."""
+    _NAMED = frozenset()
+HAS_VARLEN = {"scale", "window_size"} <= _NAMED
+"""Whether this torch has the kernel for many documents at once, with all that is asked; from 2.11 on."""
+SAYS_GROUPS = "enable_gqa" in _NAMED
+"""Whether it wants to be told of grouped queries; torch 2.11 hands them to the kernel without a question."""
 
 aten = torch.ops.aten
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
