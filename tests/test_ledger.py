@@ -10,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from ledger_matrix import Case, allocated_bytes, make_folder, measure
 from torch import nn
 
+from qadapt.engine.host import to_device, to_host
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.target import Target, kernels_of
 from qadapt.plan.trace import peak_of
@@ -154,3 +155,27 @@ def test_what_a_kernel_took_is_given_back_where_memory_runs_out() -> None:
     with ledger, pytest.raises(torch.OutOfMemoryError):
         tensor.exp()
     assert ledger.live_bytes == 0
+
+
+def test_what_was_brought_to_the_host_on_meta_counts_as_the_hosts_and_so_does_what_is_made_of_it() -> None:
+    there, numbers = torch.empty(100, 8, device="meta"), torch.empty(10, dtype=torch.int64, device="meta")
+    with Ledger() as ledger:
+        table = to_host(there)
+        looked_up = table[to_host(numbers)]
+        assert (ledger.live_bytes, ledger.host_bytes) == (0, 3200 + 320)  # the numbers are let go
+        rows = to_device(looked_up, there.device)
+        assert ledger.live_bytes == 320
+        del table, looked_up
+        assert (ledger.live_bytes, ledger.host_bytes) == (320, 0)
+        rows = rows + 1
+    assert (ledger.peak.bytes, ledger.host_peak_bytes) == (640, 3200 + 80 + 320)
+
+
+def test_beside_a_card_the_processors_tensors_are_the_hosts() -> None:
+    with Ledger(has_host_apart=True) as ledger:
+        here, there = torch.zeros(10), torch.zeros(20, device="meta")
+        assert (ledger.live_bytes, ledger.host_bytes) == (80, 40)
+        assert to_host(here) is here and to_device(there, torch.device("meta")) is there
+    with Ledger() as ledger:
+        here = torch.zeros(10)
+        assert (ledger.live_bytes, ledger.host_bytes) == (40, 0)

@@ -2,9 +2,11 @@
 
 A dispatch mode sees every tensor that an operation makes and follows its storage by weak reference, so what
 counts is what is really alive. Beside it stand what kernels take inside an operation (`inside`, from
-`engine/kernels.py`) and what was there before (`hold`). Where a tensor is made decides its category: in the
+`engine/target.py`) and what was there before (`hold`). Where a tensor is made decides its category: in the
 forward pass `activations`, around the head `loss`, in the backward pass `temporary`; inputs of recomputed
 layers and gradients of parameters are told apart by hooks.
+
+What lies in host memory beside a card is no byte of the device and counts by itself (`engine/host.py`).
 
 Not seen: what a kernel allocates inside and `inside` does not know, memory outside the framework's allocator.
 The idea of counting by dispatch: `torch.utils._python_dispatch.TorchDispatchMode`, as in
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qadapt.engine.host import is_on_host, place_results
 from qadapt.plan.categories import CATEGORIES
 from qadapt.plan.trace import TraceEvent
 
@@ -60,6 +63,7 @@ class Ledger(TorchDispatchMode):
         inside: What kernels take inside operations; None counts nothing.
         budget_bytes: Above it, `torch.OutOfMemoryError` is raised as a card would raise it.
         is_recording: Keep the trace of every allocation and release.
+        has_host_apart: The step runs on CUDA: a CPU's tensors are the host's, and count as `host_bytes` only.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Ledger(TorchDispatchMode):
         inside: Inside | None = None,
         budget_bytes: int | None = None,
         is_recording: bool = False,
+        has_host_apart: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = "outside"
@@ -76,11 +81,14 @@ class Ledger(TorchDispatchMode):
         self.trace: list[TraceEvent] = []
         self.live = dict.fromkeys(CATEGORIES, 0)
         self.live_bytes = 0
+        self.host_bytes = 0  # alive in host memory beside the device, and the most there were
+        self.host_peak_bytes = 0
         self.phase_bytes: dict[str, int] = {}
         self._step = step
         self._inside = inside
         self._budget_bytes = budget_bytes
         self._is_recording = is_recording
+        self._has_host_apart = has_host_apart
         self._blocks: dict[int, _Block] = {}  # id of a storage, which lives as long as its memory
         self._peak_bytes = 0
         self._peak: tuple[dict[str, int], str, str] = (dict(self.live), "outside", "")
@@ -103,13 +111,13 @@ class Ledger(TorchDispatchMode):
     def hold(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Counts tensors that were made before under a category; each storage once."""
         for tensor in tensors:
-            self._add(tensor.untyped_storage(), category)
+            self._add(tensor, category)
         self._look()
 
     def tell_apart(self, category: str, tensor: Tensor) -> None:
         """Moves a tensor's storage to another category, as if it had been made in it."""
         block = self._blocks.get(id(tensor.untyped_storage()))
-        if block is not None:
+        if block is not None and not block.is_on_host:
             self.live[block.category] -= block.size_bytes
             self.live[category] += block.size_bytes
             block.category = category
@@ -141,6 +149,7 @@ class Ledger(TorchDispatchMode):
         key = self._begin_inside(inside_bytes) if inside_bytes else 0  # before the results, as kernels do
         try:
             result = func(*args, **(kwargs or {}))
+            place_results(result, (args, kwargs))
             if self._count_new(result) or inside_bytes:
                 self._look()
         finally:  # also where memory ran out: a smaller step may follow
@@ -154,7 +163,7 @@ class Ledger(TorchDispatchMode):
         is_new = False
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                is_new = self._add(leaf.untyped_storage(), category) or is_new
+                is_new = self._add(leaf, category) or is_new
         return is_new
 
     def _phase_now(self) -> str:
@@ -166,22 +175,30 @@ class Ledger(TorchDispatchMode):
         self._count("temporary", self._round(size_bytes))
         return self._record(size_bytes, "temporary")
 
-    def _add(self, storage: torch.UntypedStorage, category: str) -> bool:
-        """Counts a storage unless it is known; True if it was not."""
+    def _add(self, tensor: Tensor, category: str) -> bool:
+        """Counts a tensor's storage unless it is known; True if it was not, and is the device's."""
+        storage = tensor.untyped_storage()
         place = id(storage)
         if place in self._blocks:
+            return False
+        reference = weakref.ref(storage, partial(self._forget, place))
+        if is_on_host(tensor) and (tensor.is_meta or self._has_host_apart):
+            self._blocks[place] = _Block(storage.nbytes(), category, 0, reference, is_on_host=True)
+            self.host_bytes += storage.nbytes()
+            self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
             return False
         size_bytes = self._round(storage.nbytes())
         self._check_budget(size_bytes)
         key = self._record(storage.nbytes(), category) if size_bytes else 0
-        reference = weakref.ref(storage, partial(self._forget, place))
         self._blocks[place] = _Block(size_bytes, category, key, reference)
         self._count(category, size_bytes)
         return True
 
     def _forget(self, place: int, _: weakref.ref[torch.UntypedStorage]) -> None:
         block = self._blocks.pop(place)
-        if block.size_bytes:
+        if block.is_on_host:
+            self.host_bytes -= block.size_bytes
+        elif block.size_bytes:
             self._release(block.key, block.size_bytes, block.category)
 
     def _release(self, key: int, size_bytes: int, category: str) -> None:
@@ -227,3 +244,4 @@ class _Block:
     category: str
     key: int
     reference: weakref.ref[torch.UntypedStorage]
+    is_on_host: bool = False

@@ -47,13 +47,15 @@ class DryRun:
     """What a step took.
 
     `static` is what was there before it, by category; `phase_bytes` the highest moment of each phase; `trace`
-    every allocation and release from the loading on, sizes as asked for.
+    every allocation and release from the loading on, sizes as asked for; `host_bytes` the most that lay in
+    the memory of the host beside the card.
     """
 
     peak: Peak
     static: dict[str, int]
     phase_bytes: dict[str, int]
     trace: tuple[TraceEvent, ...]
+    host_bytes: int = 0
 
 
 def dry_run(
@@ -78,7 +80,7 @@ def dry_run(
     """
     if setting.packed:
         check_packable(str(values.get("model_type")))
-    target = Target((capability or NEW_CARD) if setting.device == "cuda" else None)
+    target = Target((capability or NEW_CARD) if setting.device == "cuda" else None, setting.one_by_one)
     batch = batch or batch_of(setting)
     experts = "eager" if batch.expert_tokens else None
     model = skeleton_model(values, setting, target=target, experts=experts)
@@ -96,7 +98,7 @@ def dry_run(
                 _leave_gradients(ledger, optimizer)
             train_step(model, optimizer, micro_batches, learning_rate=1e-4, clip_norm=1.0, scaler=None)
         evaluate_loss(model, micro_batches)
-    return DryRun(ledger.peak, static, dict(ledger.phase_bytes), tuple(ledger.trace))
+    return DryRun(ledger.peak, static, dict(ledger.phase_bytes), tuple(ledger.trace), ledger.host_peak_bytes)
 
 
 def skeleton_model(

@@ -47,6 +47,7 @@ class MemoryMeter:
         ledger = Ledger(
             step=ALLOCATION_BYTES["cuda" if is_cuda else "cpu"],
             inside=None if is_cuda else kernels_of(Target()),  # on CUDA the allocator's peak has them
+            has_host_apart=is_cuda,
         )
         with ledger.during("load"):
             for category, tensors in static_tensors(self._model, self._optimizer).items():
