@@ -38,7 +38,7 @@ from qadapt.plan.packing import PACKABLE, Way, check_packable, choose_way, packe
 from qadapt.planning import AdapterType, ComputeType, Question, ask_of
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
-from qadapt.shape import ModelShape, find_shape, table_rows
+from qadapt.shape import ModelShape, find_shape, shape_from_config, table_rows
 from qadapt.stage import Report
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.settings import LoopSettings
@@ -114,7 +114,15 @@ def padded_question(recipe: Recipe, material: Material) -> Question:
     )
     steps = min(step_count(recipe, rows), SHARE_STEPS)
     share = widest_share(rows.train, steps=steps, order=order_of(recipe, rows))
-    return question.changed({"length": rows.longest, "supervised_share": share, "packed": False})
+    problem = kernel_problem(question.closed, device=device, dtype=DTYPES[compute_dtype])
+    return question.changed(
+        {
+            "length": rows.longest,
+            "supervised_share": share,
+            "packed": False,
+            "one_by_one": problem is not None,
+        }
+    )
 
 
 def step_sample(recipe: Recipe, material: Material) -> StepSample:
@@ -275,7 +283,7 @@ def place_base(
         device=choose_device(plan.device),
     )
     set_recompute(base, plan.recompute)
-    if plan.packed and (problem := kernel_problem(base)) is not None:
+    if plan.packed and (problem := _kernel_problem(plan, base)) is not None:
         yield Warned(
             message=f"Packed rows are attended to one document after another, which is slower: the kernel "
             f"for many at once cannot be used on this card: {problem}.",
@@ -283,6 +291,11 @@ def place_base(
         )
     yield BaseLoaded(resident_bytes=base.get_memory_footprint(), seconds=time.monotonic() - start)
     return base
+
+
+def _kernel_problem(plan: StoredPlan, base: PreTrainedModel) -> str | None:
+    shape = shape_from_config(base.config.to_dict(), name=base.config.model_type)
+    return kernel_problem(shape, device=choose_device(plan.device), dtype=DTYPES[plan.compute_dtype])
 
 
 def adapt(

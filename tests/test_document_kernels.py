@@ -21,6 +21,7 @@ from qadapt.engine import documents as engine
 from qadapt.engine.documents import attend_documents, documents_of, varlen_problem
 from qadapt.events import StepDone, Warned
 from qadapt.run import train
+from qadapt.shape import ModelShape
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -189,8 +190,20 @@ def test_the_check_leaves_the_random_numbers_of_the_run_alone(card: pytest.Monke
 def test_a_run_says_that_the_kernel_cannot_be_used(
     tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qadapt.run_parts.kernel_problem", lambda base: "no kernel image")
+    asked = []
+
+    def problem(shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> str:
+        asked.append((device.type, dtype))
+        return "no kernel image"
+
+    monkeypatch.setattr("qadapt.run_parts.kernel_problem", problem)
+    planned = []
+    monkeypatch.setattr(
+        "qadapt.run_parts.packed_plan", lambda shape, way, *others, **named: planned.append(way) or way.plan
+    )
     events = list(train(packed_recipe(tmp_path, tiny_model("llama"), packing=True, steps=1)))
+    assert [way.plan.setting.one_by_one for way in planned] == [True], "the plan knows it"
+    assert set(asked) == {("cpu", torch.float32)}
     messages = [event.message for event in only(Warned, events)]
     assert any(message.endswith("cannot be used on this card: no kernel image.") for message in messages)
     assert only(StepDone, events)

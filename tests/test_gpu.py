@@ -23,7 +23,7 @@ from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.setting import Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
 from qadapt.run import resume, train
-from qadapt.shape import find_config
+from qadapt.shape import find_config, shape_from_config
 from qadapt.train.dryrun import dry_run
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.samples import Samples
@@ -132,7 +132,8 @@ def test_a_packed_step_on_the_card_is_the_padded_one(family: str, tiny_model: Ti
     model = on_the_card(tiny_model(family), compute)
     for parameter in trainable(model).values():
         torch.nn.init.normal_(parameter, std=0.1)
-    assert kernel_problem(model.get_base_model()) is None
+    shape = shape_from_config(model.get_base_model().config.to_dict(), name=family)
+    assert kernel_problem(shape, device=torch.device("cuda"), dtype=DTYPES[compute]) is None
     packed = loss_and_gradient(model, packed_batches(rows(), capacity=150))
     padded = loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))
     assert packed[0] == pytest.approx(padded[0], rel=1e-2)  # 16 bits

@@ -112,6 +112,9 @@ def test_the_closed_form_of_many_documents_is_the_dry_run_within_its_error(
         ("Llama-3.2-1B", "RTX 3090", {"rows": 4, "length": 512, "documents": 9, "step_tokens": 1111}),
         ("Mistral-7B-v0.1", "T4", {"rows": 4, "length": 512, "recompute": 2, "step_tokens": 777, **HALF}),
         ("gemma-2-2b", "A100 80GB", {"rows": 5, "length": 600, "recompute": 1, "step_tokens": 1200}),
+        ("Llama-3.2-1B", "RTX 3090", {"rows": 4, "length": 512, "documents": 9, "one_by_one": True}),
+        ("Mistral-7B-v0.1", "H100 80GB SXM", {"length": 4999, "supervised_share": 0.1, "one_by_one": True}),
+        ("SmolLM2-135M", "RTX 4060 8GB", {"rows": 3, "length": 777, "recompute": "none", "one_by_one": True}),
     ],
 )
 def test_the_closed_form_of_a_packed_micro_batch_is_the_dry_run(
@@ -148,6 +151,10 @@ def test_the_kernel_of_documents_is_chosen_by_device_type_and_cap(
 ) -> None:
     chosen = document_kernel(dtype, capability=capability, head_width=head_width, has_softcap=has_softcap)
     assert chosen == kernel
+    fallback = document_kernel(
+        dtype, capability=capability, head_width=head_width, has_softcap=has_softcap, one_by_one=True
+    )
+    assert fallback == ("documents" if kernel == "varlen" else kernel)
 
 
 def test_many_documents_take_more_on_a_card_and_a_window_takes_no_mask_there() -> None:

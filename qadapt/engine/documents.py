@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
-from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for
+from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for, goes_one_by_one
 from qadapt.errors import Unsupported
 from qadapt.plan.attention import attention_kernel, document_kernel
-from qadapt.shape import shape_from_config
+from qadapt.shape import ModelShape
 
 if HAS_VARLEN:
     from torch.nn.attention.varlen import varlen_attn
@@ -105,6 +105,7 @@ def attend_documents(
         capability=capability_for(query),
         head_width=query.shape[-1],
         has_softcap=how.softcap is not None,
+        one_by_one=goes_one_by_one(query),
     )
     if kernel == "varlen" and not how.dropout:
         groups = query.shape[1] // key.shape[1]
@@ -204,22 +205,26 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def kernel_problem(model: PreTrainedModel) -> str | None:
-    """Why packed rows of a model will not go through the kernel that is meant for its card; None if they do.
+def kernel_problem(shape: ModelShape, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why packed rows of a model will not go through the kernel that is meant for a card; None if they do.
 
-    To be asked once before training, as it compares numbers on a card.
+    To be asked once before planning, as it compares numbers on a card.
+
+    Args:
+        shape: The model.
+        device: Where it trains.
+        dtype: Of its products.
     """
-    shape = shape_from_config(model.config.to_dict(), name=model.config.model_type)
     meant = document_kernel(
-        TYPES[model.dtype],
-        capability=capability_for(next(model.parameters())),
+        TYPES[dtype],
+        capability=capability_for(torch.empty(0, device=device)),
         head_width=shape.head_width,
         has_softcap=shape.attention_softcap is not None,
     )
     if meant != "varlen":
         return None
     groups = shape.heads // shape.kv_heads
-    return varlen_problem(model.device, model.dtype, head_width=shape.head_width, groups=groups)
+    return varlen_problem(device, dtype, head_width=shape.head_width, groups=groups)
 
 
 @lru_cache
@@ -227,8 +232,8 @@ def varlen_problem(device: torch.device, dtype: torch.dtype, *, head_width: int,
     """Why the kernel for many documents at once cannot be trusted on a device; None if it can.
 
     On the very card, a few small documents of unequal length, forward and backward, beside the same one
-    document at a time: whatever the kernel does wrong here, it would do wrong in training. No GPU of ours has
-    run it yet. On `meta` there are no numbers, and the kernel is taken to be right.
+    document at a time: whatever the kernel does wrong here, it would do wrong in training. On `meta` there
+    are no numbers, and the kernel is taken to be right.
 
     Args:
         device: Where.

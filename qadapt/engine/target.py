@@ -60,9 +60,13 @@ if HAS_VARLEN:
 
 @dataclass(frozen=True)
 class Target:
-    """The device that a dry run stands for: CUDA of a compute capability such as 8.6, or, if None, a CPU."""
+    """The device that a dry run stands for: CUDA of a compute capability such as 8.6, or, if None, a CPU.
+
+    `one_by_one` says that it cannot use the kernel for many documents at once.
+    """
 
     capability: float | None = None
+    one_by_one: bool = False
 
 
 _MEANT: ContextVar[Target] = ContextVar("target")
@@ -77,6 +81,11 @@ def capability_for(tensor: Tensor) -> float | None:
         return None
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return major + minor / 10
+
+
+def goes_one_by_one(tensor: Tensor) -> bool:
+    """Whether what a tensor on `meta` stands for cannot use the kernel for many documents at once."""
+    return tensor.is_meta and _MEANT.get(Target()).one_by_one
 
 
 @contextmanager

@@ -83,6 +83,7 @@ def _packed_attention(shape: ModelShape, setting: Setting, *, capability: float 
         capability=capability,
         head_width=shape.head_width,
         has_softcap=shape.attention_softcap is not None,
+        one_by_one=setting.one_by_one,
     )
     if chosen == "varlen":
         assert capability is not None
@@ -105,26 +106,27 @@ def _packed_attention(shape: ModelShape, setting: Setting, *, capability: float 
 
 
 def document_kernel(
-    dtype: str, *, capability: float | None, head_width: int, has_softcap: bool
+    dtype: str, *, capability: float | None, head_width: int, has_softcap: bool, one_by_one: bool = False
 ) -> DocumentKernel:
     """The kernel that attends within the documents of a packed row: the one place where that is decided.
 
-    The step asks it for every layer (`engine/documents.py`), the plan for its reasons and its bytes. No GPU
-    of ours has run `varlen` yet: on CUDA a run compares it with one document at a time on the very card
-    before it trains, and leaves it if they differ.
+    The step asks it for every layer (`engine/documents.py`), the plan for its reasons and its bytes. On CUDA
+    a run compares `varlen` with one document at a time on the very card before it is planned, and leaves it
+    if they differ.
 
     Args:
         dtype: Of the products: "fp32", "bf16" or "fp16".
         capability: Compute capability of the card; None for a CPU.
         head_width: Width of one head.
         has_softcap: Whether scores have a soft cap, which no fused kernel knows.
+        one_by_one: Whether the card, or its torch, cannot use the kernel for all at once.
     """
     if has_softcap:
         return "scores"
     if capability is None:
         return "documents"
     kernel = attention_kernel(capability, dtype, head_width=head_width, grouped=True, has_mask=False)
-    return "varlen" if kernel == "flash" else "documents"
+    return "varlen" if kernel == "flash" and not one_by_one else "documents"
 
 
 def repeats_keys(shape: ModelShape, compute_dtype: str, *, compute_capability: float | None) -> bool:

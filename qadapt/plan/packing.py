@@ -134,9 +134,10 @@ def _price(shape: ModelShape, setting: Setting, *, card: Card | None) -> str:
         capability=capability,
         head_width=shape.head_width,
         has_softcap=shape.attention_softcap is not None,
+        one_by_one=setting.one_by_one,
     )
     how = {
-        "varlen": "one kernel attends to all documents, compared with one at a time on the card first",
+        "varlen": "one kernel attends to all documents",
         "documents": "attention takes one document after another and joins them",
         "scores": "a soft cap has no fused kernel: attention makes all scores of one document after another",
     }[kernel]

@@ -51,7 +51,8 @@ class Setting:
     `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
     most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length;
     `step_tokens` the tokens of all rows of the fullest optimizer step, as no micro-batch holds more, 0 where
-    nobody has looked at the rows.
+    nobody has looked at the rows; `one_by_one` that documents are attended to one after another even where a
+    card has a kernel for all at once, because this one, or this torch, cannot use it.
     """
 
     rows: int = 1
@@ -75,6 +76,7 @@ class Setting:
     packed: bool = False
     documents: int = 0
     step_tokens: int = 0
+    one_by_one: bool = False
     new_tokens: int = 0
     device: Literal["cpu", "cuda"] = "cuda"
 
