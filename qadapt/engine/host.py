@@ -3,7 +3,7 @@
 A ledger counts storages of the host as `host_bytes` and not as the device's. Where a step runs on CUDA, a
 storage's device says where it lies; on `meta`, a weak registry does: what `to_host` makes is in it, and
 whatever an operation makes of nothing but such tensors. On a CPU there is one memory, and nothing is moved.
-Knows no stream: who copies ahead of time brings its own (`engine/recompute.py`).
+Knows no stream: who copies ahead of time brings its own (`engine/boundaries.py`).
 
 torch rounds every request for pinned memory up to a power of two (`CachingHostAllocator.h`): what is far from
 one is better not pinned, or in parts.
@@ -12,12 +12,13 @@ one is better not pinned, or in parts.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 _ON_HOST: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -37,9 +38,22 @@ def to_host(tensor: Tensor, *, pinned: bool = True) -> Tensor:
     if not tensor.is_meta:
         host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=pinned)
         return host.copy_(tensor)
+    return _made_on_host(
+        lambda: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    )
+
+
+def host_buffer(size_bytes: int, device: torch.device) -> Tensor:
+    """Pinned bytes for copies to and from a card, or, where the device is `meta`, what stands for them."""
+    if device.type == "meta":
+        return _made_on_host(lambda: torch.empty(size_bytes, dtype=torch.uint8, device="meta"))
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _made_on_host(make: Callable[[], Tensor]) -> Tensor:
     token = _IS_MAKING.set(True)
     try:
-        host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        host = make()
     finally:
         _IS_MAKING.reset(token)
     _mark(host)
@@ -56,6 +70,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def is_on_host(tensor: Tensor) -> bool:
     """Whether a tensor lies, or on `meta` stands for one that lies, in the host's memory."""
     return tensor.device.type == "cpu" or id(tensor.untyped_storage()) in _ON_HOST
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where its parameters lie that do not stay on the host."""
+    places = (parameter.device for parameter in model.parameters())
+    return next((place for place in places if place.type != "cpu"), torch.device("cpu"))
 
 
 def place_results(results: Any, arguments: Any) -> None:

@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 
 
@@ -58,7 +59,7 @@ def generate(
                 continue
             if len(chosen) == 1:
                 raise torch.OutOfMemoryError(rows.said)
-            free_memory(model.device)
+            free_memory(device_of(model))
             batch = len(chosen) // 2
     finally:
         model.train(was_training)
@@ -68,12 +69,12 @@ def generate(
 def _answer_rows(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, settings: GenerationConfig, pad_id: int
 ) -> list[list[int]]:
-    longest = max(map(len, prompts))
+    longest, device = max(map(len, prompts)), device_of(model)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
         )
     rows: list[list[int]] = output[:, longest:].tolist()
     return rows

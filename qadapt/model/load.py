@@ -3,7 +3,7 @@
 `transformers` streams the files: each tensor is quantized as it is read and its source let go. Measured
 (`tools/bench/load_memory.py`): anonymous memory stays under the resident model plus its two largest source
 tensors. It would fill a missing tensor with random numbers and go on, so names and shapes are compared first.
-Knows nothing of adapters.
+What stays on the host is said by `placement.py`. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from qadapt.engine.attention import choose_attention
 from qadapt.errors import BadModel, Unsupported
+from qadapt.model.placement import PlacedConfig, place
 from qadapt.model.precision import capability_of
 from qadapt.model.tensor_files import open_model
 
@@ -33,7 +34,13 @@ _NAMED = 3
 
 
 def load_base(
-    folder: Path, *, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    *,
+    quantization: str,
+    double_quant: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: Sequence[str] = (),
 ) -> PreTrainedModel:
     """The frozen base on a device, in training mode for its caller to adapt.
 
@@ -42,27 +49,24 @@ def load_base(
         quantization: `nf4` or `none`.
         double_quant: Quantize the quantization constants too.
         dtype: Type of products and of everything that is not quantized.
-        device: Where it lives.
+        device: Where it computes, and lives but for what stays on the host.
+        offload: What stays on the host, of the parts of `plan.setting.Setting.offload`.
 
     Raises:
         BadModel: The files do not make the causal language model of their configuration: a tensor is missing,
             has another shape, or is not of that model.
-        Unsupported: A layer has a width that 4 bits on this device compute wrong.
+        Unsupported: A layer has a width that 4 bits on this device compute wrong, or see `check_placeable`.
     """
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    kept = tuple(part for part in offload if part in ("embeddings", "layers"))
+    config = _quantization_of(quantization, dtype=dtype, double_quant=double_quant, device=device, kept=kept)
     try:
         _check_tensors(folder)
         with _freed_blocks_returned():
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                quantization_config=config if quantization == "nf4" else None,
-                device_map={"": device},
+                quantization_config=config,
+                device_map={"": torch.device("cpu") if kept else device},
                 local_files_only=True,
                 use_safetensors=True,
             )
@@ -72,10 +76,29 @@ def load_base(
             f"The model in {folder} cannot be loaded: {reason}", cure="Get the model again."
         ) from None
     model.requires_grad_(False)
+    if kept:
+        place(model, kept, device=device)
     _keep_quantized_weights(model)
-    _check_widths(model)
+    _check_widths(model, device)
     choose_attention(model, dtype=dtype, capability=capability_of(device))
     return model
+
+
+def _quantization_of(
+    quantization: str, *, dtype: torch.dtype, double_quant: bool, device: torch.device, kept: Sequence[str]
+) -> BitsAndBytesConfig | None:
+    """How the library is to quantize; None for 16 bits. `kept` are the parts that stay on the host."""
+    if quantization == "none":
+        return None
+    values = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+    if kept:
+        return PlacedConfig(device=device, is_streamed="layers" in kept, **values)
+    return BitsAndBytesConfig(**values)
 
 
 def _check_tensors(folder: Path) -> None:
@@ -141,9 +164,9 @@ def _keep_quantized_weights(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_widths(model: PreTrainedModel) -> None:
+def _check_widths(model: PreTrainedModel, device: torch.device) -> None:
     """Refuses what bitsandbytes 0.50 dequantizes wrong on CPUs, silently: rows that end within a block."""
-    if model.device.type != "cpu":
+    if device.type != "cpu":
         return
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.in_features % NF4_BLOCK:

@@ -13,6 +13,7 @@ from qadapt.data.batches import Division, all_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
 from qadapt.data.tokens import Tokens
+from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
 from qadapt.model.generate import generate
@@ -80,7 +81,7 @@ def _loss(model: PeftModel, rows: Sequence[Tokens], division: Division) -> float
         loss = attempt(lambda: evaluate_loss(model, all_batches(rows, divide)))  # noqa: B023 (called at once)
         if not isinstance(loss, RanOut):
             return loss
-        free_memory(next(model.parameters()).device)
+        free_memory(device_of(model))
         found = found.half()
     raise DoesNotFit(
         "Memory ran out in the evaluation, with one row at a time.",

@@ -20,6 +20,7 @@ from qadapt.data.batches import all_batches
 from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
+from qadapt.engine.host import device_of
 from qadapt.errors import DoesNotFit, NoRoom
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import Checkpoint, drop_newer, random_state, restore_random_state
@@ -86,7 +87,7 @@ class Loop:
         self._save_started = time.monotonic()
         self._samples: Samples | None = None
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._pace = Pace(is_cuda=self._device.type == "cuda")
         self._beginning = Beginning(self._device, None)
         self._scaler: torch.amp.GradScaler | None = None

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qadapt.engine.host import device_of
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
 from qadapt.engine.target import Target, kernels_of
@@ -34,7 +35,7 @@ class MemoryMeter:
     def __init__(self, model: PeftModel, optimizer: AdapterOptimizer) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._peak_bytes = 0
         self._categories: dict[str, int] = {}
         self._before: tuple[dict[str, int], int] = {}, 0  # what earlier processes of the run measured

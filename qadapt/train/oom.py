@@ -29,6 +29,7 @@ from qadapt.cache import FULL
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.durable import write_whole
+from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
 from qadapt.events import Eased, Event
@@ -121,7 +122,7 @@ class Ladder:
             "recompute": Recomputing(model, draws=draws),
         }
         self._optimizer = optimizer
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._path = run_folder / FILE_NAME
         self._pauses = pauses or Pauses(run_folder)
         self._taken = read_rungs(self._path)

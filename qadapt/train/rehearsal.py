@@ -29,6 +29,7 @@ from qadapt.data.packing import pack
 from qadapt.data.prompt import PromptContract
 from qadapt.data.rows import Rows, RowSet
 from qadapt.data.tokens import Tokens
+from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import NoRoom
 from qadapt.events import (
@@ -91,7 +92,7 @@ def rehearse(
                 yield from _answer(short, contract, parts)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        reset_peak(next(loop.model.parameters()).device)
+        reset_peak(device_of(loop.model))
     loop.ladder.begin_with(short.ladder)
     if control.is_asked_to_leave(loop.run_folder):
         return None
@@ -112,7 +113,7 @@ def put_back(model: nn.Module, optimizer: AdapterOptimizer) -> Iterator[None]:
 
     The copy is of what is trained, on the host: nothing is added on the card.
     """
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training = device_of(model), model.training
     adapter = {name: _copy(parameter) for name, parameter in optimizer.parameters.items()}
     states = {name: _copy(value) for name, value in optimizer.tensors().items()}
     random = random_state(device)
@@ -201,7 +202,7 @@ def _answer(short: Loop, contract: PromptContract, parts: dict[str, float]) -> I
     prompt = prompt_of(max(short.rows.train, key=len))
     answered = attempt(lambda: _generate(short.model, prompt, contract))
     if isinstance(answered, RanOut):
-        free_memory(next(short.model.parameters()).device)
+        free_memory(device_of(short.model))
         yield Warned(
             message=f"Memory ran out in a short answer to {len(prompt):,} tokens; training, which needs "
             "none, fits.",

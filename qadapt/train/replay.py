@@ -24,6 +24,7 @@ from torch.nn import functional
 from qadapt.data.batches import IGNORED, MicroBatch
 from qadapt.data.tokens import Tokens
 from qadapt.engine.documents import isolating
+from qadapt.engine.host import device_of
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.train.checkpoint import random_state, restore_random_state
@@ -114,7 +115,7 @@ class Replay:
 
     def _look(self, batch: MicroBatch, learned: int) -> Finding | None:
         """One micro-batch forward and back; gradients add up, as in the step."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         watch = _Watch()
         batch = batch.to(device)
         with watch.over(self.model), nullcontext() if batch.documents is None else isolating(self.model):
@@ -123,8 +124,8 @@ class Replay:
                 input_ids=batch.input_ids,
                 positions=batch.positions,
                 targets=batch.targets,
-                ignored=IGNORED,
                 documents=batch.documents,
+                chunk=batch.loss_chunk,
             )
             loss = loss / learned
             if not _is_finite(loss):
@@ -154,7 +155,7 @@ class Replay:
     def _token_losses(self, row: Tokens) -> list[float]:
         if not row.supervised_count:
             return []
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         ids = torch.from_numpy(row.ids).long().to(device)
         positions = torch.from_numpy(row.supervised[1:].nonzero()[0]).to(device)  # (K,)
         logits = self.model(input_ids=ids[None], logits_to_keep=positions, use_cache=False).logits
@@ -165,7 +166,7 @@ class Replay:
 
     def _attempt(self, look: Callable[[], Result]) -> Result | RanOut:
         """A look, or that memory ran out in it; nothing of it stays."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         now = random_state(device)
         restore_random_state(self.random, device)
         try:

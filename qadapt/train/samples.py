@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from qadapt.adapters.lora import without_adapter
 from qadapt.data.prompt import PromptContract
+from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.events import Event, Sampled, Warned
 from qadapt.model.generate import generate
@@ -59,7 +60,7 @@ class Samples:
             step: The last step that is done.
             one_by_one: Hands out the prompts' tokens; what it raises ends the asking, without a trace.
         """
-        device = next(self._model.parameters()).device
+        device = device_of(self._model)
         random, was_training = random_state(device), self._model.training
         try:
             found = attempt(lambda: self._sampled(step, one_by_one))
@@ -116,7 +117,7 @@ class Samples:
         return functional.kl_div(adapted, base, log_target=True, reduction="batchmean").item()
 
     def _log_shares(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-        ids = torch.tensor([[*prompt, *answer]], device=next(self._model.parameters()).device)  # (1, T)
+        ids = torch.tensor([[*prompt, *answer]], device=device_of(self._model))  # (1, T)
         positions = torch.arange(len(prompt) - 1, ids.shape[1], device=ids.device)  # (K,)
         logits = self._model(input_ids=ids, logits_to_keep=positions, use_cache=False).logits[0]
         return functional.log_softmax(logits.float(), dim=-1)  # (K, V)

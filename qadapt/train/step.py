@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qadapt.data.batches import IGNORED, MicroBatch
+from qadapt.data.batches import MicroBatch
 from qadapt.engine.documents import isolating
+from qadapt.engine.host import device_of
 from qadapt.engine.loss import loss_sum
 from qadapt.train.optimizer import AdapterOptimizer
 
@@ -79,7 +80,7 @@ def find_gradient(
     `is_leaving` is asked between micro-batches. If it says so, the gradients are dropped and None comes back;
     nothing was changed but the random state, which whoever calls puts back.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     supervised_tokens = sum(batch.supervised_tokens for batch in micro_batches)
     loss = torch.zeros((), device=device)
     with _attention_for(model, micro_batches):  # recomputation attends in the backward pass, too
@@ -123,7 +124,7 @@ def drop_gradients(optimizer: AdapterOptimizer) -> None:
 @torch.no_grad()
 def evaluate_loss(model: nn.Module, micro_batches: Iterable[MicroBatch]) -> float:
     """The mean loss over all learned tokens; the model's training mode is left as it was."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     was_training = model.training
     model.eval()
     total, supervised_tokens = torch.zeros((), device=device, dtype=torch.float64), 0
@@ -148,6 +149,6 @@ def _part(model: nn.Module, batch: MicroBatch) -> Tensor:
         input_ids=batch.input_ids,
         positions=batch.positions,
         targets=batch.targets,
-        ignored=IGNORED,
         documents=batch.documents,
+        chunk=batch.loss_chunk,
     )

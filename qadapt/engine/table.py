@@ -1,0 +1,27 @@
+"""The table of the input embeddings on the host: the lookup runs there, and only its result goes to the card.
+
+It is frozen, so nothing comes back. Worth V D values of memory; costs a wait for the ids and a copy of (B, T,
+D). The module stays what it is, its own `forward` alone is another. Knows no model.
+
+Legend: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qadapt.engine.host import to_device, to_host
+
+
+def keep_on_host(embedding: nn.Embedding) -> None:
+    """Moves a frozen table to the host, and looks up there from now on."""
+    embedding.weight.data = to_host(embedding.weight.data, pinned=False)
+    embedding.forward = partial(_look_up, embedding)  # type: ignore[method-assign]
+
+
+def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    rows = functional.embedding(to_host(ids, pinned=False), embedding.weight)  # ids (B, T)
+    return to_device(rows, ids.device)  # (B, T, D)
