@@ -116,10 +116,11 @@ def setting_of(dtype: Any) -> Setting:
 def write_model(folder: Path, values: Mapping[str, Any], *, device: str = "cpu") -> None:
     """Random weights for a configuration, tensor by tensor, in bf16; config.json last.
 
-    They are drawn on `device`.
+    They are drawn on `device`. A table that head and embeddings share is written once, as published files
+    have it: transformers ties no two tensors that differ.
     """
     meta = skeleton_base(values, quantization="none", double_quant=False, dtype=torch.bfloat16)
-    entries = [TensorEntry(name, "BF16", tuple(one.shape)) for name, one in meta.state_dict().items()]
+    entries = [TensorEntry(name, "BF16", tuple(one.shape)) for name, one in meta.named_parameters()]
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     for _ in write_shards(folder, entries, values=partial(random_pieces, device=device), shard_bytes=5 * GIB):
