@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from qadapt.engine.attention import choose_attention
 from qadapt.errors import BadModel, Unsupported
-from qadapt.model.placement import PlacedConfig, place
+from qadapt.model.placement import PlacedConfig, on_host, place
 from qadapt.model.precision import capability_of
 from qadapt.model.tensor_files import open_model
 
@@ -57,7 +57,7 @@ def load_base(
             has another shape, or is not of that model.
         Unsupported: A layer has a width that 4 bits on this device compute wrong, or see `check_placeable`.
     """
-    kept = tuple(part for part in offload if part in ("embeddings", "layers"))
+    kept = on_host(offload)
     config = _quantization_of(quantization, dtype=dtype, double_quant=double_quant, device=device, kept=kept)
     try:
         _check_tensors(folder)

@@ -63,6 +63,11 @@ class _PlacedQuantize(Bnb4bitQuantize):
         return {name: parameter.to("cpu") for name, parameter in quantized.items()}
 
 
+def on_host(offload: Sequence[str]) -> tuple[str, ...]:
+    """Of the parts of `plan.setting.Setting.offload`, those that are parts of the base."""
+    return tuple(part for part in offload if part in ("embeddings", "layers"))
+
+
 def check_placeable(model: PreTrainedModel, offload: Sequence[str]) -> None:
     """Refuses parts that this model cannot have on the host.
 

@@ -144,6 +144,11 @@ def check_setting(shape: ModelShape, setting: Setting) -> None:
     """
     check_numbers(shape, setting)
     _check_targets(shape, setting)
+    if shape.tied and "embeddings" in setting.offload:
+        raise BadRecipe(
+            f"memory.offload: the head of {shape.name} is tied to the embeddings, and works on the card.",
+            cure="Leave embeddings out of memory.offload; it would win nothing.",
+        )
 
 
 def check_numbers(shape: Outline, setting: Setting) -> None:
@@ -178,6 +183,7 @@ def check_numbers(shape: Outline, setting: Setting) -> None:
             cure="Give the share of tokens that the loss counts, such as 0.4.",
         )
     check_recompute(shape, setting.recompute)
+    _check_offload(setting)
 
 
 def check_recompute(shape: Outline, recompute: Recompute) -> None:
@@ -193,6 +199,27 @@ def check_recompute(shape: Outline, recompute: Recompute) -> None:
         raise BadRecipe(
             f"recompute = {recompute}: {shape.name} has {shape.layers} layers.",
             cure=f"Give all, none{numbers}.",
+        )
+
+
+def _check_offload(setting: Setting) -> None:
+    if setting.offload and setting.device == "cpu":
+        raise BadRecipe(
+            f"memory.offload = {list(setting.offload)}: a CPU's step lies on the host as it is.",
+            cure="Leave memory.offload out.",
+        )
+    if "layers" not in setting.offload:
+        return
+    if setting.recompute != "all":
+        raise BadRecipe(
+            f"memory.offload: layers, with recompute = {setting.recompute}: streamed layers come back in the "
+            "backward pass only to be recomputed.",
+            cure="Set memory.recompute=all, or leave layers out of memory.offload.",
+        )
+    if setting.quantization == "int8":
+        raise BadRecipe(
+            "memory.offload: layers in 8 bits cannot be streamed.",
+            cure="Set model.quantization=nf4, or leave layers out of memory.offload.",
         )
 
 
@@ -264,7 +291,7 @@ def setting_of(
         optimizer=optimizer,
         supervised_share=supervised_share,
         recompute="all" if memory.recompute == "auto" else memory.recompute,
-        offload=memory.offload if isinstance(memory.offload, tuple) else (),
+        offload=memory.offload if isinstance(memory.offload, tuple) and device == "cuda" else (),
         accumulates=recipe.train.rows_per_step > rows,
         packed=recipe.data.packing is True,
         documents=recipe.train.rows_per_step if recipe.data.packing is True else 0,
