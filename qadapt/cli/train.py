@@ -48,11 +48,14 @@ def train(
 
     checked = read_recipe(recipe, overrides or [])
     run_folder = Path(checked.run.folder) / checked.run.name
-    with _announced("starting"):
+
+    def begin() -> Iterator[Event]:
         from qadapt.run import rehearse
         from qadapt.run import train as train_recipe
-    begin = rehearse if rehearse_only else train_recipe
-    _watch_over(begin(checked), run_folder, is_quiet=quiet, is_plain=plain)
+
+        return (rehearse if rehearse_only else train_recipe)(checked)
+
+    _watch_over(_begun(begin), run_folder, is_quiet=quiet, is_plain=plain)
 
 
 def resume(
@@ -80,10 +83,21 @@ def resume(
 
     run_folder = find_run(run, folder).path
     before = read_events(run_folder)
-    with _announced("starting"):
+
+    def begin() -> Iterator[Event]:
         from qadapt.run import resume as resume_run
-    events = resume_run(run, folder=folder, replan=replan, allow_change=allow_change)
-    _watch_over(events, run_folder, is_quiet=quiet, is_plain=plain, before=before)
+
+        return resume_run(run, folder=folder, replan=replan, allow_change=allow_change)
+
+    _watch_over(_begun(begin), run_folder, is_quiet=quiet, is_plain=plain, before=before)
+
+
+def _begun(begin: Callable[[], Iterator[Event]]) -> Iterator[Event]:
+    """The events of a run, after one that is on the screen while the heavy libraries are imported."""
+    from qadapt.events import StageStarted
+
+    yield StageStarted(stage="starting")
+    yield from begin()
 
 
 def _watch_over(
@@ -107,17 +121,6 @@ def _watch_over(
         )
     if state.stopped is not None:
         raise typer.Exit(130)
-
-
-@contextmanager
-def _announced(text: str) -> Iterator[None]:
-    """Shows a word while the heavy libraries are imported (some seconds), on a terminal only."""
-    screen = error_console()
-    if not screen.is_terminal:
-        yield
-        return
-    with screen.status(text):
-        yield
 
 
 @contextmanager

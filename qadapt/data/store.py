@@ -262,16 +262,21 @@ def _facts(folder: Path) -> dict[str, Any]:
 def _columns(batch: pyarrow.RecordBatch) -> _Batch:
     ids, learned = batch.column("ids"), batch.column("learned")
     return _Batch(
-        id_offsets=ids.offsets.to_numpy(),
-        ids=ids.values.to_numpy(),
-        learned_offsets=learned.offsets.to_numpy(),
-        learned=learned.values.to_numpy(),
+        id_offsets=_array(ids.offsets),
+        ids=_array(ids.values),
+        learned_offsets=_array(learned.offsets),
+        learned=_array(learned.values),
         places=batch.column("place"),
-        numbers=batch.column("number").to_numpy(),
-        supervised=batch.column("supervised").to_numpy(),
-        hashes=batch.column("hash").to_numpy(),
-        openings=batch.column("opening").to_numpy(),
+        numbers=_array(batch.column("number")),
+        supervised=_array(batch.column("supervised")),
+        hashes=_array(batch.column("hash")),
+        openings=_array(batch.column("opening")),
     )
+
+
+def _array(values: pyarrow.Array) -> NDArray[Any]:
+    """A view of it; Arrow's own `to_numpy` imports pandas, where it is installed."""
+    return np.from_dlpack(values)
 
 
 def _joined(arrays: list[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:
