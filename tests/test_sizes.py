@@ -21,6 +21,7 @@ EXCEPTIONS: dict[str, str] = {
     "stage.py::except": "whatever goes wrong in the working thread is handed over and raised in the caller",
     "engine/attention.py::attend_repeated": "transformers calls attention with these five by position",
     "engine/documents.py::attend_documents": "transformers calls attention with these five by position",
+    "engine/linear.py::forward": "torch hands a function's arguments over by position",
     "engine/target.py::_attend": "it stands for torch's scaled_dot_product_attention and has its parameters",
 }
 """`<file>`, `<file>::<function>`, `<file>::except`, `<file>::print` → why the rule makes this code worse."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.adapters.fused import use_fused_layers
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
 from qadapt.cache import FULL, require_free
 from qadapt.durable import whole_folder
@@ -78,6 +79,7 @@ def attach_lora(
         target_modules=sorted(chosen),
         task_type="CAUSAL_LM",
     )
+    use_fused_layers(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -166,6 +168,7 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
     assert isinstance(config, LoraConfig)
     tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
     config.inference_mode = not is_trainable
+    use_fused_layers(config)
     adapted = PeftModel.from_pretrained(
         model,
         str(folder),

@@ -1,10 +1,11 @@
 """Bytes a forward pass leaves for the backward pass, read off the model's own operations.
 
-The step this describes: transformers 5.23's decoder with PEFT's LoRA layers, fused attention without a mask
-(no T x T matrix), `torch.utils.checkpoint` per layer where layers are recomputed. Known not to be exact:
-kernels may keep padded copies, and a family's attention with a soft cap is taken as the eager one.
-`tests/test_estimate.py` compares with a real step's ledger. Legend, all per token: D width, H query width,
-K key-value width, F feed-forward width, R rank, c bytes of an activation, a bytes of an adapter value.
+The step this describes: transformers 5.23's decoder with fused LoRA layers (`engine/linear.py`), fused
+attention without a mask (no T x T matrix), `torch.utils.checkpoint` per layer where layers are recomputed.
+Known not to be exact: kernels may keep padded copies, and a family's attention with a soft cap is taken as
+the eager one. `tests/test_estimate.py` compares with a real step's ledger. Legend, all per token: D width, H
+query width, K key-value width, F feed-forward width, R rank, c bytes of an activation, a bytes of an adapter
+value.
 """
 
 from __future__ import annotations
@@ -87,20 +88,11 @@ def norm_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def first_input_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the first layer need not keep: its norm and dropout masks, as nothing goes back to its input.
+    """What the first layer need not keep: its norm, as nothing goes back to its input.
 
     With new tokens, whose embeddings are trained, something does.
     """
-    if setting.new_tokens:
-        return 0
-    first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES and setting.adapts(linear)]
-    masks = len(first) * shape.width * _mask_bytes(setting) if setting.dropout > 0 else 0
-    return norm_bytes(shape, setting) + masks * setting.tokens
-
-
-def _mask_bytes(setting: Setting) -> int:
-    """Of a dropped value: CUDA keeps booleans, a CPU the factor in the value's type."""
-    return 1 if setting.device == "cuda" else setting.adapter_value_bytes
+    return 0 if setting.new_tokens else norm_bytes(shape, setting)
 
 
 def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: bool = False) -> int:
@@ -111,21 +103,14 @@ def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: boo
 
 def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:
     """What LoRA on layers that share one input keeps: that input and the R values between A and B."""
-    between = sum(setting.adapts(linear) for linear in linears) * setting.rank * setting.adapter_value_bytes
+    between = sum(setting.adapts(linear) for linear in linears) * setting.rank * setting.compute_bytes
     return between + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
 
 
 def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:
-    """Per token: the input that adapters on layers sharing it keep for their own gradient.
-
-    A type other than the compute type costs a cast copy per layer, dropout a dropped copy and a mask.
-    """
+    """Per token: the input that fused layers share and keep, and with dropout a mask of a byte each."""
     adapted = [linear for linear in linears if setting.adapts(linear)]
     if not adapted:
         return 0
-    each = setting.adapter_value_bytes
-    if setting.dropout > 0:
-        return len(adapted) * adapted[0].inputs * (each + _mask_bytes(setting))
-    if each != setting.compute_bytes:
-        return len(adapted) * adapted[0].inputs * each
-    return 0 if is_kept_already else adapted[0].inputs * each
+    masks = len(adapted) if setting.dropout > 0 else 0
+    return adapted[0].inputs * (masks + (0 if is_kept_already else setting.compute_bytes))

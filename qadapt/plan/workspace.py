@@ -30,19 +30,19 @@ def library_bytes(setting: Setting, *, compute_capability: float | None) -> int:
 def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> int:
     """What comes on top of the kept bytes of a layer at the widest moment of its feed-forward half.
 
-    Backward, all with the layer's output gradient: the down projection's gradient through the adapter; the
-    same through the base, with the dequantized weight; the products' two gradients. Forward, or recomputed:
+    Backward, all with the layer's output gradient: the down projection's dequantized weight and the gradient
+    of its input, or with dropout two of those; the products' two gradients besides. Forward, or recomputed:
     see `_forward_moments`.
     """
     down, up = _linear(shape, "down_proj"), _up(shape)
     c, tokens = setting.compute_bytes, setting.tokens
     wide, gradient = shape.mlp_width * tokens, shape.width * c * tokens
     product = adapter_input_bytes([down], setting) * tokens
-    through_adapter = wide * setting.adapter_value_bytes if setting.adapts(down) else 0
-    through_base = (1 + setting.adapts(down)) * wide * c + dequantized_bytes(down, setting) - product
-    moments = [through_adapter, through_base, 3 * wide * c - product]
+    through_down = wide * c + dequantized_bytes(down, setting)
+    is_dropped = setting.dropout > 0 and setting.adapts(down)
+    moments = [through_down, (2 if is_dropped else 1) * wide * c, 3 * wide * c - product]
     if shape.family == "phi3":  # the fused layer's weight is the largest; what it made is gone by then
-        moments.append(dequantized_bytes(up, setting) + 2 * gradient - wide * c - product)
+        moments.append(dequantized_bytes(up, setting) + gradient - wide * c - product)
     if shape.family == "gemma2":  # the norm after the feed-forward part, in fp32, is gone by then
         norm = shape.width * FP32 * tokens
         moments = [5 * norm, *(moment - norm for moment in moments)]
@@ -59,51 +59,37 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
 def _held_gradient_bytes(shape: ModelShape, setting: Setting) -> int:
     """Gradients that wait while a layer is computed again: up to the first operation that needs its values.
 
-    That is the down projection's adapter, behind its scale; without an adapter, the product before it; in
-    gemma2 the norm after it.
+    That is the down projection with its adapter; without one, the product before it; in gemma2 the norm
+    after it.
     """
-    c, a = setting.compute_bytes, setting.adapter_value_bytes
-    per_token = shape.width * c
-    if shape.family != "gemma2":
-        if not setting.adapts(_linear(shape, "down_proj")):
-            per_token += shape.mlp_width * c
-        else:
-            plain = (
-                c if setting.quantization == "none" else 0
-            )  # PEFT casts the sum there, not the adapter's part
-            per_token += shape.width * (c if a == c else FP32 + plain)
+    per_token = shape.width * setting.compute_bytes
+    if shape.family != "gemma2" and not setting.adapts(_linear(shape, "down_proj")):
+        per_token += shape.mlp_width * setting.compute_bytes
     return per_token * setting.tokens
 
 
 def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool) -> Sequence[int]:
     """The feed-forward half on its way forward, on top of all that the layer keeps.
 
-    The up projection's weight dequantized; its adapter's output in two copies; the down projection's weight
-    dequantized; its adapter's input, cast and dropped. What the half keeps later than that is taken off.
-    Computed again, a layer stops at the last value that is needed, before a down projection without an
-    adapter.
+    The up projection's weight dequantized; the down projection's; or its input, dropped. What the half keeps
+    later than that is taken off. Computed again, a layer stops where its last value is kept: before the
+    product of the down projection, whose result is there but empty, or does not exist without an adapter.
     """
     down, up = _linear(shape, "down_proj"), _up(shape)
-    c, a, tokens = setting.compute_bytes, setting.adapter_value_bytes, setting.tokens
+    c, tokens = setting.compute_bytes, setting.tokens
     wide, hidden = shape.mlp_width * tokens, shape.width * c * tokens
-    is_copied = a != c or setting.dropout > 0  # what adapters keep is no input, but a copy of it
     product = adapter_input_bytes([down], setting) * tokens
     residual = hidden if c < FP32 else 0  # in fp32 a norm keeps it
-    normed = hidden if is_copied or not setting.adapts(up) else 0
+    normed = 0 if setting.adapts(up) else hidden
     later = product + (up.outputs - shape.mlp_width) * tokens * c  # one layer for both: not activated yet
     moments = [dequantized_bytes(up, setting, is_forward=True) + residual + normed - later]
-    if setting.adapts(up):
-        before = shape.width * a * tokens if setting.dropout > 0 and a != c else 0
-        moments.append(2 * up.outputs * a * tokens + before + residual + normed - later)
-    if not is_recomputed or setting.adapts(down) or shape.family == "gemma2":
-        is_kept = setting.adapts(down) and not is_copied
-        taken = 0 if is_kept else wide * c - product
-        base = dequantized_bytes(down, setting, is_forward=True)
+    is_whole = not is_recomputed or shape.family == "gemma2"
+    if is_whole or setting.adapts(down):
+        taken = 0 if setting.adapts(down) else wide * c
+        base = dequantized_bytes(down, setting, is_forward=True) if is_whole else 0
         moments.append(base + residual + normed + hidden + taken)
-    if setting.adapts(down):
-        before = wide * a if setting.dropout > 0 and a != c else 0
-        adapted = 0 if is_recomputed else 2 * shape.width * a * tokens
-        moments.append(is_copied * wide * c + before + residual + normed + hidden + adapted)
+    if setting.adapts(down) and setting.dropout > 0:
+        moments.append(wide * c + residual + normed)
     return moments
 
 

@@ -1,0 +1,95 @@
+"""PEFT's LoRA layers with one fused operation for what training does; all else is theirs.
+
+Each is a subclass that overrides `forward` only: names, parameters, merging, switching off and what stands on
+disk stay PEFT's, and stock PEFT loads what they save. They are registered through PEFT's registration of
+custom modules, which is semi-public (`tests/test_semi_public.py` says what is relied on); it is not saved, so
+every load registers them again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
+from torch import Tensor, nn
+
+from qadapt.engine.linear import adapted_linear
+
+
+def use_fused_layers(config: LoraConfig) -> None:
+    """Makes PEFT put fused layers on the linear layers of a base, for this configuration object."""
+    config._register_custom_module(
+        {
+            bitsandbytes.nn.Linear4bit: FusedLinear4bit,  # subclasses of nn.Linear first
+            bitsandbytes.nn.Linear8bitLt: FusedLinear8bit,
+            nn.Linear: FusedLinear,
+        }
+    )
+
+
+class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]
+    """LoRA on a layer in 4 bits."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, fused where the case is the plain one.
+
+        A single token at a time, as in generation, goes to the library's kernel for it.
+        """
+        is_plain = is_fusible(self, has_more=bool(args or kwargs))
+        if is_plain and self.get_base_layer().compute_dtype == x.dtype and (self.training or x.shape[-2] > 1):
+            return fused(self, x)
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+
+class FusedLinear8bit(PeftLinear8bit):  # type: ignore[misc]
+    """LoRA on a layer in 8 bits."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, fused where the case is the plain one."""
+        if is_fusible(self, has_more=bool(args or kwargs)):
+            return fused(self, x)
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+
+class FusedLinear(peft_layer.Linear):  # type: ignore[misc]
+    """LoRA on a layer that is not quantized."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, fused where the case is the plain one."""
+        if is_fusible(self, has_more=bool(args or kwargs)) and self.get_base_layer().weight.dtype == x.dtype:
+            return fused(self, x)
+        result: Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+
+def is_fusible(layer: peft_layer.LoraLayer, *, has_more: bool) -> bool:
+    """Whether a layer's pass is the plain case: one adapter that is on, not merged, no variant, no autocast.
+
+    Args:
+        layer: Of PEFT.
+        has_more: It is given more than its inputs, such as an adapter's name for each row.
+    """
+    if has_more or layer.disable_adapters or layer.merged or _casts_itself():
+        return False
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return len(active) == 1 and active[0] not in layer.lora_variant and not layer.lora_bias[active[0]]
+
+
+def fused(layer: peft_layer.LoraLayer, inputs: Tensor) -> Tensor:
+    """The output of a layer whose pass is the plain case."""
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    dropout = layer.lora_dropout[name]
+    share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return adapted_linear(inputs, layer.get_base_layer(), factors, scale=layer.scaling[name], dropout=share)
+
+
+def _casts_itself() -> bool:
+    return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")

@@ -1,0 +1,120 @@
+"""A frozen linear layer with a low-rank update as one operation (QLoRA, arXiv:2305.14314).
+
+Written as single operations, the step keeps what each of them wants: casts of the input, dropped copies, the
+update's output and its scaled copy. Here the product's result takes the update in place, and only the input,
+which neighbours share, and the R values between the factors stay for the backward pass, which dequantizes
+the weight once more: a few per cent of a product's time. With dropout a mask of one byte per value stays.
+
+Products run in the type of the input, gradients have the type of the factors. The weight is looked up when it
+is needed, so it may be moved meanwhile. Knows nothing of PEFT (see `adapters/fused.py`).
+
+Legend: N tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+INT8_STEPS = 127
+"""Of a row's largest magnitude, in bitsandbytes' 8-bit rows."""
+
+
+def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """(O, I) the weight of a frozen layer, dequantized into a type; not a copy where it has that type."""
+    if isinstance(layer, Linear4bit):
+        dense: Tensor = dequantize_4bit(layer.weight, layer.weight.quant_state)
+        return dense.to(dtype)
+    if isinstance(layer, Linear8bitLt):
+        largest: Tensor = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # (O,)
+        steps: Tensor = layer.weight.detach()
+        return steps.to(dtype).mul_(largest.unsqueeze(1) / INT8_STEPS)
+    return layer.weight.to(dtype)
+
+
+def adapted_linear(
+    inputs: Tensor, layer: nn.Linear, factors: tuple[Tensor, Tensor], *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """What a frozen layer with a low-rank update gives: inputs @ (W + scale B A)ᵀ + bias.
+
+    Args:
+        inputs: (..., I) in the type of the products.
+        layer: The frozen layer: `torch.nn.Linear`, or of bitsandbytes in 4 or 8 bits.
+        factors: A of (R, I) and B of (O, R), of any floating type.
+        scale: Of the update.
+        dropout: Share of the inputs that the update does not see.
+
+    Returns:
+        (..., O) in the type of the inputs.
+    """
+    down, up = factors
+    scale /= 1 - dropout  # where dropout's own factor comes in is all the same
+    made: tuple[Tensor, Tensor] = _AdaptedLinear.apply(inputs, down, up, layer, scale, dropout)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        _multiply(inputs, layer, (made[1], up), scale=scale, result=made[0].detach())
+    return made[0]
+
+
+def _multiply(
+    inputs: Tensor, layer: nn.Linear, update: tuple[Tensor, Tensor], *, scale: float, result: Tensor
+) -> None:
+    """Puts the product with the frozen weight and the update into the result, (..., O)."""
+    flat, rows = inputs.reshape(-1, inputs.shape[-1]), result.view(-1, result.shape[-1])
+    weight, (between, up) = dense_weight(layer, flat.dtype), update
+    bias: Tensor | None = layer.bias
+    if bias is None:
+        torch.mm(flat, weight.t(), out=rows)
+    else:
+        torch.addmm(bias.to(flat.dtype), flat, weight.t(), out=rows)
+    del weight
+    rows.addmm_(between, up.to(flat.dtype).t(), alpha=scale)  # (N, R) by (R, O)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Hands over what is kept, and an empty result, which is filled afterwards.
+
+    A layer that is computed again stops where the last value to be kept is handed over. That is here, so the
+    frozen product of a layer's last projection, a quarter of a layer's weights, is not made again.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, inputs: Tensor, down: Tensor, up: Tensor, layer: nn.Linear, scale: float, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        flat = inputs.reshape(-1, inputs.shape[-1])  # (N, I)
+        dropped = _drawn(flat, dropout) if dropout else None  # (N, I)
+        between = (flat if dropped is None else flat.masked_fill(dropped, 0)) @ down.to(flat.dtype).t()
+        context.save_for_backward(inputs, between, down, up, dropped)
+        context.layer, context.scale = layer, scale
+        context.mark_non_differentiable(between)
+        return inputs.new_empty(*inputs.shape[:-1], len(up)), between
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, between, down, up, dropped = context.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])  # (N, O)
+        flat = inputs.reshape(-1, inputs.shape[-1])  # (N, I)
+        through = (gradient @ up.to(gradient.dtype)).mul_(context.scale)  # (N, R)
+        up_gradient = (gradient.t() @ between).mul_(context.scale).to(up.dtype)
+        seen = flat if dropped is None else flat.masked_fill(dropped, 0)
+        down_gradient = (through.t() @ seen).to(down.dtype)
+        del seen
+        if not context.needs_input_grad[0]:
+            return None, down_gradient, up_gradient, None, None, None
+        result = gradient @ dense_weight(context.layer, gradient.dtype)  # (N, I)
+        if dropped is None:
+            result.addmm_(through, down.to(gradient.dtype))
+        else:
+            result += (through @ down.to(gradient.dtype)).masked_fill_(dropped, 0)
+        return result.view(inputs.shape), down_gradient, up_gradient, None, None, None
+
+
+def _drawn(inputs: Tensor, share: float) -> Tensor:
+    """Which values are dropped, from the draws that `torch.nn.Dropout` on a CPU takes for which are kept."""
+    return torch.empty_like(inputs, dtype=torch.bool).bernoulli_(1 - share).logical_not_()
