@@ -22,10 +22,32 @@ NESTED_CODE_VALUES = 256
 """Of the absmax values' 8-bit code book, fp32, one copy per layer."""
 
 
+STREAMED = 2
+"""Layers whose weights are on the card at once, where layers are streamed."""
+
+
 def base_weight_bytes(shape: ModelShape, setting: Setting) -> int:
-    """The linear layers' weights: two per byte in 4-bit, else in the compute type."""
-    each = 0.5 if setting.quantization == "nf4" else setting.compute_bytes
-    return shape.layers * sum(setting.tensor_bytes(linear.weights, each) for linear in shape.linears)
+    """The linear layers' weights: two per byte in 4-bit, else in the compute type.
+
+    Of streamed layers only two are there, each with its constants (`engine/streaming.py`).
+    """
+    if "layers" in setting.offload:
+        return min(STREAMED, shape.layers) * layer_bytes(shape, setting)
+    return shape.layers * sum(_weight_bytes(linear, setting) for linear in shape.linears)
+
+
+def layer_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What one layer's linear layers take, their constants included."""
+    constants = (
+        0 if setting.quantization == "none" else sum(constant_bytes(each, setting) for each in shape.linears)
+    )
+    return constants + sum(_weight_bytes(linear, setting) for linear in shape.linears)
+
+
+def _weight_bytes(linear: Linear, setting: Setting) -> int:
+    return setting.tensor_bytes(
+        linear.weights, 0.5 if setting.quantization == "nf4" else setting.compute_bytes
+    )
 
 
 def constant_bytes(linear: Linear, setting: Setting) -> int:
@@ -41,8 +63,8 @@ def constant_bytes(linear: Linear, setting: Setting) -> int:
 
 
 def quantization_constant_bytes(shape: ModelShape, setting: Setting) -> int:
-    """All quantization constants of the base."""
-    if setting.quantization == "none":
+    """All quantization constants of the base; those of streamed layers lie with their weights."""
+    if setting.quantization == "none" or "layers" in setting.offload:
         return 0
     return shape.layers * sum(constant_bytes(linear, setting) for linear in shape.linears)
 
@@ -50,7 +72,8 @@ def quantization_constant_bytes(shape: ModelShape, setting: Setting) -> int:
 def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
     """Embeddings, head (if untied), norms, biases in the compute type; the rotary tables in fp32."""
     each = setting.compute_bytes
-    embeddings = setting.tensor_bytes(shape.embedding_weights, each) * (1 if shape.tied else 2)
+    tables = 1 if shape.tied or "embeddings" in setting.offload else 2
+    embeddings = tables * setting.tensor_bytes(shape.embedding_weights, each)
     biases = sum(setting.tensor_bytes(linear.outputs, each) for linear in shape.linears if linear.bias)
     head_norms = 2 * setting.tensor_bytes(shape.head_width, each) if shape.family == "qwen3" else 0
     wide_norms = (4 if shape.family == "gemma2" else 2) * setting.tensor_bytes(shape.width, each)
