@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from qadapt.plan.trace import TraceEvent
 
 Inside = Callable[[Any, tuple[Any, ...], dict[str, Any]], int]
 """(operation, arguments, keyword arguments) → bytes its kernel takes besides its results."""
+_Forget = Callable[[weakref.ref[torch.UntypedStorage]], None]
 
 BORN = {
     "load": "unquantized",
@@ -161,7 +161,7 @@ class Ledger(TorchDispatchMode):
         """Counts the storages an operation made; True if there are any."""
         category = BORN.get(self._phase_now(), "temporary")
         is_new = False
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):  # a tree takes its time
             if isinstance(leaf, Tensor):
                 is_new = self._add(leaf, category) or is_new
         return is_new
@@ -181,21 +181,22 @@ class Ledger(TorchDispatchMode):
         place = id(storage)
         if place in self._blocks:
             return False
-        reference = weakref.ref(storage, partial(self._forget, place))
+        size_bytes = storage.nbytes()
         if is_on_host(tensor) and (tensor.is_meta or self._has_host_apart):
-            self._blocks[place] = _Block(storage.nbytes(), category, 0, reference, is_on_host=True)
-            self.host_bytes += storage.nbytes()
+            self._blocks[place] = _Block(storage, self._forget, size_bytes, category, is_on_host=True)
+            self.host_bytes += size_bytes
             self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
             return False
-        size_bytes = self._round(storage.nbytes())
-        self._check_budget(size_bytes)
-        key = self._record(storage.nbytes(), category) if size_bytes else 0
-        self._blocks[place] = _Block(size_bytes, category, key, reference)
-        self._count(category, size_bytes)
+        rounded_bytes = self._round(size_bytes)
+        self._check_budget(rounded_bytes)
+        key = self._record(size_bytes, category) if rounded_bytes else 0
+        self._blocks[place] = _Block(storage, self._forget, rounded_bytes, category, key=key)
+        self._count(category, rounded_bytes)
         return True
 
-    def _forget(self, place: int, _: weakref.ref[torch.UntypedStorage]) -> None:
-        block = self._blocks.pop(place)
+    def _forget(self, block: weakref.ref[torch.UntypedStorage]) -> None:
+        assert isinstance(block, _Block)
+        del self._blocks[block.place]
         if block.is_on_host:
             self.host_bytes -= block.size_bytes
         elif block.size_bytes:
@@ -236,12 +237,30 @@ class Ledger(TorchDispatchMode):
             )
 
 
-@dataclass
-class _Block:
-    """A storage that is alive."""
+class _Block(weakref.ref[torch.UntypedStorage]):
+    """A storage that is alive.
 
-    size_bytes: int
-    category: str
-    key: int
-    reference: weakref.ref[torch.UntypedStorage]
-    is_on_host: bool = False
+    One small object for each, as `weakref.KeyedRef` is: thousands are alive at once, and with every few
+    hundred thousand objects Python's garbage collection looks through all of the process, for a second.
+    """
+
+    __slots__ = ("category", "is_on_host", "key", "place", "size_bytes")
+
+    def __new__(cls, storage: torch.UntypedStorage, forget: _Forget, *_: Any, **__: Any) -> _Block:
+        return super().__new__(cls, storage, forget)
+
+    def __init__(
+        self,
+        storage: torch.UntypedStorage,
+        forget: _Forget,
+        size_bytes: int,
+        category: str,
+        *,
+        key: int = 0,
+        is_on_host: bool = False,
+    ) -> None:
+        self.place = id(storage)
+        self.size_bytes = size_bytes
+        self.category = category
+        self.key = key
+        self.is_on_host = is_on_host

@@ -38,7 +38,7 @@ from qadapt.train.spill import Pace, renewing_cap, within_free_memory
 from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient
 
 MEMORY_EVERY = 50
-"""Steps from one whose memory is counted to the next: such a step takes about a quarter more time."""
+"""Steps from one whose memory is counted to the next: such a step takes about a sixth more time."""
 SAVE_SECONDS = 300
 """After so long without a checkpoint one is written, between the recipe's, too: what a kill costs at most."""
 

@@ -1,11 +1,13 @@
 """What a run takes, by category: some of its steps under the ledger, the peak of all of them by the device.
 
 On CUDA the peak is the allocator's own; on a CPU, whose allocator keeps no count, it is the ledger's, of the
-steps that were watched. A watched step takes about a quarter more time (135M, CPU) and no other number.
+steps that were watched. A watched step takes about a sixth more time (135M, CPU; `tools/bench/overhead.py`)
+and no other number.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +55,8 @@ class MemoryMeter:
         with ledger.during("load"):
             for category, tensors in static_tensors(self._model, self._optimizer).items():
                 ledger.hold(category, tensors)
-        with watched(ledger, self._model.get_base_model(), optimizer=self._optimizer.inner), ledger:
+        watching = watched(ledger, self._model.get_base_model(), optimizer=self._optimizer.inner)
+        with _without_collection(), watching, ledger:
             yield
         if ledger.peak.bytes > self._peak_bytes:
             self._peak_bytes, self._categories = ledger.peak.bytes, ledger.peak.categories
@@ -82,6 +85,21 @@ class MemoryMeter:
             peak_bytes = torch.cuda.max_memory_allocated(self._device) + self._optimizer.paged_bytes
             categories["temporary"] = max(0, categories.get("temporary", 0) + peak_bytes - self._peak_bytes)
         return categories, peak_bytes
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """The ledger's many small objects must not bring Python to look through all others for unused ones.
+
+    It would take about a second in every few watched steps; a step leaves nothing that it alone would find.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def reset_peak(device: torch.device) -> None:
