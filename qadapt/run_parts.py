@@ -23,8 +23,10 @@ from qadapt.cache import cache_folder, ignore, output_errors
 from qadapt.data.batches import widest_share
 from qadapt.data.prepared import skipped_lines
 from qadapt.data.step_sample import StepSample
+from qadapt.engine.boundaries import offload_boundaries
 from qadapt.engine.documents import kernel_problem
 from qadapt.engine.recompute import set_recompute
+from qadapt.engine.tiles import set_tiles
 from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
@@ -283,6 +285,9 @@ def place_base(
         device=choose_device(plan.device),
     )
     set_recompute(base, plan.recompute)
+    set_tiles(base, plan.mlp_tiles)
+    if "boundaries" in plan.offload:
+        offload_boundaries(base)
     if plan.packed and (problem := _kernel_problem(plan, base)) is not None:
         yield Warned(
             message=f"Packed rows are attended to one document after another, which is slower: the kernel "

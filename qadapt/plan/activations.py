@@ -22,9 +22,20 @@ MLP_NAMES = ("gate_proj", "up_proj", "gate_up_proj")
 
 
 def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
-    """The inputs of recomputed layers, one per layer (arXiv:1604.06174)."""
-    each = setting.tensor_bytes(setting.tokens * shape.width, setting.compute_bytes)
-    return setting.recomputed_layers(shape.layers) * each
+    """The input of one recomputed layer (arXiv:1604.06174)."""
+    return setting.tensor_bytes(setting.tokens * shape.width, setting.compute_bytes)
+
+
+def boundaries_there(setting: Setting, waiting: int, *, is_turn: bool) -> int:
+    """How many inputs of recomputed layers are on the device, where so many have not gone backward yet.
+
+    Offloaded: that of the layer whose turn it is, unless its norm keeps a copy instead; on CUDA the next one,
+    which is fetched meanwhile, or, before the first turn, the last one, which has only just been copied out.
+    """
+    if "boundaries" not in setting.offload:
+        return waiting
+    is_kept = is_turn and (setting.mlp_tiles > 1 or setting.compute_bytes == FP32)
+    return min(waiting - is_turn, setting.device == "cuda") + is_kept
 
 
 def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *, is_recomputed: bool) -> int:
@@ -39,7 +50,7 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     first = [linear for linear in shape.linears if linear.name in ATTENTION_NAMES]
     last = [linear for linear in shape.linears if linear.name == "o_proj"]
-    kept = _norm(shape.width, setting, is_kept_already=is_recomputed) + _adapter(first, setting)
+    kept = _wide_norm(shape, setting, is_kept_already=is_recomputed) + _adapter(first, setting)
     if shape.family == "qwen3":
         kept += _norm(query, setting, groups=shape.heads) + _norm(key_value, setting, groups=shape.kv_heads)
     # phi3's rotary part lays queries out so that Flash's output, laid out alike, is copied
@@ -48,18 +59,24 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
     is_kept = attention.keeps_output and not is_copied and not attention.is_joined
     kept += _adapter(last, setting, is_kept_already=is_kept)
     if shape.family == "gemma2":
-        kept += _norm(shape.width, setting)
+        kept += _wide_norm(shape, setting)
     return kept * setting.tokens + score_bytes(shape, setting, attention)
 
 
 def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the feed-forward half keeps: norm, adapter inputs, gate, activated gate, up, their product."""
+    """What the feed-forward half keeps: norm, adapter inputs, gate, activated gate, up, their product.
+
+    Computed in pieces: norms and its input.
+    """
+    if setting.mlp_tiles > 1:
+        norms = 2 if shape.family == "gemma2" else 1
+        return (norms * _wide_norm(shape, setting) + shape.width * setting.compute_bytes) * setting.tokens
     first = [linear for linear in shape.linears if linear.name in MLP_NAMES]
     last = [linear for linear in shape.linears if linear.name == "down_proj"]
-    kept = _norm(shape.width, setting) + _adapter(first, setting)
+    kept = _wide_norm(shape, setting) + _adapter(first, setting)
     kept += 3 * shape.mlp_width * setting.compute_bytes + _adapter(last, setting)
     if shape.family == "gemma2":
-        kept += _norm(shape.width, setting)
+        kept += _wide_norm(shape, setting)
     return kept * setting.tokens
 
 
@@ -84,7 +101,7 @@ def head_input_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def norm_bytes(shape: ModelShape, setting: Setting) -> int:
     """What one norm over the model's width keeps, for every token."""
-    return setting.tokens * _norm(shape.width, setting)
+    return setting.tokens * _wide_norm(shape, setting)
 
 
 def first_input_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -93,6 +110,13 @@ def first_input_bytes(shape: ModelShape, setting: Setting) -> int:
     With new tokens, whose embeddings are trained, something does.
     """
     return 0 if setting.new_tokens else norm_bytes(shape, setting)
+
+
+def _wide_norm(shape: ModelShape, setting: Setting, *, is_kept_already: bool = False) -> int:
+    """Of a norm over the model's width; computed in pieces it keeps its input as it is."""
+    if setting.mlp_tiles > 1:
+        return 0 if is_kept_already else shape.width * setting.compute_bytes
+    return _norm(shape.width, setting, is_kept_already=is_kept_already)
 
 
 def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: bool = False) -> int:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
 from qadapt.plan.activations import (
     attention_bytes,
+    boundaries_there,
     boundary_bytes,
     first_input_bytes,
     head_input_bytes,
@@ -200,7 +201,7 @@ def _moments(
     shared = shared_bytes(shape, setting, attention)
     logits, held_logits = logit_bytes(shape, setting)
     at_loss = {
-        "recompute_boundaries": boundary_bytes(shape, setting),
+        "recompute_boundaries": _boundaries_before(shape, setting),
         "activations": shared
         + _kept_layers_bytes(shape, setting, kept)
         + norm_bytes(shape, setting)
@@ -235,22 +236,30 @@ def _at_widest_layer(
     highest. `gradients` are those that earlier micro-batches left, and those of a whole pass.
     """
     layers, count = shape.layers, setting.recomputed_layers(shape.layers)
-    boundaries, (earlier, whole) = boundary_bytes(shape, setting), gradients
+    boundary, (earlier, whole) = boundary_bytes(shape, setting), gradients
     all_kept = _kept_layers_bytes(shape, setting, kept) + norm_bytes(shape, setting)
-    at_norm = {"gradients": earlier, "recompute_boundaries": boundaries, "activations": all_kept}
+    before = _boundaries_before(shape, setting)
+    at_norm = {"gradients": earlier, "recompute_boundaries": before, "activations": all_kept}
     moments = [(at_norm, norm_passing_bytes(shape, setting))]
     for layer, last, first in ((kept, layers - 1, count), (recomputed, count - 1, 0)):
         for place in (last, first) if first <= last else ():
             held = layer.widest_bytes + kept.kept_bytes * max(0, place - count)
             if place and not count:
                 held -= first_input_bytes(shape, setting)
+            waiting = boundaries_there(setting, min(place + 1, count), is_turn=place < count)
             at_layer = {
                 "gradients": earlier or whole * (layers - 1 - place) // layers,
-                "recompute_boundaries": min(place + 1, count) * boundaries // max(1, count),
+                "recompute_boundaries": waiting * boundary,
                 "activations": held,
             }
             moments.append((at_layer, layer.passing_bytes))
     return max(moments, key=lambda moment: sum(moment[0].values()) + moment[1])
+
+
+def _boundaries_before(shape: ModelShape, setting: Setting) -> int:
+    """Inputs of recomputed layers that are on the device before the first layer goes backward."""
+    count = setting.recomputed_layers(shape.layers)
+    return boundaries_there(setting, count, is_turn=False) * boundary_bytes(shape, setting)
 
 
 def _kept_layers_bytes(shape: ModelShape, setting: Setting, layer: _Layer) -> int:

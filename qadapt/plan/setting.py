@@ -46,7 +46,8 @@ class Setting:
     whose rows of embedding and head are trained; the shape's vocabulary includes them.
 
     `loss_chunk` is how many learned tokens are at the head at once, 0 for all of them; `mlp_tiles` in how
-    many pieces along the sequence a feed-forward part is computed; `offload` what stays on the host, on CUDA.
+    many pieces along the sequence a feed-forward part is computed; `offload` what stays on the host, on CUDA;
+    on a CPU only boundaries go elsewhere, to a file.
 
     `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
     most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length;
@@ -203,10 +204,11 @@ def check_recompute(shape: Outline, recompute: Recompute) -> None:
 
 
 def _check_offload(setting: Setting) -> None:
-    if setting.offload and setting.device == "cpu":
+    beside = [part for part in setting.offload if part != "boundaries"]
+    if beside and setting.device == "cpu":
         raise BadRecipe(
-            f"memory.offload = {list(setting.offload)}: a CPU's step lies on the host as it is.",
-            cure="Leave memory.offload out.",
+            f"memory.offload = {beside}: a CPU's step lies on the host as it is.",
+            cure="Leave them out of memory.offload; only boundaries can go elsewhere, to a file.",
         )
     if "layers" not in setting.offload:
         return

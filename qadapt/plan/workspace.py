@@ -8,10 +8,11 @@ published peaks of a T4 and an A100 score them (`tools/bench/estimator.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
-from qadapt.plan.activations import adapter_input_bytes
+from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import Attention
 from qadapt.plan.setting import Setting
@@ -34,6 +35,8 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     of its input, or with dropout two of those; the products' two gradients besides. Forward, or recomputed:
     see `_forward_moments`.
     """
+    if setting.mlp_tiles > 1:
+        return _tiled_passing_bytes(shape, setting)
     down, up = _linear(shape, "down_proj"), _up(shape)
     c, tokens = setting.compute_bytes, setting.tokens
     wide, gradient = shape.mlp_width * tokens, shape.width * c * tokens
@@ -47,6 +50,8 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
         norm = shape.width * FP32 * tokens
         moments = [5 * norm, *(moment - norm for moment in moments)]
     held = _held_gradient_bytes(shape, setting)
+    if is_recomputed and "boundaries" in setting.offload and c < FP32:
+        held += shape.width * c * tokens  # the layer's input, which its norm keeps a copy of, is still there
     if not is_recomputed:  # the model's forward pass holds its embeddings, and what went into this layer
         is_kept = setting.new_tokens > 0 and c == FP32  # by the first norm, which is trained through
         is_embedding_free = setting.recomputed_layers(shape.layers) == 0 and not is_kept
@@ -54,6 +59,23 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     return max(
         gradient + max(moments), held + max(_forward_moments(shape, setting, is_recomputed=is_recomputed))
     )
+
+
+def _tiled_passing_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The feed-forward half going backward in pieces: the layer's gradient, that of its input, and one piece.
+
+    Of the piece all that it would keep, and what passes then, but for its part of the layer's gradient.
+    """
+    piece = piece_of(setting)
+    within = mlp_bytes(shape, piece) - norm_bytes(shape, piece)
+    within += mlp_passing_bytes(shape, piece, is_recomputed=True)
+    return shape.width * setting.compute_bytes * (2 * setting.tokens - piece.tokens) + within
+
+
+def piece_of(setting: Setting) -> Setting:
+    """The tokens that a feed-forward part or a norm takes at once, as a setting of its own."""
+    tokens = -(-setting.tokens // setting.mlp_tiles)
+    return dataclasses.replace(setting, rows=1, length=tokens, packed=False, mlp_tiles=1)
 
 
 def _held_gradient_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -148,6 +170,9 @@ def norm_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     The gradient scaled, the scale's own gradient spread over the width, and the square's: its base, twice it,
     and their product, read off the operations of transformers' RMSNorm.
     """
+    if setting.mlp_tiles > 1:  # the gradients, and a piece with its fp32 copy
+        piece = 6 * shape.width * FP32 * piece_of(setting).tokens
+        return 2 * shape.width * setting.compute_bytes * setting.tokens + piece
     return 5 * shape.width * FP32 * setting.tokens
 
 
