@@ -39,6 +39,7 @@ def _remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "qadapt.hardware.calibration.calibration_file", lambda: tmp_path / "calibration.jsonl"
     )
+    monkeypatch.setattr("qadapt.measured.measured_file", lambda: tmp_path / "measured.json")
     monkeypatch.setattr(
         "qadapt.data.row_cache.data_folder", lambda: tmp_path.with_name(f"{tmp_path.name}-cache") / "data"
     )

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "qadapt"
 RUNGS = (
     {"errors", "units", "quiet"},
     {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
-    | {"control", "pause_rules", "stage", "run_folder", "hardware"},
+    | {"control", "pause_rules", "stage", "run_folder", "hardware", "measured"},
     {"plan"},
     {"engine"},
     {"model", "adapters", "data"},
     {"train"},
     {"export", "view", "serve"},
-    {"run", "run_parts", "resumption", "material", "planning", "exact", "data_check"},
+    {"run", "run_parts", "resumption", "material", "planning", "exact", "data_check", "selftest"},
     {"cli", "__init__"},
     {"__main__"},
 )

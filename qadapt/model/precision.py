@@ -7,8 +7,8 @@
 | CPU where a bf16 product is clearly faster | bf16 | bf16, updates compensated |
 | other CPUs | fp32 | fp32 |
 
-Some CPUs multiply bf16 two times as fast as fp32, others half as fast: so it is measured, once at the start
-of a run; a resumed run keeps what was found.
+Some CPUs multiply bf16 two times as fast as fp32, others half as fast: so it is measured, once for a
+processor, a torch and a number of threads; a resumed run keeps its plan's.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from qadapt.errors import BadRecipe
+from qadapt.measured import measured_once, processor_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 CLEARLY_FASTER = 1.3  # below this ratio the exacter type wins
+_ROUNDS = 20  # the best of many: what is kept must not hang on what else the machine did just then
 
 
 def choose_device(choice: str) -> torch.device:
@@ -68,7 +70,7 @@ def choose_compute_dtype(choice: str, device: torch.device) -> str:
             "memory.compute_dtype is fp16, which CPUs compute many times slower than fp32.",
             cure="Set memory.compute_dtype=auto, bf16 or fp32.",
         )
-    return choice if choice != "auto" else measured_cpu_dtype()
+    return choice if choice != "auto" else known_cpu_dtype()
 
 
 def choose_adapter_dtype(choice: str, compute_dtype: str) -> str:
@@ -87,18 +89,22 @@ def choose_adapter_dtype(choice: str, compute_dtype: str) -> str:
     return "bf16" if compute_dtype == "bf16" else "fp32"
 
 
+def known_cpu_dtype() -> str:
+    """What `measured_cpu_dtype` found on this processor, now or at an earlier start."""
+    machine = f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return measured_once(f"dtype: {machine}", measured_cpu_dtype, answers=("bf16", "fp32"))
+
+
 def measured_cpu_dtype() -> str:
-    """`bf16` if this CPU multiplies it clearly faster than fp32, else `fp32`; takes some 50 ms."""
+    """`bf16` if this CPU multiplies it clearly faster than fp32, else `fp32`; takes some 100 ms."""
     left, right = torch.randn(512, 1024), torch.randn(1024, 1024)
-    single = _product_seconds(left, right)
-    half = _product_seconds(left.bfloat16(), right.bfloat16())
+    halves = left.bfloat16(), right.bfloat16()
+    rounds = [(_product_seconds(left, right), _product_seconds(*halves)) for _ in range(_ROUNDS)]
+    single, half = (min(seconds) for seconds in zip(*rounds, strict=True))
     return "bf16" if single > CLEARLY_FASTER * half else "fp32"
 
 
 def _product_seconds(left: Tensor, right: Tensor) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        left @ right
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(5))
+    start = time.perf_counter()
+    left @ right
+    return time.perf_counter() - start
