@@ -23,6 +23,7 @@ from qadapt.adapters.fused import use_fused_layers
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
 from qadapt.cache import FULL, require_free
 from qadapt.durable import whole_folder
+from qadapt.engine.host import device_of
 from qadapt.errors import BadOutput, BadRecipe, NoRoom
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -85,8 +86,9 @@ def attach_lora(
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if new_ids:
         attach_new_rows(model, new_ids, dtype=dtype)
+    device = device_of(model)  # PEFT puts them where the base's weights are, which may be the host
     for parameter in trainable(adapted).values():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(device, dtype)
     return adapted
 
 
@@ -169,6 +171,7 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
     tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
     config.inference_mode = not is_trainable
     use_fused_layers(config)
+    device, frozen = device_of(model), {id(parameter) for parameter in model.parameters()}
     adapted = PeftModel.from_pretrained(
         model,
         str(folder),
@@ -185,6 +188,9 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
         for path, rows in new_rows_of(adapted).items():
             rows.weight.data.copy_(saved[path + _ROWS])
             rows.requires_grad_(is_trainable)
+    for parameter in adapted.parameters():
+        if id(parameter) not in frozen:
+            parameter.data = parameter.data.to(device)
     return adapted
 
 

@@ -32,6 +32,7 @@ from qadapt.engine.moments import watched
 from qadapt.engine.recompute import set_recompute
 from qadapt.engine.target import Target, kernels_of, on_target, target_functions
 from qadapt.engine.tiles import set_tiles
+from qadapt.model.placement import on_host, place
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
 from qadapt.plan.attention import NEW_CARD
@@ -114,6 +115,8 @@ def skeleton_model(
         dtype=DTYPES[setting.compute_dtype],
         experts=experts,
     )
+    if kept := on_host(setting.offload):
+        place(base, kept, device=torch.device("meta"))
     set_recompute(base, setting.recompute, within=lambda: target_functions(target))
     set_tiles(base, setting.mlp_tiles, within=lambda: target_functions(target))
     if "boundaries" in setting.offload:
