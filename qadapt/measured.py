@@ -26,9 +26,8 @@ def measured_once(what: str, measure: Callable[[], str], *, answers: Collection[
     """
     file = measured_file()
     known = _kept(file)
-    answer = known.get(what)
-    if answer in answers:
-        return answer
+    if known.get(what) in answers:
+        return known[what]
     answer = measure()
     with suppress(OSError):
         make_folder(file.parent)
