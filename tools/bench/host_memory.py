@@ -12,13 +12,14 @@ from pathlib import Path
 import psutil
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process (RssAnon on Linux; elsewhere resident memory, which is more)."""
+def anonymous_bytes(process: int | None = None) -> int:
+    """RssAnon of a process, this one if none is named (outside Linux resident memory, which is more)."""
     if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        status = Path(f"/proc/{process or 'self'}/status")
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process(process).memory_info().rss)
 
 
 class Peak:
