@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,6 +164,32 @@ def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(
     evaluate_loss(model, [batch])
     peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
     assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_step_waits_for_the_card_at_its_end_and_once_for_each_padded_micro_batch(
+    is_packed: bool, tiny_model: TinyModel
+) -> None:
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    model = on_the_card(tiny_model("llama"), compute)
+    optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
+    batches = packed_batches(rows(), capacity=150) if is_packed else micro_batches(rows(), size=2, pad_id=0)
+    assert len(batches) > 1
+
+    def step() -> None:
+        train_step(model, optimizer, batches, learning_rate=1e-4, clip_norm=1.0, scaler=None)
+
+    step()  # makes and loads what the next ones use
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    said = [f"{wait.filename}:{wait.lineno} {wait.message}" for wait in waits]
+    # loss and norm, which is there when the loss is; the library's look at the positions of padded rows
+    assert 2 <= len(said) <= 2 + (0 if is_packed else len(batches)), said
 
 
 def test_the_allocator_says_no_before_the_card_is_full_and_is_free_again_after_it() -> None:

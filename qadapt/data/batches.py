@@ -19,6 +19,7 @@ from qadapt.data.packing import pack
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Flags, Tokens
 from qadapt.engine.documents import Documents, documents_of
+from qadapt.engine.host import sent
 
 ROWS_IN_MEMORY = 512
 IGNORED = -100  # the label that F.cross_entropy leaves out
@@ -38,16 +39,18 @@ class MicroBatch:
     tokens: int  # without padding
     supervised_tokens: int
     documents: Documents | None = None
+    loss_chunk: int = 0  # tokens at the head at once (`engine/loss.py`); 0: all
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
         return MicroBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
+            sent(self.input_ids, device),
+            sent(self.positions, device),
+            sent(self.targets, device),
             self.tokens,
             self.supervised_tokens,
             self.documents and self.documents.to(device),
+            self.loss_chunk,
         )
 
 
@@ -87,6 +90,7 @@ class Division:
         tokens: The most tokens of a packed micro-batch, unless a single row has more.
         learned: The most learned tokens of a packed micro-batch, unless a single row has more.
         halvings: How often these numbers are halved, since memory ran out.
+        loss_chunk: Learned tokens of a micro-batch at the head at once; 0: all.
     """
 
     pad_id: int
@@ -95,9 +99,13 @@ class Division:
     tokens: int = 0
     learned: int = 0
     halvings: int = 0
+    loss_chunk: int = 0
 
     def __call__(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         """The micro-batches of some rows."""
+        return [replace(batch, loss_chunk=self.loss_chunk) for batch in self._divided(rows)]
+
+    def _divided(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         if not self.packed:
             return micro_batches(rows, size=self.size, pad_id=self.pad_id)
         capacity = max(self.size, *map(len, rows))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from qadapt.engine.host import sent
 from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for, goes_one_by_one
 from qadapt.errors import Unsupported
 from qadapt.plan.attention import attention_kernel, document_kernel
@@ -50,8 +51,7 @@ class Documents:
 
     def to(self, device: torch.device) -> Documents:
         """The same on a device."""
-        positions, starts = (each.to(device, non_blocking=True) for each in (self.position_ids, self.starts))
-        return Documents(self.bounds, positions, starts)
+        return Documents(self.bounds, sent(self.position_ids, device), sent(self.starts, device))
 
 
 def documents_of(lengths: Sequence[int]) -> Documents:
