@@ -7,23 +7,23 @@ from then on. The plan is made anew only when that is asked for, or when an allo
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from qadapt.data.prepared import changed_files
 from qadapt.errors import BadRecipe, BadRun
-from qadapt.events import CheckpointSaved, Event, RunFinished, StepDone, Warned
+from qadapt.events import CheckpointSaved, Event, Rehearsed, RunFinished, StepDone, Warned
 from qadapt.material import Material, prepare, step_count
 from qadapt.model.precision import choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder
-from qadapt.run_parts import environment, make_plan
-from qadapt.train.checkpoint import Checkpoint, find_checkpoints
+from qadapt.run_parts import make_plan
+from qadapt.stage import passing
+from qadapt.train.checkpoint import find_checkpoints
+from qadapt.train.environment import environment
 from qadapt.train.stored_plan import StoredPlan, read_plan
 
 Result = TypeVar("Result")
@@ -59,14 +59,20 @@ class Earlier:
     events: Sequence[Event]
     has_other_plan: bool = False
 
+    def owes_rehearsal(self, step: int) -> bool:
+        """Whether the plan should be rehearsed after `step`, if the recipe says so."""
+        is_rehearsed = any(isinstance(event, Rehearsed) for event in self.events)
+        return self.has_other_plan or (step == 0 and not is_rehearsed)
+
     @property
     def has_finished(self) -> bool:
         """Whether the run came to its end."""
         return any(isinstance(event, RunFinished) for event in self.events)
 
     @cached_property
-    def _said(self) -> frozenset[tuple[str, str]]:
-        return frozenset((event.message, event.cure) for event in self.events if isinstance(event, Warned))
+    def _said(self) -> frozenset[tuple[str, str, None]]:
+        warnings = [event for event in self.events if isinstance(event, Warned)]
+        return frozenset((event.message, event.cure, None) for event in warnings if event.step is None)
 
     def has_saved(self, saved: CheckpointSaved) -> bool:
         """Whether the journal knows of a checkpoint as it is; not if a kill came between the two."""
@@ -74,17 +80,13 @@ class Earlier:
         return any((event.step, event.is_best) == (saved.step, saved.is_best) for event in known)
 
     def unsaid(self, events: Generator[Event, None, Result]) -> Generator[Event, None, Result]:
-        """Passes events on, but for warnings that the journal has already; the result is theirs."""
-        try:
-            while True:
-                event = next(events)
-                if not (isinstance(event, Warned) and (event.message, event.cure) in self._said):
-                    yield event
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        finally:
-            events.close()
+        """Passes events on, but for warnings of no step that the journal has; the result is theirs."""
+        return passing(events, lambda event: not isinstance(event, Warned) or _words(event) not in self._said)
+
+
+def _words(warned: Warned) -> tuple[str, str, int | None]:
+    """What makes two warnings the same; those of a step come again only with the step."""
+    return warned.message, warned.cure, warned.step
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def has_begun(run: RunFolder, earlier: Earlier) -> bool:
     return True
 
 
-def recipe_asked_for(run: RunFolder) -> Recipe:
+def recipe_never_begun(run: RunFolder) -> Recipe:
     """The recipe of a run that never began.
 
     Raises:
@@ -135,20 +137,6 @@ def check_finished(run: RunFolder, earlier: Earlier) -> None:
         )
 
 
-def check_fits(run: RunFolder, checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> None:
-    """Looks whether a saved adapter has the names and the shapes of the one that takes it over.
-
-    Raises:
-        BadRun: It has not: the base is of another kind.
-    """
-    saved = {name: tensor.shape for name, tensor in checkpoint.adapter.items()}
-    if saved != {name: parameter.shape for name, parameter in parameters.items()}:
-        raise BadRun(
-            f"The saved state of the run {run.name} does not fit its base as it is now.",
-            cure=f"Put the base back as it was (model in {run.recipe}), or start a new run with run.name=...",
-        )
-
-
 def take_up(run: RunFolder, earlier: Earlier, consent: Consent) -> Generator[Event, None, TakenUp]:
     """Reads what a run executes, and checks that it is what it was or may be something else.
 
@@ -157,7 +145,7 @@ def take_up(run: RunFolder, earlier: Earlier, consent: Consent) -> Generator[Eve
         QadaptError: The base or the rows cannot be used.
     """
     plan = read_plan(run.plan)
-    recipe = yield from stored_recipe(run, plan)
+    recipe = yield from recipe_of_plan(run, plan)
     fields = changed_fields(plan, recipe)
     _check_fields(run, fields, consent)
     has_other_material = any(name.startswith(MATERIAL) and name not in PLANNED for name in fields)
@@ -223,7 +211,7 @@ def plan_anew(taken: TakenUp) -> StoredPlan:
     return replace(made, recipe=recipe.model_dump(mode="json"))
 
 
-def stored_recipe(run: RunFolder, plan: StoredPlan) -> Generator[Event, None, Recipe]:
+def recipe_of_plan(run: RunFolder, plan: StoredPlan) -> Generator[Event, None, Recipe]:
     """The recipe of a run's folder; if the file is gone, the one that the plan was made for.
 
     Raises:

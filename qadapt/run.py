@@ -25,7 +25,7 @@ from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.cache import output_errors
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, saved_contract
 from qadapt.errors import BadRun
-from qadapt.events import Event, Paused, Resumed, RunFinished, StepDone, Stopped, Warned
+from qadapt.events import Event, Paused, RunFinished, StepDone, Stopped
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
 from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
@@ -39,10 +39,9 @@ from qadapt.resumption import (
     Consent,
     Earlier,
     check_finished,
-    check_fits,
     has_begun,
     plan_anew,
-    recipe_asked_for,
+    recipe_never_begun,
     take_up,
 )
 from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
@@ -59,14 +58,8 @@ from qadapt.run_parts import (
     started,
     store,
 )
+from qadapt.saved_states import go_to_best, restore
 from qadapt.stage import with_progress
-from qadapt.train.checkpoint import (
-    checkpoint_folder,
-    drop_newer,
-    find_damage,
-    load_checkpoint,
-    load_newest,
-)
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
@@ -131,7 +124,8 @@ def _new_run(
             loop = yield from _placed(recipe, plan, run, material=material)
             yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
             return
-        yield from _steps(recipe, plan, run, material=material, earlier=earlier)
+        steps = _steps(recipe, plan, run, material=material, earlier=earlier)
+        yield from steps if earlier is None else earlier.unsaid(steps)
 
 
 def resume(
@@ -167,7 +161,7 @@ def resume(
 def _resumed_run(run: RunFolder, earlier: Earlier, consent: Consent) -> Iterator[Event]:
     quiet_libraries()
     if not has_begun(run, earlier):
-        yield from _new_run(recipe_asked_for(run), run, earlier=earlier)
+        yield from _new_run(recipe_never_begun(run), run, earlier=earlier)
         return
     taken = yield from take_up(run, earlier, consent)
     with holding_card(taken.recipe, run):
@@ -179,17 +173,17 @@ def _resumed_run(run: RunFolder, earlier: Earlier, consent: Consent) -> Iterator
             (run.path / RUNGS_FILE).unlink(missing_ok=True)  # they eased the plan that was
         yield started(taken.recipe, plan, run)
         yield plan.event()
-        yield from _steps(taken.recipe, plan, run, material=taken.material, earlier=earlier)
+        yield from earlier.unsaid(_steps(taken.recipe, plan, run, material=taken.material, earlier=earlier))
 
 
 def _steps(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, earlier: Earlier | None
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     start = time.monotonic()
     loop = yield from _placed(recipe, plan, run, material=material)
     if earlier is not None:
-        yield from _restore(loop, run, earlier)
-    elif recipe.train.rehearse:
+        yield from restore(loop, run, earlier)
+    if recipe.train.rehearse and (earlier is None or earlier.owes_rehearsal(loop.progress.step)):
         yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
     for event in loop.events():
         yield event
@@ -197,7 +191,7 @@ def _steps(
             return
     _remember(recipe, plan, run, loop=loop, measured_bytes=loop.peak_bytes)
     facts = adapter_facts(recipe, plan, material)
-    best = yield from (_best(loop, run) if earlier is None else earlier.unsaid(_best(loop, run)))
+    best = yield from go_to_best(loop, run)
     contract = material.contract
 
     def write() -> tuple[Event, ...]:
@@ -256,39 +250,6 @@ def _remember(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, m
     """Keeps what the plan's setting took; where memory ran out it took at least what was measured."""
     if not loop.ladder.is_taken or measured_bytes > plan.predicted_peak_bytes:
         remember_peak(recipe, plan, run, measured_bytes=measured_bytes)
-
-
-def _restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
-    checkpoint, problems = load_newest(run.path)
-    used = "The run's start is used." if checkpoint is None else f"Step {checkpoint.step:,} is used."
-    for problem in problems:
-        yield Warned(message=problem, cure=used)
-    if checkpoint is None:
-        drop_newer(run.path, -1)  # none is whole: they must not stand before those to come
-    else:
-        if earlier.has_other_plan:  # whose memory is measured from here on
-            values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
-            checkpoint = replace(checkpoint, values=values)
-        check_fits(run, checkpoint, loop.optimizer.parameters)
-        loop.restore(checkpoint)
-        saved = loop.saved(checkpoint_folder(run.path, checkpoint.step))
-        if not earlier.has_saved(saved):  # killed between the checkpoint and its line
-            yield saved
-    yield Resumed(step=loop.progress.step)
-
-
-def _best(loop: Loop, run: RunFolder) -> Generator[Event, None, int]:
-    """Goes back to the adapter of the best evaluation, if there were any, and says of which step it is."""
-    progress = loop.progress
-    if progress.best_step is None or progress.best_step == progress.step:
-        return progress.step
-    folder = checkpoint_folder(run.path, progress.best_step)
-    damage = find_damage(folder)
-    if damage is not None:
-        yield Warned(message=damage, cure="It was the best; the last step is kept instead.")
-        return progress.step
-    loop.restore_adapter(load_checkpoint(folder))
-    return progress.best_step
 
 
 def export(

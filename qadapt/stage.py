@@ -1,4 +1,4 @@
-"""A long call that reports its progress, as a generator of events."""
+"""Generators of events: a long call that reports its progress, and events that pass a look."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ Report = Callable[[str, int, int], None]
 
 class _Abandoned(BaseException):
     """Ends a call that nobody waits for any more; never leaves this file."""
+
+
+def passing(
+    events: Generator[Event, None, Result], passes: Callable[[Event], bool]
+) -> Generator[Event, None, Result]:
+    """Passes on those events for which `passes(event)` is true; the result is theirs."""
+    try:
+        while True:
+            event = next(events)
+            if passes(event):
+                yield event
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        events.close()
 
 
 def with_progress(

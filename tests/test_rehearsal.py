@@ -41,7 +41,7 @@ from qadapt.run import rehearse, resume, train
 from qadapt.train import loop, rehearsal
 from qadapt.train.oom import read_rungs
 from qadapt.train.optimizer import make_optimizer
-from qadapt.train.rehearsal import fullest_step, prompt_of, put_back
+from qadapt.train.rehearsal import fullest_step, leaving_no_trace, prompt_of
 from qadapt.train.saver import Saver
 from qadapt.train.settings import LoopSettings
 from qadapt.train.step import find_gradient
@@ -303,7 +303,7 @@ def test_rehearse_only_leaves_with_2_where_it_cannot_fit(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
-def test_all_is_put_back_even_after_an_error(dtype: torch.dtype, kind: str) -> None:
+def test_all_is_leaving_no_trace_even_after_an_error(dtype: torch.dtype, kind: str) -> None:
     model = nn.Linear(64, 80).to(dtype).eval()
     optimizer = make_optimizer(dict(model.named_parameters()), kind=kind, betas=(0.9, 0.99), weight_decay=0.1)
 
@@ -318,7 +318,7 @@ def test_all_is_put_back_even_after_an_error(dtype: torch.dtype, kind: str) -> N
 
     one_step()
     before = everything()
-    with pytest.raises(KeyboardInterrupt), put_back(model, optimizer):
+    with pytest.raises(KeyboardInterrupt), leaving_no_trace(model, optimizer):
         model.train()
         one_step()
         assert all(not torch.equal(value, everything()[name]) for name, value in before.items())

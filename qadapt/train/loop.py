@@ -21,7 +21,7 @@ from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
 from qadapt.data.rows import Rows
 from qadapt.engine.host import device_of
-from qadapt.errors import DoesNotFit, NoRoom
+from qadapt.errors import BadOutput, DoesNotFit
 from qadapt.events import CheckpointSaved, Evaluated, Event, MemoryMeasured, StepDone, Stopped, Warned
 from qadapt.train.checkpoint import Checkpoint, drop_newer, random_state, restore_random_state
 from qadapt.train.health import Health
@@ -39,6 +39,8 @@ from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gr
 
 MEMORY_EVERY = 50
 """Steps from one whose memory is counted to the next: such a step takes about a sixth more time."""
+FIRST_SCALE = 2.0**16
+"""Of an fp16 run's loss, as torch begins."""
 SAVE_SECONDS = 300
 """After so long without a checkpoint one is written, between the recipe's, too: what a kill costs at most."""
 
@@ -92,9 +94,9 @@ class Loop:
         self._beginning = Beginning(self._device, None)
         self._scaler: torch.amp.GradScaler | None = None
 
-    def scale_loss(self) -> None:
+    def scale_loss(self, scale: float = FIRST_SCALE) -> None:
         """Scales the loss from now on, for fp16 products."""
-        self._scaler = torch.amp.GradScaler(self._device.type)
+        self._scaler = torch.amp.GradScaler(self._device.type, init_scale=scale)
         self._scaler.scale(torch.zeros((), device=self._device))  # makes the scale that a step begins with
 
     @property
@@ -300,10 +302,10 @@ class Loop:
         return self.pauses.when_room(self.progress.step, lambda: self._save(is_awaited=True))
 
     def _look_at_save(self, look: Callable[[], list[Event]]) -> Iterator[Event]:
-        """What became of a save; if there was no room for it, where the run stands now is saved instead."""
+        """What became of a save; if it could not be written, where the run stands now is saved instead."""
         try:
             events: Iterable[Event] = look()
-        except NoRoom:
+        except BadOutput:
             events = self._saved()  # begun outside of the handler, which holds the copy that had no room
         yield from events
 

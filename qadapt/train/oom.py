@@ -4,9 +4,9 @@ A step is two halves. If memory runs out before its update, nothing has changed 
 dropped, the next rung is taken, random state and loss scale go back to where the step began, and it is done
 again, the same sum over the same rows. If it runs out in the update, the update is gone on with where it
 stopped (`optimizer.py`). A rung changes how a step is computed and never what: which ones there are, and
-their order, is in `plan/knobs.py`: `micro_batch`, then `recompute`. Smaller chunks of the loss and of MLPs,
-and offload to the host, are not there yet. Each is an event and is on the disk (`rungs.json`, with the step
-from which it counts) before anything is done again, so a resumed run takes it at the same step.
+their order, is in `plan/knobs.py`, how they are turned in `turns.py`. Each is an event and is on the disk
+(`rungs.json`, with the step from which it counts) before anything is done again, so a resumed run takes it at
+the same step.
 
 Rows are split only where nothing is drawn at random: a step's dropout masks depend on its shapes. More
 recomputation draws the same ones.
@@ -39,7 +39,7 @@ from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Pauses
 from qadapt.train.spill import renew_cap
 from qadapt.train.step import StepResult, drop_gradients
-from qadapt.train.turns import Recomputing, Splitting, Turn
+from qadapt.train.turns import PuttingAway, Recomputing, Splitting, Tiling, Turn
 
 FILE_NAME = "rungs.json"
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
@@ -119,7 +119,9 @@ class Ladder:
         self._evaluating = Splitting(division, draws=False)
         self._turns: dict[str, Turn] = {
             "micro_batch": self._splitting,
+            "mlp_tiles": Tiling(model, draws=draws),
             "recompute": Recomputing(model, draws=draws),
+            "offload": PuttingAway(model),
         }
         self._optimizer = optimizer
         self._device = device_of(model)
@@ -255,7 +257,7 @@ class Ladder:
         """What this run took here before it was resumed; said again, as what it said then counts no more."""
         for rung in self._due(is_due):
             self._turn(rung)
-            yield Eased(step=rung.step, phase=rung.phase, knob=rung.knob, value=rung.value, price=rung.price)
+            yield Eased(**_values(rung))
 
     def _due(self, is_due: Callable[[Eased], bool]) -> list[Eased]:
         due = [rung for rung in self._waiting if is_due(rung)]
@@ -269,6 +271,11 @@ class Ladder:
             self._optimizer.ease()
         else:
             self._turns[rung.knob].take(rung.value)
+
+
+def _values(rung: Eased) -> dict[str, Any]:
+    """All of a rung but when it was taken."""
+    return {name: value for name, value in vars(rung).items() if name != "time"}
 
 
 def read_rungs(path: Path) -> list[Eased]:
@@ -296,10 +303,9 @@ def write_rungs(path: Path, rungs: Sequence[Eased]) -> None:
         NoRoom: The disk is full.
         BadOutput: The folder cannot be written.
     """
-    names = ("step", "phase", "knob", "value", "price")
-    values = [{name: vars(rung)[name] for name in names} for rung in rungs]
+    values = {"version": 1, "rungs": [_values(rung) for rung in rungs]}
     try:
-        write_whole(path, json.dumps({"version": 1, "rungs": values}, indent=2) + "\n")
+        write_whole(path, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         kind = NoRoom if error.errno in FULL else BadOutput
         raise kind(

@@ -85,7 +85,7 @@ def rehearse(
     short = _short_loop(loop, plan, folder)
     parts: dict[str, float] = {}
     try:
-        with put_back(loop.model, loop.optimizer):
+        with leaving_no_trace(loop.model, loop.optimizer):
             yield from _one_step(short, parts)
             measured_bytes = short.peak_bytes
             if not control.is_asked_to_leave(loop.run_folder):
@@ -108,7 +108,7 @@ def rehearse(
 
 
 @contextmanager
-def put_back(model: nn.Module, optimizer: AdapterOptimizer) -> Iterator[None]:
+def leaving_no_trace(model: nn.Module, optimizer: AdapterOptimizer) -> Iterator[None]:
     """What happens inside leaves no trace in the adapter, its optimizer, torch's random state or the mode.
 
     The copy is of what is trained, on the host: nothing is added on the card.
@@ -164,7 +164,7 @@ def _short_loop(loop: Loop, plan: StoredPlan, folder: Path) -> Loop:
     )
     short.pauses.leave_folder = loop.run_folder
     if plan.compute_dtype == "fp16":
-        short.scale_loss()
+        short.scale_loss(1.0)  # which overflows least: an update that is left out takes no memory
     return short
 
 

@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from qadapt.events import Continued, Event, StepDone, Warned
+from qadapt.stage import passing
 from qadapt.units import MIB, format_bytes
 
 Result = TypeVar("Result")
@@ -86,17 +87,13 @@ def renewing_cap(
     device: torch.device, events: Generator[Event, None, Result]
 ) -> Generator[Event, None, Result]:
     """Passes events on, and renews the cap after each wait among them; the result is theirs."""
-    try:
-        while True:
-            event = next(events)
-            if isinstance(event, Continued):
-                renew_cap(device)
-            yield event
-    except StopIteration as end:
-        result: Result = end.value
-        return result
-    finally:
-        events.close()
+
+    def look(event: Event) -> bool:
+        if isinstance(event, Continued):
+            renew_cap(device)
+        return True
+
+    return passing(events, look)
 
 
 def card_memory(device: torch.device) -> CardMemory:

@@ -1,27 +1,33 @@
-"""What a step costs with everything that watches over it, against the same step bare, in one run.
+"""What watching over a run costs, part by part, against the same steps bare, in one run.
 
     python tools/bench/overhead.py                      the demo model
-    python tools/bench/overhead.py --tiny --pairs 3     a tiny random one: shows the parts, not the share
+    python tools/bench/overhead.py --tiny --pairs 4     a tiny random one: shows the parts, not the share
 
-A real run trains: events, journal, health gauges, requests and rules looked at, a checkpoint saved in the
-background every ten steps. After every ten of its steps the very same rows are trained bare by `train_step`
-with the same model and optimizer, and nothing else. Steps whose memory is counted are compared one by one and
-weigh in as rarely as they come. The sum of both medians is the share; the bar is 2 %. Exits with 1 above it.
-The machine must be left alone meanwhile. The share of the processor's time counts what the saving thread
-works but not what it waits, and hardly feels other programs.
+A real run trains. Three parts are compared, each with the very same rows on the same model and optimizer,
+either way first in turn (ABBA):
+
+    steps     a step of the run, with its events, journal, gauges, requests and rules, against `train_step`
+    counted   a step whose memory is counted by the ledger, which is one of `MEMORY_EVERY`
+    saving    a few steps beside which a checkpoint is written, against those steps alone; a run writes one
+              every 100 steps, as the shipped recipes do, or every `SAVE_SECONDS`, whichever comes first
+
+Each is a median with its 95 % interval (bootstrap), of the time on the wall and of the processor's, all
+threads together: that one counts what the saving thread works but not what it waits, and hardly feels other
+programs. The sum is the share; the bar is 2 % of the time on the wall, for which the machine must be left
+alone. Exits with 1 above it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -31,21 +37,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from demo_task import write_task
 
 import qadapt.run
-from qadapt.data.batches import micro_batches
-from qadapt.events import MemoryMeasured, StepDone
+from qadapt.events import StepDone
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
 from qadapt.train import loop as loop_module
-from qadapt.train.loop import MEMORY_EVERY, Loop
+from qadapt.train.checkpoint import drop_newer
+from qadapt.train.loop import MEMORY_EVERY, SAVE_SECONDS, Loop
+from qadapt.train.memory import MemoryMeter
 from qadapt.train.step import train_step
 
 if TYPE_CHECKING:
     from qadapt.recipe import Recipe
 
 BAR = 0.02
-BLOCK = 10
-FIRST = 2 * BLOCK  # steps before the first pair: the first step makes, imports and warms things
-COUNTED_EVERY = 2 * BLOCK + 1  # more often than a run counts its memory, and at no block's last step
+FIRST = 4  # steps before the first pair: the first ones make, import and warm things; the third is a gauge's
+BESIDE = 3  # steps beside which a checkpoint is written: more than it takes
+SAVE_STEPS = 100
+DRAWS = 2_000
+NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -62,46 +71,64 @@ class Clock:
     def since(self, other: Clock) -> Clock:
         return Clock(self.seconds - other.seconds, self.cpu_seconds - other.cpu_seconds)
 
-    def more_than(self, other: Clock) -> Clock:
-        return Clock(self.seconds / other.seconds - 1, self.cpu_seconds / other.cpu_seconds - 1)
 
-    def __str__(self) -> str:
-        return f"{self.seconds:.2f} s ({self.cpu_seconds:.2f} of the processor)"
+@dataclass(frozen=True)
+class Pair:
+    """The same steps with a part and without it."""
 
+    watched: Clock
+    bare: Clock
 
-def sum_of(clocks: Iterable[Clock]) -> Clock:
-    seconds, cpu_seconds = zip(*((clock.seconds, clock.cpu_seconds) for clock in clocks), strict=True)
-    return Clock(sum(seconds), sum(cpu_seconds))
+    def share(self, kind: str) -> float:
+        watched, bare = self.both(kind)
+        return watched / bare - 1
+
+    def extra(self, kind: str) -> float:
+        watched, bare = self.both(kind)
+        return watched - bare
+
+    def both(self, kind: str) -> tuple[float, float]:
+        watched, bare = (getattr(clock, kind) for clock in (self.watched, self.bare))
+        return watched, bare
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=24, help="of steps; a third of it of the other parts")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     quiet_libraries()
+    pairs = arguments.pairs - arguments.pairs % 2
     with tempfile.TemporaryDirectory() as place:
         os.environ["XDG_DATA_HOME"] = place  # what this run measures is no calibration
-        recipe = recipe_for(Path(place), is_tiny=arguments.tiny, steps=FIRST + arguments.pairs * BLOCK + 1)
-        pairs = compared(recipe)
-    between, counted = (
-        [pair for pair in pairs if not pair.is_counted],
-        [pair for pair in pairs if pair.is_counted],
-    )
-    shares = []
-    for what, kind in (("step time", "seconds"), ("the processor's time", "cpu_seconds")):
-        often, seldom = (
-            statistics.median(getattr(pair.more, kind) for pair in kept) for kept in (between, counted)
-        )
-        shares.append(often + seldom / MEMORY_EVERY)
-        print(
-            f"of {what}: {often:+.2%} in all steps, {seldom:+.2%} in one of {MEMORY_EVERY}, "
-            f"together {shares[-1]:+.2%}"
-        )
-    print(f"bar {BAR:.0%}: {'kept' if shares[0] <= BAR else 'BROKEN'}")
-    return 0 if shares[0] <= BAR else 1
+        recipe = recipe_for(Path(place), is_tiny=arguments.tiny, steps=FIRST + pairs + BESIDE + 2)
+        steps, counted, saving = measured(recipe, pairs=pairs)
+    total = dict.fromkeys(("seconds", "cpu_seconds"), 0.0)
+    for kind, what in (("seconds", "step time"), ("cpu_seconds", "the processor's time")):
+        step_seconds = statistics.median(pair.both("seconds")[1] for pair in steps)
+        between = min(SAVE_STEPS * step_seconds, SAVE_SECONDS)
+        print(f"of {what}:")
+        parts = {
+            "in every step": [pair.share(kind) for pair in steps],
+            f"by one counted in {MEMORY_EVERY}": [pair.share(kind) / MEMORY_EVERY for pair in counted],
+            f"by saving every {between:.0f} s": [pair.extra(kind) / between for pair in saving],
+        }
+        for name, shares in parts.items():
+            low, high = interval(shares)
+            total[kind] += statistics.median(shares)
+            print(f"  {name:<24} {statistics.median(shares):+8.3%}   ({low:+.3%} to {high:+.3%})")
+        print(f"  {'together':<24} {total[kind]:+8.3%}")
+    print(f"bar {BAR:.0%}: {'kept' if total['seconds'] <= BAR else 'BROKEN'}")
+    return 0 if total["seconds"] <= BAR else 1
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median lies with 95 %: percentiles of the medians of seeded redraws."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(DRAWS))
+    return medians[DRAWS // 40], medians[-DRAWS // 40]
 
 
 def recipe_for(place: Path, *, is_tiny: bool, steps: int) -> Recipe:
@@ -119,23 +146,15 @@ def recipe_for(place: Path, *, is_tiny: bool, steps: int) -> Recipe:
             "length": 512,
             "packing": False,
         },
-        "train": {"steps": steps, "rows_per_step": 4, "checkpoint_every": BLOCK, "rehearse": False},
+        "train": {"steps": steps, "rows_per_step": 4, "rehearse": False},
         "memory": {"micro_batch": 2, "compute_dtype": "fp32"},
         "run": {"name": "overhead", "folder": str(place / "runs")},
     }
     return check_recipe(values, origin="tools/bench/overhead.py")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The share that steps of a run took more than bare ones; or one step whose memory was counted."""
-
-    more: Clock
-    is_counted: bool
-
-
-def compared(recipe: Recipe) -> list[Pair]:
-    """Blocks of a run against the same done bare, and each counted step of them against itself."""
+def measured(recipe: Recipe, *, pairs: int) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """Pairs of a run's steps, then of counted ones, then of steps beside a save."""
     loops: list[Loop] = []
 
     class Kept(Loop):
@@ -143,52 +162,83 @@ def compared(recipe: Recipe) -> list[Pair]:
             super().__init__(*arguments, **options)
             loops.append(self)
 
-    pairs: list[Pair] = []
-    times, counted = [Clock.now()], set[int]()  # when each step of a block was done
     with (
         mock.patch.object(qadapt.run, "Loop", Kept),
-        mock.patch.object(loop_module, "MEMORY_EVERY", COUNTED_EVERY),
+        mock.patch.multiple(loop_module, MEMORY_EVERY=NEVER, SAVE_SECONDS=NEVER),
     ):
-        for event in qadapt.run.train(recipe):
-            if isinstance(event, MemoryMeasured):
-                counted.add(event.step)
-            if not isinstance(event, StepDone):
-                continue
-            times.append(Clock.now())
-            if event.step % BLOCK:
-                continue
-            if event.step > FIRST:
-                pairs += compared_block(loops[0], event.step - BLOCK, times, counted)
-            times = [Clock.now()]
-    return pairs
+        steps = compared_steps(qadapt.run.train(recipe), loops, pairs)
+        loop = loops[0]
+        meter, third = MemoryMeter(loop.model, loop.optimizer), range(max(2, pairs // 3))
+        counted = [compared(loop, number, lambda step: counted_step(loop, meter, step)) for number in third]
+        saving = [compared(loop, number, lambda step: beside_save(loop, step), BESIDE) for number in third]
+    return steps, counted, saving
 
 
-def compared_block(loop: Loop, done: int, times: list[Clock], counted: set[int]) -> list[Pair]:
-    """The pairs of the ten steps after `done`; `times` has their beginning and the end of each."""
-    steps = [after.since(before) for before, after in pairwise(times)]
-    bares = [bare(loop, done + number) for number in range(BLOCK)]
-    inside = {number for number in range(BLOCK) if done + number + 1 in counted}
-    seconds = [
-        sum_of(each for number, each in enumerate(kind) if number not in inside) for kind in (steps, bares)
-    ]
-    print(f"{BLOCK - len(inside)} steps: bare {seconds[1]}, watched over {seconds[0]}", flush=True)
-    found = [Pair(seconds[0].more_than(seconds[1]), is_counted=False)]
-    return found + [Pair(steps[number].more_than(bares[number]), is_counted=True) for number in inside]
+def compared_steps(events: Iterator[Any], loops: list[Loop], pairs: int) -> list[Pair]:
+    """A run's steps against bare ones, which stand behind every second step, and before the next."""
+    found: list[Pair] = []
+    bares: dict[int, Clock] = {}
+    began = Clock.now()
+    for event in events:
+        if not isinstance(event, StepDone):
+            continue
+        watched, step = Clock.now().since(began), event.step
+        if step % 2 == 0:
+            for number in (step, step + 1):
+                bares[number] = timed(lambda number=number: bare(loops[0], number - 1))  # type: ignore[misc]
+        if step > FIRST and step in bares:
+            found.append(Pair(watched, bares[step]))
+        if len(found) == pairs:
+            return found
+        began = Clock.now()
+    raise AssertionError("the run has too few steps")
 
 
-def bare(loop: Loop, step: int) -> Clock:
-    """What training the rows of a step takes with nothing around."""
-    rows = [loop.rows.train[index] for index in loop.order.rows_of_step(step)]
-    settings, began = loop.settings, Clock.now()
+def compared(loop: Loop, number: int, watched: Callable[[int], None], steps: int = 1) -> Pair:
+    """Some steps, watched or bare first in turn."""
+    first = FIRST + steps * number
+
+    def alone() -> None:
+        for step in range(first, first + steps):
+            bare(loop, step)
+
+    if number % 2:
+        return Pair(bare=timed(alone), watched=timed(lambda: watched(first)))
+    return Pair(timed(lambda: watched(first)), timed(alone))
+
+
+def counted_step(loop: Loop, meter: MemoryMeter, step: int) -> None:
+    with meter.watching():
+        bare(loop, step)
+
+
+def beside_save(loop: Loop, first: int) -> None:
+    """Steps beside which a checkpoint is written; what it replaces is removed, as a run does, too."""
+    drop_newer(loop.run_folder, -1)
+    for _ in loop._begin_save():
+        pass
+    for step in range(first, first + BESIDE):
+        bare(loop, step)
+    loop._saver.wait()
+
+
+def timed(work: Callable[[], None]) -> Clock:
+    began = Clock.now()
+    work()
+    return Clock.now().since(began)
+
+
+def bare(loop: Loop, step: int) -> None:
+    """Trains the rows of a step with nothing around."""
+    step %= loop.settings.steps
     train_step(
         loop.model,
         loop.optimizer,
-        micro_batches(rows, size=settings.micro_batch, pad_id=loop.rows.pad_id),
-        learning_rate=settings.learning_rate,
-        clip_norm=settings.clip_norm,
+        loop.ladder.training([loop.rows.train[index] for index in loop.order.rows_of_step(step)]),
+        learning_rate=loop.settings.learning_rate,
+        clip_norm=loop.settings.clip_norm,
         scaler=None,
     )
-    return Clock.now().since(began)
 
 
 if __name__ == "__main__":
