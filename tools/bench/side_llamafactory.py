@@ -1,7 +1,6 @@
 """LLaMA-Factory's side of `peers.py`: what `llamafactory-cli train` calls on one device. In its own venv.
 
-Timed by a callback of its trainer. Its rows are given as it stores tokenized ones; packed rows as its
-`neat_packing` makes them: to the full length, the attention mask counting the documents of a row from 1.
+Timed by a callback of its trainer. Its rows are given as it stores tokenized ones.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Any
 
 import bitsandbytes  # noqa: F401 (what the imports take is no one's memory)
 from datasets import Dataset, DatasetDict
-from side import IGNORED, Task, Telling, main_task
+from side import Task, Telling, main_task
+from side_llamafactory_rows import filled, packed, real_tokens
 from transformers import LlamaForCausalLM, TrainerCallback  # noqa: F401
-
-Row = dict[str, list[int]]
 
 
 def imported_peer() -> Any:
@@ -55,42 +53,6 @@ class Steps(TrainerCallback):
             "recompute": "all" if inner.is_gradient_checkpointing else "none",
         }
         return control
-
-
-def filled(rows: list[Row]) -> list[Row]:
-    return [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
-
-
-def packed(rows: list[Row], length: int) -> list[Row]:
-    """Rows of `length` + 1 tokens, each filled with the longest rows that still fit."""
-    waiting = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
-    made: list[Row] = []
-    while waiting:
-        ids, labels, mask, places = [], [], [], []
-        document = 0
-        for row in list(waiting):
-            if len(ids) + len(row["input_ids"]) <= length:
-                waiting.remove(row)
-                document += 1
-                ids += row["input_ids"]
-                labels += row["labels"]
-                mask += [document] * len(row["input_ids"])
-                places += range(len(row["input_ids"]))
-        empty = length + 1 - len(ids)
-        made.append(
-            {
-                "input_ids": ids + [0] * empty,
-                "labels": labels + [IGNORED] * empty,
-                "attention_mask": mask + [0] * empty,
-                "position_ids": places + [0] * empty,
-            }
-        )
-    return made
-
-
-def real_tokens(rows: list[Row], per_step: int) -> list[int]:
-    counts = [sum(place > 0 for place in row["attention_mask"]) for row in rows]
-    return [sum(counts[first : first + per_step]) for first in range(0, len(counts), per_step)]
 
 
 def arguments_of(task: Task, stored: Path) -> dict[str, Any]:
