@@ -18,7 +18,17 @@ RUNGS = (
     {"model", "adapters", "data"},
     {"train"},
     {"export", "view", "serve"},
-    {"run", "run_parts", "resumption", "material", "planning", "exact", "data_check", "selftest"},
+    {
+        "run",
+        "run_parts",
+        "resumption",
+        "saved_states",
+        "material",
+        "planning",
+        "exact",
+        "data_check",
+        "selftest",
+    },
     {"cli", "__init__"},
     {"__main__"},
 )

@@ -1,0 +1,75 @@
+"""A run's loop goes back to a saved state: where it goes on from, or the best one in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from qadapt.errors import BadRun
+from qadapt.events import Event, Resumed, Warned
+from qadapt.resumption import Earlier
+from qadapt.run_folder import RunFolder
+from qadapt.train.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    drop_newer,
+    find_damage,
+    load_checkpoint,
+    load_newest,
+)
+from qadapt.train.loop import Loop
+
+
+def restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
+    """Goes back to the newest whole checkpoint, or to the start.
+
+    Raises:
+        BadRun: A checkpoint cannot be read, is of another run, or does not fit the base.
+        BadOutput: A damaged one cannot be removed.
+    """
+    checkpoint, problems = load_newest(run.path)
+    used = "The run's start is used." if checkpoint is None else f"Step {checkpoint.step:,} is used."
+    for problem in problems:
+        yield Warned(message=problem, cure=used)
+    if checkpoint is None:
+        drop_newer(run.path, -1)  # none is whole: they must not stand before those to come
+    else:
+        if earlier.has_other_plan:  # whose memory is measured from here on
+            values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
+            checkpoint = replace(checkpoint, values=values)
+        check_fits(run, checkpoint, loop.optimizer.parameters)
+        loop.restore(checkpoint)
+        saved = loop.saved(checkpoint_folder(run.path, checkpoint.step))
+        if not earlier.has_saved(saved):  # killed between the checkpoint and its line
+            yield saved
+    yield Resumed(step=loop.progress.step)
+
+
+def go_to_best(loop: Loop, run: RunFolder) -> Generator[Event, None, int]:
+    """Goes back to the adapter of the best evaluation, if there were any, and says of which step it is."""
+    progress = loop.progress
+    if progress.best_step is None or progress.best_step == progress.step:
+        return progress.step
+    folder = checkpoint_folder(run.path, progress.best_step)
+    damage = find_damage(folder)
+    if damage is not None:
+        yield Warned(message=damage, cure="It was the best; the last step is kept instead.")
+        return progress.step
+    loop.restore_adapter(load_checkpoint(folder))
+    return progress.best_step
+
+
+def check_fits(run: RunFolder, checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> None:
+    """Looks whether a saved adapter has the names and the shapes of the one that takes it over.
+
+    Raises:
+        BadRun: It has not: the base is of another kind.
+    """
+    saved = {name: tensor.shape for name, tensor in checkpoint.adapter.items()}
+    if saved != {name: parameter.shape for name, parameter in parameters.items()}:
+        raise BadRun(
+            f"The saved state of the run {run.name} does not fit its base as it is now.",
+            cure=f"Put the base back as it was (model in {run.recipe}), or start a new run with run.name=...",
+        )
