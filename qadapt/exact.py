@@ -103,6 +103,7 @@ class _Outside:
     parameters: int
     disk: dict[str, int]
     host_bytes: int
+    pinned_bytes: int
     seconds: float | None
 
 
@@ -110,11 +111,15 @@ def _outside(shape: ModelShape, setting: Setting, card: Card | None) -> _Outside
     """By the closed form."""
     closed = estimate_step(shape, setting, card=card)
     host = closed.host_bytes - (closed.peak_allocated_bytes if setting.device == "cpu" else 0)
-    return _Outside(shape.parameters, disk_parts(shape, setting), host, closed.seconds_per_step)
+    disk = disk_parts(shape, setting)
+    return _Outside(shape.parameters, disk, host, closed.pinned_bytes, closed.seconds_per_step)
 
 
 def _outside_of_skeleton(config: ModelConfig, setting: Setting, run: DryRun) -> _Outside:
-    """From the model as it is built: the two largest tensors lie in host memory while it is loaded."""
+    """From the model as it is built: the two largest tensors lie in host memory while it is loaded.
+
+    What is offloaded lies there, too, taken as pinned though a table is not.
+    """
     sizes = sorted(_tensor_sizes(config.values))
     adapter = run.static["adapters"]
     disk = {
@@ -122,7 +127,8 @@ def _outside_of_skeleton(config: ModelConfig, setting: Setting, run: DryRun) -> 
         "adapter": adapter,
         "merged-fp16": 2 * sum(sizes),
     }
-    return _Outside(sum(sizes), disk, RUNTIME_BYTES[setting.device] + 2 * sum(sizes[-2:]), None)
+    host = RUNTIME_BYTES[setting.device] + 2 * sum(sizes[-2:]) + run.host_bytes
+    return _Outside(sum(sizes), disk, host, run.host_bytes, None)
 
 
 def _tensor_sizes(values: Mapping[str, Any]) -> list[int]:
@@ -144,7 +150,7 @@ def _estimate(run: DryRun, setting: Setting, *, card: Card | None, outside: _Out
         context_bytes=context if is_cuda else 0,
         context_range_bytes=context_range if is_cuda else (0, 0),
         host_bytes=outside.host_bytes + (0 if is_cuda else run.peak.bytes),
-        pinned_bytes=0,
+        pinned_bytes=outside.pinned_bytes,
         disk_bytes=sum(outside.disk.values()),
         seconds_per_step=outside.seconds,
         relative_error=KERNEL_ERROR if is_cuda else 0.0,

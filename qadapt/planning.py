@@ -212,8 +212,8 @@ class Question:
 
     def room(self) -> Room:
         """What there is for the step."""
-        calibration = self.calibration()
-        return Room(self.target.free_bytes, calibration.above if calibration else 0.0)
+        known = self.calibration()
+        return Room(self.target.free_bytes, known.above if known else 0.0, self.target.host_bytes)
 
     def most(self, what: What) -> Most:
         """The largest length, number of rows or rank that fits.

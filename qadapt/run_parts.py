@@ -26,6 +26,7 @@ from qadapt.data.step_sample import StepSample
 from qadapt.engine.boundaries import offload_boundaries
 from qadapt.engine.documents import kernel_problem
 from qadapt.engine.recompute import set_recompute
+from qadapt.engine.streaming import is_pinned
 from qadapt.engine.tiles import set_tiles
 from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
@@ -33,6 +34,7 @@ from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.claims import SharedCard, claiming
 from qadapt.material import Material, order_of, step_count
 from qadapt.model.load import load_base
+from qadapt.model.placement import decoder_layers
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model
 from qadapt.plan.fit import Plan
@@ -283,7 +285,9 @@ def place_base(
         double_quant=recipe.model.double_quant,
         dtype=DTYPES[plan.compute_dtype],
         device=choose_device(plan.device),
+        offload=plan.offload,
     )
+    yield from _placement_warnings(recipe, plan, base)
     set_recompute(base, plan.recompute)
     set_tiles(base, plan.mlp_tiles)
     if "boundaries" in plan.offload:
@@ -296,6 +300,21 @@ def place_base(
         )
     yield BaseLoaded(resident_bytes=base.get_memory_footprint(), seconds=time.monotonic() - start)
     return base
+
+
+def _placement_warnings(recipe: Recipe, plan: StoredPlan, base: PreTrainedModel) -> Iterator[Event]:
+    """What was asked of the host's memory and is not given."""
+    asked = recipe.memory.offload if isinstance(recipe.memory.offload, tuple) else ()
+    if left := [part for part in asked if part not in plan.offload]:
+        yield Warned(
+            message=f"memory.offload: on a CPU {' and '.join(left)} lie on the host as it is.",
+            cure="Leave them out; nothing is lost.",
+        )
+    if "layers" in plan.offload and plan.device == "cuda" and not is_pinned(decoder_layers(base)):
+        yield Warned(
+            message="The system gave no pinned memory: the streamed layers are copied while the card waits.",
+            cure="Give the machine, or WSL, more memory; the numbers are the same.",
+        )
 
 
 def _kernel_problem(plan: StoredPlan, base: PreTrainedModel) -> str | None:

@@ -21,7 +21,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 
-from qadapt.engine.host import to_host
+from qadapt.engine.host import host_buffer
 
 ALIGNED_BYTES = 512
 """Where each tensor of a row begins: as CUDA's allocator would place it, which is enough for every kernel."""
@@ -37,7 +37,8 @@ def stream_layers(layers: Sequence[nn.Module], device: torch.device) -> None:
     """
     stream = _LayerStream([_packed(layer, device) for layer in layers], device)
     for place, layer in enumerate(layers):
-        layer.register_forward_pre_hook(partial(_enter, stream, place))
+        for part in layer.children():  # a layer's own hooks do not see it recomputed
+            part.register_forward_pre_hook(partial(_enter, stream, place))
 
 
 def is_pinned(layers: Sequence[nn.Module]) -> bool:
@@ -72,19 +73,21 @@ class _LayerStream:
         longest = max(len(each.row) for each in packed)
         count = min(BUFFERS, len(packed))
         self._buffers = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._held: list[int | None] = [None] * count  # the layer in each buffer
         self._copier = _SideCopier(device) if device.type == "cuda" else _Copier()
-        self._held: dict[int, int] = {}  # number of a buffer → the layer in it
         self._last = -1
         for place in range(count):
-            self._bring(place)
+            self._bring(place, beside=place - 1)
 
     def enter(self, place: int, *, is_training: bool) -> None:
         """Makes sure that a layer's weights are there, and begins with those that are wanted next."""
-        self._bring(place)
-        self._copier.wait(place % BUFFERS)
+        if place == self._last:
+            return
+        self._bring(place, beside=self._last)
+        self._copier.wait(self._held.index(place))
         following = self._following(place, is_training=is_training)
         self._last = place
-        self._bring(following)
+        self._bring(following, beside=place)
 
     def _following(self, place: int, *, is_training: bool) -> int:
         """The layer after this one: upwards in a forward pass, downwards in a backward pass.
@@ -97,11 +100,12 @@ class _LayerStream:
             return place + 1
         return max(0, place - 1) if is_training else 0
 
-    def _bring(self, place: int) -> None:
-        number = place % BUFFERS
-        before = self._held.get(number)
-        if before == place:
+    def _bring(self, place: int, *, beside: int) -> None:
+        """Begins to copy a layer into a buffer, unless it is in one; not into that of the layer beside it."""
+        if place in self._held:
             return
+        number = next(number for number, held in enumerate(self._held) if held is None or held != beside)
+        before = self._held[number]
         if before is not None:
             self._packed[before].lie_in(self._packed[before].row)
         packed, buffer = self._packed[place], self._buffers[number]
@@ -143,8 +147,8 @@ class _SideCopier(_Copier):
         torch.cuda.current_stream(self._device).wait_event(self._copied[number])
 
 
-def _enter(stream: _LayerStream, place: int, layer: nn.Module, _: object) -> None:
-    stream.enter(place, is_training=layer.training)
+def _enter(stream: _LayerStream, place: int, part: nn.Module, _: object) -> None:
+    stream.enter(place, is_training=part.training)
 
 
 def _packed(layer: nn.Module, device: torch.device) -> _Packed:
@@ -152,7 +156,7 @@ def _packed(layer: nn.Module, device: torch.device) -> _Packed:
     for piece in list(_pieces(layer)):
         places.append((size, piece))
         size += -(-piece.tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
-    row, packed = _host_row(size, device), []
+    row, packed = host_row(size, device), []
     for start, piece in places:
         view = _view(row, start, like=piece.tensor)
         view.copy_(piece.tensor)
@@ -161,17 +165,15 @@ def _packed(layer: nn.Module, device: torch.device) -> _Packed:
     return _Packed(row, tuple(packed))
 
 
-def _host_row(size_bytes: int, device: torch.device) -> Tensor:
-    """Memory of the host that stands for itself: pinned where a card copies from it, if that can be had."""
-    if device.type == "meta":
-        return to_host(torch.empty(size_bytes, dtype=torch.uint8, device=device))
-    return pinned_row(size_bytes) if device.type == "cuda" else torch.empty(size_bytes, dtype=torch.uint8)
+def host_row(size_bytes: int, device: torch.device) -> Tensor:
+    """Memory of the host for what a device will copy: pinned for a card, or not where the system gives none.
 
-
-def pinned_row(size_bytes: int) -> Tensor:
-    """Pinned bytes, or ordinary ones where the system gives none: copies then are slower, nothing else."""
+    From ordinary memory copies are slower, and computing waits for them; the numbers are the same.
+    """
+    if device.type == "cpu":
+        return torch.empty(size_bytes, dtype=torch.uint8)
     try:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return host_buffer(size_bytes, device)
     except RuntimeError:
         return torch.empty(size_bytes, dtype=torch.uint8)
 

@@ -33,6 +33,7 @@ class Target:
         assumption: What the free bytes rest on, in words.
         card: The card, if one is known or stands for an amount of memory.
         is_here: Whether it is a device of this machine, as it is now.
+        host_bytes: What is free in the memory of the host beside a card of this machine; None: not known.
         may_spill: Whether the driver may put what exceeds the card into host memory instead of failing.
     """
 
@@ -43,6 +44,7 @@ class Target:
     card: Card | None = None
     is_here: bool = False
     may_spill: bool = False
+    host_bytes: int | None = None
 
     @property
     def has_bf16(self) -> bool:
@@ -86,6 +88,7 @@ def find_target(
             first.card,
             is_here=True,
             may_spill=may_spill,
+            host_bytes=machine.host_available_bytes,
         )
     if device == "cuda":
         raise _no_gpu(machine)

@@ -66,7 +66,8 @@ class Answer:
     @property
     def room(self) -> Room:
         """What there is for the step."""
-        return Room(self.target.free_bytes, self.calibration.above if self.calibration else 0.0)
+        above = self.calibration.above if self.calibration else 0.0
+        return Room(self.target.free_bytes, above, self.target.host_bytes)
 
     @property
     def is_widened(self) -> bool:

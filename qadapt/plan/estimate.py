@@ -35,6 +35,7 @@ from qadapt.plan.activations import (
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes
 from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.categories import STATIC
+from qadapt.plan.host import pinned_parts, table_bytes
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
 from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes
@@ -160,7 +161,8 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     peak = moments[peak_phase]
     context = card.context_bytes if card else CONTEXT_BYTES
     context_range = card.context_range_bytes if card else CONTEXT_RANGE_BYTES
-    host = RUNTIME_BYTES[setting.device] + _loading_bytes(shape)
+    pinned = sum(pinned_parts(shape, setting).values())
+    host = RUNTIME_BYTES[setting.device] + _loading_bytes(shape) + table_bytes(shape, setting) + pinned
     return Estimate(
         setting=setting,
         categories=peak,
@@ -169,7 +171,7 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
         context_bytes=context if is_cuda else 0,
         context_range_bytes=context_range if is_cuda else (0, 0),
         host_bytes=host + (0 if is_cuda else totals[peak_phase]),
-        pinned_bytes=0,
+        pinned_bytes=pinned,
         disk_bytes=sum(disk_parts(shape, setting).values()),
         seconds_per_step=micro_batch_seconds(shape, setting, card),
         relative_error=CLOSED_ERROR + (KERNEL_ERROR if is_cuda else 0.0),

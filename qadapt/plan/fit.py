@@ -177,6 +177,7 @@ def _does_not_fit(
     problem = (
         f"{shape.name} at {least.setting.length:,} tokens needs {format_bytes(least.needed_bytes)} "
         f"± {format_bytes(room.error_bytes(least))}; {format_bytes(room.free_bytes)} are free{where}."
+        f"{_host_problem(least, room)}"
     )
     enough = [change for change in changes if change.is_enough]
     if not enough:
@@ -185,3 +186,12 @@ def _does_not_fit(
     others = "; ".join(change.sentence for change in enough[1:4])
     rest = f" Or: {others}." if others else ""
     return DoesNotFit(problem, cure=f"Cheapest change: {enough[0].sentence}.{rest}")
+
+
+def _host_problem(least: Estimate, room: Room) -> str:
+    """What the least step lacks on the host, as a sentence to follow others; nothing if it lacks nothing."""
+    if room.host_holds(least):
+        return ""
+    assert room.host_bytes is not None
+    needed, free = format_bytes(least.host_bytes), format_bytes(room.host_bytes)
+    return f" That takes {needed} of the host's memory, too; {free} are free there."

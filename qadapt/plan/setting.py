@@ -256,6 +256,12 @@ def auto_dtypes(
     return ("bf16", "bf16") if has_bf16 else ("fp16", "fp32")
 
 
+def _offload_of(recipe: Recipe, device: Literal["cpu", "cuda"]) -> tuple[Part, ...]:
+    """What the recipe puts away; on a CPU the base lies on the host anyhow, which a run says."""
+    asked = recipe.memory.offload if isinstance(recipe.memory.offload, tuple) else ()
+    return tuple(part for part in asked if device == "cuda" or part == "boundaries")
+
+
 def setting_of(
     recipe: Recipe,
     shape: ModelShape | None,
@@ -293,7 +299,7 @@ def setting_of(
         optimizer=optimizer,
         supervised_share=supervised_share,
         recompute="all" if memory.recompute == "auto" else memory.recompute,
-        offload=memory.offload if isinstance(memory.offload, tuple) and device == "cuda" else (),
+        offload=_offload_of(recipe, device),
         accumulates=recipe.train.rows_per_step > rows,
         packed=recipe.data.packing is True,
         documents=recipe.train.rows_per_step if recipe.data.packing is True else 0,

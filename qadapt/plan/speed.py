@@ -4,7 +4,8 @@ Source: the usual count of 2 operations per weight and token and pass (arXiv:200
 term (arXiv:2204.02311) halved for causal attention. Assumption: products reach `EFFICIENCY` of the card's
 matrix product speed, and every pass over a 4-bit layer reads 0.5 bytes per weight, writes the 16-bit weight
 and reads it again. Error: `TIME_SPAN`; published steps are compared in
-`tools/bench/estimator.py`. An unknown card gives None rather than a guess.
+`tools/bench/estimator.py`. An unknown card gives None rather than a guess. What comes from the host beside
+computing costs time only where the bus is slower than the products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import dataclasses
 from typing import NamedTuple
 
 from qadapt.hardware.cards import Card
+from qadapt.plan.activations import MLP_NAMES
 from qadapt.plan.adapters import trainable
+from qadapt.plan.host import carried_bytes, looked_up_bytes, streamed_bytes
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -26,6 +29,9 @@ LAUNCH_SECONDS = 2e-3
 models (a published T4 host took about 3 ms)."""
 BANDWIDTH_SHARE = 0.7
 """Share of the bandwidth that dequantization reaches: assumed."""
+BUS_GB = 12.0
+"""Thousand million bytes per second from pinned host memory and back: what PCIe 3.0 x16 and 4.0 x8 reach.
+Assumed; half of it on 3.0 x8, twice as much on 4.0 x16."""
 FP32_FACTOR = 4
 """How much slower fp32 products are than 16-bit ones on the cards of the catalogue: assumed."""
 
@@ -61,16 +67,27 @@ def operations(shape: ModelShape, setting: Setting, work: Work | None = None) ->
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
     query = shape.heads * shape.head_width
     count = passes(shape, setting)
-    products = 2 * weights * work.tokens * count
+    products = 2 * weights * work.tokens * count + 2 * _computed_again(shape, setting) * work.tokens
     scores = 2 * shape.layers * query * work.pairs * (count + 1)
     adapter = 2 * trainable(shape, setting) * work.tokens * (count + 1)
     head = 2 * 2 * shape.embedding_weights * work.head_tokens
     return products + scores + adapter + head
 
 
+def _computed_again(shape: ModelShape, setting: Setting) -> int:
+    """Weights of feed-forward parts that run forward twice for their pieces only, in layers that are kept."""
+    kept = shape.layers - setting.recomputed_layers(shape.layers)
+    return kept * _mlp_weights(shape) if setting.mlp_tiles > 1 else 0
+
+
+def _mlp_weights(shape: ModelShape) -> int:
+    return sum(linear.weights for linear in shape.linears if linear.name in (*MLP_NAMES, "down_proj"))
+
+
 def moved_bytes(shape: ModelShape, setting: Setting) -> float:
-    """Bytes that dequantizing moves through the card's memory in one micro-batch."""
+    """Bytes that dequantizing moves through the card's memory in one micro-batch, anew for each piece."""
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
+    weights += (setting.mlp_tiles - 1) * shape.layers * _mlp_weights(shape)
     per_weight = 0.5 + 2 * setting.compute_bytes if setting.quantization == "nf4" else setting.compute_bytes
     return weights * per_weight * passes(shape, setting)
 
@@ -84,7 +101,11 @@ def micro_batch_seconds(
     slower = FP32_FACTOR if setting.compute_dtype == "fp32" else 1
     computing = operations(shape, setting, work) * slower / (card.tflops * 1e12 * EFFICIENCY)
     moving = moved_bytes(shape, setting) / (card.bandwidth_gb * 1e9 * BANDWIDTH_SHARE)
-    return max(computing + moving, shape.layers * passes(shape, setting) * LAUNCH_SECONDS)
+    launching = shape.layers * passes(shape, setting) * LAUNCH_SECONDS
+    beside = streamed_bytes(shape, setting) + carried_bytes(shape, setting)
+    streaming = beside / (BUS_GB * 1e9)
+    waiting = looked_up_bytes(shape, setting) / (BUS_GB * 1e9)
+    return max(computing + moving, launching, streaming) + waiting
 
 
 def step_seconds(

@@ -238,7 +238,9 @@ def _disk(answer: Answer) -> Line:
     estimate = answer.estimate
     parts = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in answer.disk.items())
     disk = f"{format_bytes(estimate.disk_bytes)} of disk ({parts})"
-    return "host", f"{format_bytes(estimate.host_bytes)} of memory, {disk}"
+    pinned = f", {format_bytes(estimate.pinned_bytes)} of it pinned" if estimate.pinned_bytes else ""
+    lacking = "" if answer.room.host_holds(estimate) else ", which this machine does not have free"
+    return "host", f"{format_bytes(estimate.host_bytes)} of memory{pinned}{lacking}, {disk}"
 
 
 def _time(answer: Answer) -> Line:
