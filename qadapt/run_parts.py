@@ -360,6 +360,7 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         packed=plan.packed,
         packed_tokens=plan.packed_tokens,
         packed_learned=plan.packed_learned,
+        loss_chunk=plan.loss_chunk,
         learning_rate=section.learning_rate,
         schedule=section.schedule,
         warmup_steps=section.warmup_steps,

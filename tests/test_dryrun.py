@@ -48,6 +48,7 @@ def counted(folder: Path, setting: Setting) -> Ledger:
         targets=torch.randint(3, 1003, (setting.rows, count)),
         tokens=setting.tokens,
         supervised_tokens=setting.rows * count,
+        loss_chunk=setting.loss_chunk,
     )
     ledger = Ledger(inside=kernels_of(Target()))
     with ledger.during("load"):
@@ -76,7 +77,8 @@ def counted(folder: Path, setting: Setting) -> Ledger:
         ("gemma2", {}),
         ("phi3", {"recompute": 1}),
         ("llama", {"new_tokens": 7, "compute_dtype": "bf16", "adapter_dtype": "bf16"}),
-        ("gemma2", {"new_tokens": 64, "recompute": "none"}),
+        ("gemma2", {"new_tokens": 64, "recompute": "none", "loss_chunk": 50}),
+        ("llama", {"compute_dtype": "bf16", "supervised_share": 1.0, "loss_chunk": 100}),
     ],
 )
 def test_the_dry_run_is_the_real_step_to_the_byte(
@@ -143,10 +145,19 @@ def test_the_trace_is_a_step_from_loading_on_and_gives_everything_back() -> None
 
 
 def test_what_depends_on_data_is_given() -> None:
-    few = BatchShape(rows=3, length=117, positions=4, supervised_tokens=9)
+    few = BatchShape(rows=3, length=117, positions=40, supervised_tokens=99)
     many = BatchShape(rows=3, length=117, positions=116, supervised_tokens=348)
     dry = [dry_run(config("llama"), SETTING, batch=batch).phase_bytes["loss"] for batch in (few, many)]
-    assert dry[1] - dry[0] == pytest.approx(3 * 112 * 1003 * 12, rel=0.05)
+    assert dry[1] - dry[0] == pytest.approx(3 * 76 * 4 * (1003 + 3 * 192), rel=0.01)  # logits; hidden, twice
+
+
+def test_of_the_logits_one_chunk_is_there_at_once() -> None:
+    whole, chunk = (dataclasses.replace(SETTING, supervised_share=1.0, loss_chunk=n) for n in (0, 100))
+    phases = [dry_run(config("llama"), setting).phase_bytes for setting in (whole, chunk)]
+    fewer = SETTING.tokens - 100
+    assert phases[0]["loss"] - phases[1]["loss"] == pytest.approx(fewer * 4 * (1003 + 192), rel=0.01)
+    evaluations = [found["evaluation loss"] for found in phases]
+    assert evaluations[0] - evaluations[1] == pytest.approx(fewer * 4 * 1003, rel=0.01)
 
 
 def test_an_architecture_without_a_closed_form_can_be_run() -> None:

@@ -35,7 +35,7 @@ def gradients(base: PreTrainedModel) -> dict[str, torch.Tensor]:
         parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
     ids = torch.randint(3, 90, (2, 23), generator=draw)
     loss_sum(
-        model, input_ids=ids[:, :-1], positions=torch.arange(22), targets=ids[:, 1:], ignored=-100
+        model, input_ids=ids[:, :-1], positions=torch.arange(22), targets=ids[:, 1:]
     ).backward()
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 

@@ -1,11 +1,11 @@
 """Tells a ledger where a step stands: phase and module, by hooks on the model and its optimizer alone.
 
-    forward      the model's forward pass up to the head
-    loss         from the head on: logits, cross-entropy, and back to the gradient of the head's input
+    forward      the forward pass up to the end of the decoder
+    loss         from there on: logits, cross-entropy, and back to the gradient of the decoder's output
     backward     the rest of the backward pass, clipping
     recompute    within it: a layer's forward pass run again
     update       the optimizer's step, until the next forward pass
-    evaluation, evaluation loss    a forward pass in evaluation mode, and from its head on
+    evaluation, evaluation loss    a forward pass in evaluation mode, and from its decoder's end on
 
 It changes no number and no code of the step: hooks only look.
 """
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from qadapt.engine.ledger import Ledger
 
-HEAD_PHASES = {"forward": "loss", "evaluation": "evaluation loss"}
-"""Phase before the head → phase from it on."""
+LOSS_PHASES = {"forward": "loss", "evaluation": "evaluation loss"}
+"""Phase up to the decoder's end → phase from there on."""
 
 
 @contextmanager
@@ -48,9 +49,9 @@ class _Hooks:
         self._ledger = ledger
 
     def attach(self, model: PreTrainedModel, optimizer: Optimizer) -> Iterator[Any]:
-        head = model.get_output_embeddings()
-        yield model.register_forward_pre_hook(self._begin_pass)
-        yield head.register_forward_pre_hook(self._begin_loss)
+        decoder = model.get_decoder()
+        yield decoder.register_forward_pre_hook(self._begin_pass)
+        yield decoder.register_forward_hook(self._begin_loss)
         layer_name = ""
         for name, module in model.named_modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -69,11 +70,10 @@ class _Hooks:
     def _begin_pass(self, module: nn.Module, _: Any) -> None:
         self._ledger.phase = "forward" if module.training else "evaluation"
 
-    def _begin_loss(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if self._ledger.phase in HEAD_PHASES:
-            self._ledger.phase = HEAD_PHASES[self._ledger.phase]
-        hidden = arguments[0]
-        if hidden.requires_grad:
+    def _begin_loss(self, _: nn.Module, __: Any, output: BaseModelOutput) -> None:
+        self._ledger.phase = LOSS_PHASES[self._ledger.phase]
+        hidden = output.last_hidden_state
+        if hidden is not None and hidden.requires_grad:
             hidden.register_hook(self._begin_backward)
 
     def _begin_backward(self, _: Tensor) -> None:

@@ -88,17 +88,6 @@ def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> i
     return tables + numbers + mask_bytes(shape, setting, attention)
 
 
-def head_input_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the head keeps where rows of new tokens are trained: its input, their change, and its product.
-
-    `index_add_` keeps what it adds.
-    """
-    if not setting.new_tokens:
-        return 0
-    learned, new = setting.supervised_tokens, setting.new_tokens
-    return (learned * (shape.width + new) + new * shape.width) * setting.compute_bytes
-
-
 def norm_bytes(shape: ModelShape, setting: Setting) -> int:
     """What one norm over the model's width keeps, for every token."""
     return setting.tokens * _wide_norm(shape, setting)

@@ -2,7 +2,7 @@
 
 Three moments are compared, and the highest one is the estimate (`peak_phase`):
 
-    loss     everything kept for the backward pass, and the logits' copies
+    loss     everything kept for the backward pass, and one chunk of logits
     layer    the same without logits (unless held), and the final norm or a layer going backward, recomputed
              first if need be
     update   adapters, gradients, states and the optimizer's own temporaries; no activations
@@ -27,7 +27,6 @@ from qadapt.plan.activations import (
     boundaries_there,
     boundary_bytes,
     first_input_bytes,
-    head_input_bytes,
     mlp_bytes,
     norm_bytes,
     shared_bytes,
@@ -204,10 +203,7 @@ def _moments(
     logits, held_logits = logit_bytes(shape, setting)
     at_loss = {
         "recompute_boundaries": _boundaries_before(shape, setting),
-        "activations": shared
-        + _kept_layers_bytes(shape, setting, kept)
-        + norm_bytes(shape, setting)
-        + head_input_bytes(shape, setting),
+        "activations": shared + _kept_layers_bytes(shape, setting, kept) + norm_bytes(shape, setting),
         "loss": logits,
     }
     gradients = (static["gradients"], adapter)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def dry_run(
     ledger = Ledger(step=ALLOCATION_BYTES[setting.device], inside=kernels_of(target), is_recording=True)
     _hold(ledger, model, optimizer, target)
     static = dict(ledger.live)
-    micro_batches = [_micro_batch(batch)]
+    micro_batches = [replace(_micro_batch(batch), loss_chunk=setting.loss_chunk)]
     watching = watched(ledger, model.get_base_model(), optimizer=optimizer.inner)
     _count_as_fused(ledger, optimizer.inner)
     on_device = on_target(target, is_packed=bool(batch.documents), expert_tokens=batch.expert_tokens)

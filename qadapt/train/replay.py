@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qadapt.data.batches import IGNORED, MicroBatch
+from qadapt.data.batches import MicroBatch
 from qadapt.data.tokens import Tokens
 from qadapt.engine.documents import isolating
 from qadapt.engine.host import device_of

@@ -20,6 +20,7 @@ class LoopSettings:
     packed: bool
     packed_tokens: int
     packed_learned: int
+    loss_chunk: int
     learning_rate: float
     schedule: str
     warmup_steps: int
@@ -34,7 +35,12 @@ class LoopSettings:
     def division(self, pad_id: int) -> Division:
         """How the plan divides rows."""
         return Division(
-            pad_id, self.micro_batch, self.packed, tokens=self.packed_tokens, learned=self.packed_learned
+            pad_id,
+            self.micro_batch,
+            self.packed,
+            tokens=self.packed_tokens,
+            learned=self.packed_learned,
+            loss_chunk=self.loss_chunk,
         )
 
 

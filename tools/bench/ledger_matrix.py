@@ -37,7 +37,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
-from qadapt.data.batches import IGNORED
 from qadapt.engine.ledger import Ledger, Peak
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.moments import watched
@@ -212,7 +211,7 @@ def _full(
     model: PeftModel, ids: Tensor, positions: Tensor, targets: Tensor, *, named: dict[str, Tensor]
 ) -> Tensor:
     if not named:
-        return loss_sum(model, input_ids=ids, positions=positions, targets=targets, ignored=IGNORED)
+        return loss_sum(model, input_ids=ids, positions=positions, targets=targets)
     logits = model(input_ids=ids, logits_to_keep=positions, use_cache=False, **named).logits
     return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
