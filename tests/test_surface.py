@@ -35,7 +35,7 @@ COMMANDS = {
     "evaluate": "run --data --answers --longest --folder --json",
     "export": "run --form --base --to --folder --json",
     "recipes": "name --schema --json",
-    "doctor": "--json",
+    "doctor": "--json --selftest",
 }
 
 FIELDS = [

@@ -2,8 +2,9 @@
 
 One JSON line per run that was rehearsed or came to its end. Comparable are runs of the same model on the same
 device of the same machine, with the same method, quantization and version of torch; the last five of them are
-looked at. Nothing is corrected by them: the estimate stays what the arithmetic says, its `±` is widened to
-what was seen.
+looked at; before the first of them, the self-test on that device stands in (`qadapt doctor --selftest`).
+Nothing is corrected by them: the estimate stays what the arithmetic says, its `±` is widened to what was
+seen.
 
 A file that cannot be read, or lines of it, count for nothing and stay where they are until they age out; a
 folder that cannot be written means that nothing is remembered, without a word: the run is not concerned.
@@ -18,7 +19,7 @@ import platform
 import statistics
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ import platformdirs
 
 LAST_RUNS = 5
 """How many runs are looked at."""
+SELF_TEST = "self-test"
+"""The name of the model that the self-test makes."""
 _MOST_LINES = 400
 _MOST_BYTES = 256 * 1024
 """What the file is cut to, oldest lines first; a line has about 200 bytes."""
@@ -52,12 +55,14 @@ class Calibration:
         low: The least of them.
         middle: Their median.
         high: The most of them.
+        is_self_test: No comparable run is known yet; this is the self-test's own step.
     """
 
     runs: int
     low: float
     middle: float
     high: float
+    is_self_test: bool = False
 
     @property
     def above(self) -> float:
@@ -69,8 +74,9 @@ class Calibration:
         """`on this machine: measured 1.8 % above the estimate in the last 5 runs (-0.4 to +2.1 %)`."""
         place = "above" if self.middle >= 0 else "below"
         middle = f"measured {abs(self.middle):.1%} {place} the estimate"
-        if self.runs == 1:
-            return f"on this machine: {middle} in the last run".replace("%", " %")
+        if self.runs == 1 or self.is_self_test:
+            where = "self-test" if self.is_self_test else "last run"
+            return f"on this machine: {middle} in the {where}".replace("%", " %")
         spread = f"({100 * self.low:+.1f} to {100 * self.high:+.1f} %)"
         return f"on this machine: {middle.replace('%', ' %')} in the last {self.runs} runs {spread}"
 
@@ -135,16 +141,20 @@ def remember(
 
 
 def recall(kind: Kind, *, path: Path | None = None) -> Calibration | None:
-    """What the last comparable runs measured; None if there is none.
+    """What the last comparable runs measured, or else the self-test; None if there is neither.
 
     Args:
         kind: Which runs are wanted.
         path: The file; default: the user's.
     """
-    shares = [share for found, share in _runs(path or calibration_file()) if found == kind][-LAST_RUNS:]
+    runs = list(_runs(path or calibration_file()))
+    shares = [share for found, share in runs if found == kind][-LAST_RUNS:]
+    is_self_test = not shares
+    if is_self_test:
+        shares = [share for found, share in runs if found == replace(kind, model=SELF_TEST)][-1:]
     if not shares:
         return None
-    return Calibration(len(shares), min(shares), statistics.median(shares), max(shares))
+    return Calibration(len(shares), min(shares), statistics.median(shares), max(shares), is_self_test)
 
 
 def _runs(path: Path) -> Iterator[tuple[Kind, float]]:

@@ -1,0 +1,1 @@
+"""What only the user's own machine can show: `qadapt doctor --selftest`."""
