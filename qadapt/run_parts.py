@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel
@@ -44,6 +41,7 @@ from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
 from qadapt.shape import ModelShape, find_shape, shape_from_config, table_rows
 from qadapt.stage import Report
+from qadapt.train.environment import environment
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.settings import LoopSettings
 from qadapt.train.stored_plan import StoredPlan
@@ -256,20 +254,6 @@ def shared_card(device: str) -> SharedCard | None:
         return None
     facts = torch.cuda.get_device_properties(chosen)
     return SharedCard(str(facts.uuid), facts.name, facts.total_memory)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the run's folder."""
-    packages = ("qadapt", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-    return {
-        "python": sys.version.split()[0],
-        "system": platform.platform(),
-        "processor": platform.machine(),
-        "cuda": torch.version.cuda,
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in packages},
-    }
 
 
 def place_base(
