@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from exhaustive import all_ways, compare_all
+from exhaustive import FIRST, all_ways, compare_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +58,7 @@ def test_the_plan_is_the_fastest_of_all_that_fit(
     needed = [way.needed_bytes for way in tried]
     budget_bytes = round(min(needed) + place * (max(needed) - min(needed)))  # from too little to plenty
     fitting = [way.seconds for way in tried if way.needed_bytes <= budget_bytes]
-    plan = fit(shape, setting, room=Room(budget_bytes), rows_per_step=rows_per_step, free=PLANNED, card=found)
+    plan = fit(shape, setting, room=Room(budget_bytes), rows_per_step=rows_per_step, free=FIRST, card=found)
     assert plan.estimate.fits(budget_bytes)
     assert plan.micro_batches_per_step == micro_batches(rows_per_step, plan.setting.rows)
     assert plan.seconds_per_step == pytest.approx(min(fitting), rel=1e-4)  # whole learned tokens, rounded up
@@ -68,7 +68,7 @@ def test_the_plan_is_the_fastest_of_all_that_fit(
             setting,
             room=Room(min(needed) - 1),
             rows_per_step=rows_per_step,
-            free=PLANNED,
+            free=FIRST,
             card=found,
         )
 
@@ -119,7 +119,7 @@ def test_between_them_only_as_many_layers_recompute_as_have_to() -> None:
 
 def test_every_choice_is_given_with_its_price() -> None:
     reasons = plan_of(TIGHT).reasons
-    assert len(reasons) == len(PLANNED)
+    assert len(reasons) == len(FIRST)  # last resorts are not spoken of where they are not needed
     assert "rows at a time would take" in reasons[0] and "too much" in reasons[0]
     assert re.fullmatch(
         r"recompute \d+ of 30 layers: keeping another layer's activations would take [\d.]+ MiB more, "
@@ -175,7 +175,7 @@ def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:
             Setting(length=4096),
             room=Room(round(7.3 * GIB)),
             rows_per_step=16,
-            free=PLANNED,
+            free=FIRST,
             card=CARD,
         )
     problem, cure = caught.value.problem, caught.value.cure
@@ -355,8 +355,9 @@ def test_a_plan_keeps_the_distance_that_runs_on_this_machine_showed() -> None:
 
 def test_where_no_single_change_is_enough_several_together_are_offered() -> None:
     setting = Setting(rows=3, length=1000, rank=8)
-    budget_bytes = round(7.3 * GIB)
+    budget_bytes = 3 * GIB
     changes = ladder(LLAMA, setting, budget_bytes=budget_bytes, rows_per_step=3, card=CARD)
     assert changes[0].is_enough
-    assert changes[0].text.startswith("1 row at a time and data.length=")
+    assert changes[0].text.startswith("1 row at a time and ")
+    assert "layers in the memory of the host" in changes[0].text
     assert not any(change.is_enough for change in changes[1:-1])

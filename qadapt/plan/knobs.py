@@ -16,7 +16,9 @@ from typing import Any
 from qadapt.plan.setting import MOST_ROWS, Setting
 from qadapt.shape import ModelShape
 
-Value = int | str | bool
+Value = int | str | bool | tuple[str, ...]
+LEAST_PIECE = 1024
+"""Tokens of a feed-forward part at once: with fewer, products of common widths are not busy any more."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Knob:
         """The setting with this knob at a value."""
         changed: dict[str, Any] = {self.field: value}
         if self.field == "rows":
-            changed["accumulates"] = rows_per_step > int(value)
+            assert isinstance(value, int)
+            changed["accumulates"] = rows_per_step > value
         return dataclasses.replace(setting, **changed)
 
     def value_of(self, setting: Setting) -> Value:
@@ -92,19 +95,45 @@ def _rows_text(value: Value, _: ModelShape) -> str:
     return "1 row at a time" if value == 1 else f"{value} rows at a time"
 
 
-def _recompute_values(shape: ModelShape, _: Setting, __: int) -> tuple[Value, ...]:
-    """None, then one layer more at a time; last all of them.
+def _recompute_values(shape: ModelShape, setting: Setting, _: int) -> tuple[Value, ...]:
+    """None, then one layer more at a time; last all of them, which alone goes with streamed layers.
 
     All may take more than all but the last: that one goes backward before anything else is rebuilt, so that
     keeping what it keeps saves its boundary where the logits are not the peak.
     """
-    return ("none", *range(1, shape.layers), "all")
+    return ("all",) if "layers" in setting.offload else ("none", *range(1, shape.layers), "all")
 
 
 def _recompute_text(value: Value, shape: ModelShape) -> str:
     if isinstance(value, int):
         return f"recompute {value} of {shape.layers} layers"
     return "recompute every layer" if value == "all" else "keep every layer's activations"
+
+
+def _tile_values(_: ModelShape, setting: Setting, __: int) -> tuple[int, ...]:
+    """Whole, then four times as many pieces at a time, none below `LEAST_PIECE` tokens."""
+    most = max(1, setting.tokens // LEAST_PIECE)
+    return tuple(4**power for power in range(4) if 4**power <= most)
+
+
+def _tile_text(value: Value, _: ModelShape) -> str:
+    return "feed-forward parts whole" if value == 1 else f"feed-forward parts and norms in {value} pieces"
+
+
+def _offload_values(shape: ModelShape, setting: Setting, _: int) -> tuple[Value, ...]:
+    """Nothing, then one part more at a time, the dearest last; none that would win nothing."""
+    boundaries = [] if setting.recompute == "none" else ["boundaries"]
+    if setting.device == "cpu":
+        return ((), tuple(boundaries)) if boundaries else ((),)
+    parts = ([] if shape.tied else ["embeddings"]) + boundaries
+    if setting.recompute == "all" and setting.quantization != "int8":
+        parts.append("layers")
+    return tuple(tuple(parts[:count]) for count in range(len(parts) + 1))
+
+
+def _offload_text(value: Value, _: ModelShape) -> str:
+    assert isinstance(value, tuple)
+    return f"{', '.join(value)} in the memory of the host" if value else "nothing on the host"
 
 
 def _assignment(field: str) -> Callable[[Value, ModelShape], str]:
@@ -114,6 +143,7 @@ def _assignment(field: str) -> Callable[[Value, ModelShape], str]:
 
 KNOBS: tuple[Knob, ...] = (
     Knob("micro_batch", "rows", 1, _row_values, _rows_text, live=True),
+    Knob("mlp_tiles", "mlp_tiles", 1, _tile_values, _tile_text, live=True, last_resort=True),
     Knob(
         "recompute",
         "recompute",
@@ -124,6 +154,7 @@ KNOBS: tuple[Knob, ...] = (
         fine=True,
         live=True,
     ),
+    Knob("offload", "offload", 1, _offload_values, _offload_text, live=True, last_resort=True),
     Knob(
         "packing",
         "packed",

@@ -12,9 +12,13 @@ from peft import PeftModel
 
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
+from qadapt.engine.boundaries import offload_boundaries, offloads_boundaries
 from qadapt.engine.recompute import recomputed_layers, set_recompute
+from qadapt.engine.tiles import can_tile, set_tiles, tiles_of
 
 Value = int | str
+LEAST_PIECE = 256
+"""Tokens of a feed-forward part at once where memory has run out; a plan stops earlier."""
 
 
 class Turn(Protocol):
@@ -83,3 +87,46 @@ class Recomputing:
         layers = "every layer is" if value == "all" else f"{value} layers are"
         text = f"{layers} computed twice, at most a third more time"
         return f"{text}; rows cannot be split, as dropout would draw other masks" if self.draws else text
+
+
+class Tiling:
+    """Feed-forward parts and norms in more pieces, four times as many at a time."""
+
+    def __init__(self, model: PeftModel, *, draws: bool) -> None:
+        self._base = model.get_base_model()
+        self.draws = draws
+
+    def next(self, rows: Sequence[Tokens]) -> Value | None:
+        """Four times as many pieces, if the longest row has the tokens for it and no masks are drawn."""
+        more = 4 * max(1, tiles_of(self._base))
+        if self.draws or not can_tile(self._base):
+            return None
+        return more if max(map(len, rows), default=0) >= more * LEAST_PIECE else None
+
+    def take(self, value: Value) -> None:
+        """Sets the number of pieces."""
+        set_tiles(self._base, max(int(value), tiles_of(self._base)))
+
+    def price(self, value: Value) -> str:
+        """What pieces cost."""
+        return f"feed-forward parts in {value} pieces: more and smaller products, so a little slower"
+
+
+class PuttingAway:
+    """Inputs of recomputed layers in host memory, or, on a CPU, in a file."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._base = model.get_base_model()
+
+    def next(self, _: Sequence[Tokens]) -> Value | None:
+        """`boundaries`, unless that is so, or no layer recomputes."""
+        recomputed, _layers = recomputed_layers(self._base)
+        return "boundaries" if recomputed and not offloads_boundaries(self._base) else None
+
+    def take(self, value: Value) -> None:
+        """Has them put away from now on."""
+        offload_boundaries(self._base)
+
+    def price(self, value: Value) -> str:
+        """What carrying them costs."""
+        return "inputs of recomputed layers are carried to the host and back, beside computing"
