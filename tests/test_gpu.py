@@ -16,6 +16,7 @@ from qadapt.batch_shape import packed_shape
 from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
 from qadapt.data.prompt import load_contract
 from qadapt.engine.documents import documents_of, kernel_problem
+from qadapt.engine.out_of_memory import is_out_of_memory
 from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
@@ -24,8 +25,11 @@ from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.setting import Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
 from qadapt.run import resume, train
+from qadapt.run_parts import shared_card
+from qadapt.selftest.report import SelfTest
 from qadapt.shape import find_config, shape_from_config
 from qadapt.train.dryrun import dry_run
+from qadapt.train.guards import _celsius
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.samples import Samples
 from qadapt.train.spill import OUTSIDE_BYTES, card_memory, within_free_memory
@@ -221,3 +225,25 @@ def test_asking_samples_on_the_card_changes_no_gradient(tiny_model: TinyModel) -
     after = loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))
     assert after[0] == before[0]
     assert all(torch.equal(after[1][name], value) for name, value in before[1].items())
+
+
+def test_the_self_test_of_the_card_is_right() -> None:
+    checks = list(SelfTest().checks())
+    assert len(checks) > 30
+    assert [check for check in checks if check.verdict == "FAILED"] == []
+
+
+def test_the_card_is_known_by_its_driver_and_its_heat() -> None:
+    card = shared_card("auto")
+    assert card is not None and card.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+    celsius = _celsius(torch.device("cuda", torch.cuda.current_device()))
+    assert celsius is None or 0 < celsius < 120
+    assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED")), "it has room"
+
+
+def test_a_run_in_fp16_scales_its_loss_on_the_card(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama", layers=2), steps=6)
+    events = list(train(changed(recipe, "memory", device="cuda", compute_dtype="fp16")))
+    steps = only(StepDone, events)
+    assert steps[-1].loss < steps[0].loss
+    assert isinstance(events[-1], RunFinished)

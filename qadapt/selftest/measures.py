@@ -115,12 +115,14 @@ class Measures:
         for _ in range(2):
             meter = meter or MemoryMeter(trainee.model, trainee.optimizer)
             watching = meter.watching() if self._device.type == "cpu" else nullcontext()
+            _wait(self._device)
             started = time.perf_counter()
             with watching:
                 train_step(
                     trainee.model, trainee.optimizer, [batch], learning_rate=1e-4, clip_norm=1.0,
                     scaler=trainee.new_scaler(),
                 )  # fmt: skip
+            _wait(self._device)
             seconds = time.perf_counter() - started
         assert meter is not None
         measured_bytes = meter.measured()[1] - before_bytes
@@ -269,16 +271,17 @@ def _climbed(
     return taken[0]
 
 
-def _seconds(do: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
+
+def _seconds(do: Callable[[], object], device: torch.device) -> float:
     for _ in range(WARM_UP):
         do()
-    wait()
+    _wait(device)
     started = time.perf_counter()
     for _ in range(REPEATS):
         do()
-    wait()
+    _wait(device)
     return (time.perf_counter() - started) / REPEATS

@@ -32,7 +32,8 @@ class SelfTest:
     def __init__(self) -> None:
         found = probe().devices
         self._card = found[0] if found else None
-        self.device = choose_device("auto")
+        device = choose_device("auto")
+        self.device = device if device.type == "cpu" else torch.device("cuda", torch.cuda.current_device())
         quiet_libraries()
 
     def facts(self) -> dict[str, str]:
