@@ -40,8 +40,8 @@ class ModelSection(Section):
     """A hub id, a folder, a `.gguf` file, or the quick-start name `smollm2-135m`."""
     revision: str | None = None
     """The hub revision (branch, tag or commit) to pin; the commit found is recorded in the run."""
-    quantization: Literal["nf4", "none"] = "nf4"
-    """How the base is held: 4-bit NormalFloat (QLoRA, arXiv:2305.14314) or 16-bit."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """How the base is held: 4-bit NormalFloat (QLoRA, arXiv:2305.14314), in rows of 8 bits, or 16-bit."""
     double_quant: bool = True
     """Quantize the quantization constants too (0.516 instead of 0.563 bytes per weight)."""
 

@@ -260,8 +260,8 @@ def place_base(
     recipe: Recipe, plan: StoredPlan, files: ModelFiles
 ) -> Generator[Event, None, PreTrainedModel]:
     """Loads the frozen base as planned."""
-    is_quantized = recipe.model.quantization == "nf4"
-    yield StageStarted(stage="loading the base in 4 bits" if is_quantized else "loading the base")
+    how = {"nf4": " in 4 bits", "int8": " in 8 bits", "none": ""}[recipe.model.quantization]
+    yield StageStarted(stage=f"loading the base{how}")
     start = time.monotonic()
     base = load_base(
         files.folder,

@@ -71,6 +71,7 @@ def counted(folder: Path, setting: Setting) -> Ledger:
         ("llama", {"dropout": 0.1, "double_quant": False}),
         ("llama", {"compute_dtype": "bf16", "adapter_dtype": "bf16", "quantization": "none"}),
         ("llama", {"compute_dtype": "bf16", "targets": ("q_proj", "down_proj")}),
+        ("llama", {"quantization": "int8", "compute_dtype": "bf16", "targets": ("q_proj", "down_proj")}),
         ("mistral", {"rows": 1, "length": 311}),
         ("qwen2", {"recompute": "none"}),
         ("qwen3", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),

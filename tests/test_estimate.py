@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Int8Params
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,6 +86,8 @@ def quantization_tensors(model: torch.nn.Module) -> list[Tensor]:
     found = []
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
+        if isinstance(parameter, Int8Params):
+            found.append(parameter.SCB)
         if state is not None:
             found += [state.absmax, state.code]
             if state.nested:
@@ -127,6 +130,7 @@ def test_what_stays_is_exact_to_the_byte_for_every_family(family: str, folders: 
     "changes",
     [
         {"double_quant": False},
+        {"quantization": "int8"},
         {"quantization": "none", "optimizer": "adamw-8bit", "rank": 31},
         {"optimizer": "adamw", "adapter_dtype": "bf16"},
         {"optimizer": "adamw-8bit", "adapter_dtype": "fp32", "rank": 22},
@@ -234,6 +238,7 @@ def test_the_peak_of_a_real_step_is_met_for_every_family(
         {"compute_dtype": "bf16", "adapter_dtype": "bf16", "supervised_share": 0.02, "recompute": 2},
         {"supervised_share": 1.0, "recompute": 1},
         {"double_quant": False, "rank": 37},
+        {"quantization": "int8", "compute_dtype": "bf16", "targets": ("q_proj", "up_proj")},
         {"quantization": "none", "rows": 1, "length": 700, "supervised_share": 0.05},
         {"new_tokens": 30, "quantization": "none"},
         {"new_tokens": 30, "recompute": "none", "dropout": 0.1},

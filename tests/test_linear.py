@@ -266,6 +266,7 @@ def stock(folder: Path, setting: Setting) -> PeftModel:
         ("qwen2", {"recompute": "none"}),
         ("gemma2", {"recompute": 2}),
         ("phi3", {"recompute": "all", "quantization": "none"}),
+        ("llama", {"recompute": 1, "quantization": "int8"}),
     ],
 )
 def test_a_whole_model_has_plain_peft_s_loss_and_gradients(
@@ -273,7 +274,7 @@ def test_a_whole_model_has_plain_peft_s_loss_and_gradients(
 ) -> None:
     setting = dataclasses.replace(CPU, rank=RANK, **changes)
     fused, plain = build(folders[family], setting), stock(folders[family], setting)
-    assert issubclass(kind_of(fused), (FusedLinear, FusedLinear4bit))
+    assert issubclass(kind_of(fused), (FusedLinear, FusedLinear4bit, FusedLinear8bit))
     assert kind_of(plain).__module__.startswith("peft.")
     torch.manual_seed(6)
     losses = []

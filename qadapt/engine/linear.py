@@ -13,6 +13,7 @@ Legend: N tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,35 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         steps: Tensor = layer.weight.detach()
         return steps.to(dtype).mul_(largest.unsqueeze(1) / INT8_STEPS)
     return layer.weight.to(dtype)
+
+
+def use_dense_products(model: nn.Module) -> None:
+    """Makes frozen 8-bit layers multiply with their dequantized weight, as they do with an adapter.
+
+    Their own product keeps its input, past all recomputation, and on CUDA rounds it to 8 bits, too.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.forward = partial(_frozen_linear, layer=module)
+
+
+def _frozen_linear(inputs: Tensor, *, layer: nn.Linear) -> Tensor:
+    result: Tensor = _FrozenLinear.apply(inputs, layer)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, layer: nn.Linear) -> Tensor:
+        context.layer = layer
+        bias: Tensor | None = layer.bias
+        typed = None if bias is None else bias.to(inputs.dtype)
+        return nn.functional.linear(inputs, dense_weight(layer, inputs.dtype), typed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ dense_weight(context.layer, gradient.dtype), None
 
 
 def adapted_linear(

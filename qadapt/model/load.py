@@ -1,4 +1,4 @@
-"""Loads the frozen base: 4-bit NormalFloat with double quantization (arXiv:2305.14314), or 16-bit.
+"""Loads the frozen base: 4-bit NormalFloat with double quantization (arXiv:2305.14314), 8 bits, or 16-bit.
 
 `transformers` streams the files: each tensor is quantized as it is read and its source let go. Measured
 (`tools/bench/load_memory.py`): anonymous memory stays under the resident model plus its two largest source
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qadapt.engine.attention import choose_attention
+from qadapt.engine.linear import use_dense_products
 from qadapt.errors import BadModel, Unsupported
 from qadapt.model.placement import PlacedConfig, on_host, place
 from qadapt.model.precision import capability_of
@@ -46,7 +47,7 @@ def load_base(
 
     Args:
         folder: A whole model folder (see `model/source.py`).
-        quantization: `nf4` or `none`.
+        quantization: `nf4`, `int8` or `none`.
         double_quant: Quantize the quantization constants too.
         dtype: Type of products and of everything that is not quantized.
         device: Where it computes, and lives but for what stays on the host.
@@ -79,6 +80,7 @@ def load_base(
     if kept:
         place(model, kept, device=device)
     _keep_quantized_weights(model)
+    use_dense_products(model)
     _check_widths(model, device)
     choose_attention(model, dtype=dtype, capability=capability_of(device))
     return model
@@ -90,6 +92,8 @@ def _quantization_of(
     """How the library is to quantize; None for 16 bits. `kept` are the parts that stay on the host."""
     if quantization == "none":
         return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     values = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",

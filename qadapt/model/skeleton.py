@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from qadapt.engine.linear import use_dense_products
 from qadapt.errors import BadModel, Unsupported
 
 
@@ -36,7 +37,7 @@ def skeleton_base(
 
     Args:
         values: Of a `config.json`.
-        quantization: `nf4` or `none`.
+        quantization: `nf4`, `int8` or `none`.
         double_quant: Quantize the quantization constants too.
         dtype: Type of products and of everything that is not quantized.
         experts: How routed experts run, a name of transformers' registry; None leaves its default.
@@ -57,6 +58,8 @@ def skeleton_base(
         ) from None
     if quantization == "nf4":
         _quantize(model, double_quant=double_quant, dtype=dtype)
+    elif quantization == "int8":
+        _quantize_rows(model)
     model.requires_grad_(False)
     model.train()
     return model
@@ -104,3 +107,16 @@ def _quantize(model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype)
             )
             module.quant_state = state
     quantizer.postprocess_model(model)  # PEFT looks for the mark it leaves
+
+
+def _quantize_rows(model: PreTrainedModel) -> None:
+    """Puts 8-bit layers in place, as bitsandbytes leaves them: a byte per weight, an fp32 scale per row."""
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0))
+    quantizer.preprocess_model(model, device_map=None)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            values = torch.empty(module.weight.shape, dtype=torch.int8, device="meta")
+            scales = torch.empty(module.out_features, dtype=torch.float32, device="meta")
+            module.weight = bitsandbytes.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scales)
+    quantizer.postprocess_model(model)
+    use_dense_products(model)

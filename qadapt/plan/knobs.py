@@ -181,7 +181,7 @@ KNOBS: tuple[Knob, ...] = (
         "quantization",
         "quantization",
         2,
-        lambda *_: ("none", "nf4"),
+        lambda *_: ("none", "int8", "nf4"),
         _assignment("model.quantization"),
     ),
     Knob(

@@ -88,7 +88,9 @@ def moved_bytes(shape: ModelShape, setting: Setting) -> float:
     """Bytes that dequantizing moves through the card's memory in one micro-batch, anew for each piece."""
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
     weights += (setting.mlp_tiles - 1) * shape.layers * _mlp_weights(shape)
-    per_weight = 0.5 + 2 * setting.compute_bytes if setting.quantization == "nf4" else setting.compute_bytes
+    written = 2 * setting.compute_bytes
+    each = {"nf4": 0.5 + written, "int8": 1 + written, "none": setting.compute_bytes}
+    per_weight = each[setting.quantization]
     return weights * per_weight * passes(shape, setting)
 
 

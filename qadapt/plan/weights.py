@@ -27,7 +27,7 @@ STREAMED = 2
 
 
 def base_weight_bytes(shape: ModelShape, setting: Setting) -> int:
-    """The linear layers' weights: two per byte in 4-bit, else in the compute type.
+    """The linear layers' weights: two per byte in 4-bit, one in 8-bit, else in the compute type.
 
     Of streamed layers only two are there, each with its constants (`engine/streaming.py`).
     """
@@ -45,13 +45,17 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def _weight_bytes(linear: Linear, setting: Setting) -> int:
-    return setting.tensor_bytes(
-        linear.weights, 0.5 if setting.quantization == "nf4" else setting.compute_bytes
-    )
+    each = {"nf4": 0.5, "int8": 1, "none": setting.compute_bytes}[setting.quantization]
+    return setting.tensor_bytes(linear.weights, each)
 
 
 def constant_bytes(linear: Linear, setting: Setting) -> int:
-    """The constants of one 4-bit layer: absmax values, their own scales and offset, code books."""
+    """The constants of one 4-bit layer: absmax values, their own scales and offset, code books.
+
+    Of an 8-bit one an fp32 scale for every row.
+    """
+    if setting.quantization == "int8":
+        return setting.tensor_bytes(linear.outputs, 4)
     blocks = math.ceil(linear.weights / BLOCK)
     code = setting.tensor_bytes(CODE_VALUES, 4)
     if not setting.double_quant:
@@ -91,6 +95,7 @@ def dequantized_bytes(linear: Linear, setting: Setting, *, is_forward: bool = Fa
     """
     if setting.quantization == "none":
         return 0
-    absmax = setting.tensor_bytes(math.ceil(linear.weights / BLOCK), 4) if setting.double_quant else 0
+    is_nested = setting.quantization == "nf4" and setting.double_quant
+    absmax = setting.tensor_bytes(math.ceil(linear.weights / BLOCK), 4) if is_nested else 0
     copies = 2 if is_forward and setting.device == "cuda" and not setting.adapts(linear) else 1
     return setting.tensor_bytes(linear.weights, setting.compute_bytes) + copies * absmax

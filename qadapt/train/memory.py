@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Int8Params
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -127,6 +128,8 @@ def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
         state = getattr(parameter, "quant_state", None)  # only 4-bit parameters have one
         if state is not None:
             found["quantization_constants"] += _constants(state)
+        if isinstance(parameter, Int8Params):  # until their first product, which is none of the library's
+            found["quantization_constants"].append(parameter.SCB)
         is_weight = parameter.ndim > 1 and not any(parameter is end for end in ends)
         found["base_weights" if is_weight else "unquantized"].append(parameter)
     found["unquantized"] += base.buffers()

@@ -90,7 +90,9 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
         asked: A field that has no value yet, as its largest one is asked for.
     """
     base = "NF4" + (", double quant" if setting.double_quant else "")
-    if setting.quantization == "none":
+    if setting.quantization == "int8":
+        base = "8 bits"
+    elif setting.quantization == "none":
         base = f"base in {setting.compute_dtype}"
     where = "all linear layers" if setting.targets == "all-linear" else ", ".join(setting.targets)
     rank = "" if asked == "rank" else f" rank {setting.rank}"
