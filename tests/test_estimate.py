@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.engine.boundaries import offload_boundaries
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import set_recompute
+from qadapt.engine.tiles import set_tiles
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.categories import STATIC
@@ -76,6 +78,9 @@ def build(folder: Path, setting: Setting) -> torch.nn.Module:
         device=torch.device("cpu"),
     )
     set_recompute(base, setting.recompute)
+    set_tiles(base, setting.mlp_tiles)
+    if "boundaries" in setting.offload:
+        offload_boundaries(base)
     lora = Lora(rank=setting.rank, alpha=16, dropout=setting.dropout, targets=setting.targets)
     rows = base.get_input_embeddings().num_embeddings
     new_ids = range(rows - setting.new_tokens, rows)
@@ -192,9 +197,7 @@ def peak_of(model: torch.nn.Module, setting: Setting) -> int:
     targets = torch.randint(3, 1003, (setting.rows, count))
     known = [*model.parameters(), *model.buffers(), *quantization_tensors(model), ids, positions, targets]
     with Ledger(known) as ledger:
-        loss = loss_sum(
-            model, input_ids=ids, positions=positions, targets=targets, chunk=setting.loss_chunk
-        )
+        loss = loss_sum(model, input_ids=ids, positions=positions, targets=targets, chunk=setting.loss_chunk)
         loss.backward()
     return ledger.peak_bytes
 

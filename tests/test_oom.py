@@ -163,7 +163,7 @@ def test_a_step_that_fits_on_no_rung_names_its_longest_row(stage: Callable[[Case
         made.once(RunsOut(5, again=True))
     assert "data.length below 11" in error.value.cure
     taken = [(rung.knob, rung.value) for rung in read_rungs(made.folder / FILE_NAME)]
-    assert taken == [("micro_batch", 2), ("micro_batch", 1), ("recompute", "all")]
+    assert taken == [("micro_batch", 2), ("micro_batch", 1), ("recompute", "all"), ("offload", "boundaries")]
     assert all(parameter.grad is None for parameter in made.optimizer.parameters.values())
 
 

@@ -26,6 +26,7 @@ from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from qadapt.engine.host import host_buffer
 from qadapt.engine.target import capability_for
+from qadapt.errors import NoRoom
 
 LEAST_PIECE_BYTES = 1 << 20
 """Of host memory: torch rounds a request up to a power of two, so buffers are made of such powers."""
@@ -212,21 +213,32 @@ class _Host:
 
 
 class _File:
-    """A file without a name; room that is free again is written over."""
+    """A file without a name; room that is free again is written over.
+
+    Raises:
+        NoRoom: The disk of the temporary folder is full.
+    """
 
     is_beside = False
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it goes with the process)
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed with this)
+        weakref.finalize(self, self._file.close)
         self._free: list[tuple[int, int]] = []
         self._end = 0
 
     def write(self, tensor: Tensor) -> _Region:
         region = _Region(self._free, self._take(tensor.nbytes))
-        self._file.seek(region.start)
-        left = _bytes_of(tensor)
-        while left:
-            left = left[self._file.write(left) :]
+        try:
+            self._file.seek(region.start)
+            left = _bytes_of(tensor)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise NoRoom(
+                f"Inputs of layers cannot be put into the temporary folder {tempfile.gettempdir()}: {error}",
+                cure="Make room there, or leave boundaries out of memory.offload.",
+            ) from None
         return region
 
     def read(self, region: _Region, into: Tensor) -> None:

@@ -40,7 +40,7 @@ def set_tiles(model: PreTrainedModel, tiles: int, *, within: Context = nullconte
     """
     if tiles == 1 and not tiles_of(model):
         return
-    if model.config.model_type not in FAMILIES:
+    if not can_tile(model):
         raise Unsupported(
             f"mlp_tiles = {tiles}: the feed-forward part of {model.config.model_type} cannot be computed in "
             f"pieces; that is proven for {', '.join(FAMILIES)}.",
@@ -52,6 +52,11 @@ def set_tiles(model: PreTrainedModel, tiles: int, *, within: Context = nullconte
             tiled.tiles = tiles
         else:
             module.forward = Tiled(module, tiles, within=within)
+
+
+def can_tile(model: PreTrainedModel) -> bool:
+    """Whether it is proven that a model's feed-forward parts treat each token by itself."""
+    return model.config.model_type in FAMILIES
 
 
 def tiles_of(model: PreTrainedModel) -> int:
