@@ -22,7 +22,7 @@ from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, capability_of
 from qadapt.plan.allocator import RUN_NOISE, reserved_range
-from qadapt.plan.setting import Setting, auto_dtypes
+from qadapt.plan.setting import Part, Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
 from qadapt.run import resume, train
 from qadapt.run_parts import shared_card
@@ -123,9 +123,14 @@ def test_a_step_on_the_card_takes_what_the_dry_run_says(before_bytes: int, tiny_
     assert reserved_range(dry.trace).widened(RUN_NOISE).holds(torch.cuda.max_memory_reserved())
 
 
-def on_the_card(folder: Path, compute: str) -> PeftModel:
+def on_the_card(folder: Path, compute: str, offload: tuple[Part, ...] = ()) -> PeftModel:
     base = load_base(
-        folder, quantization="nf4", double_quant=True, dtype=DTYPES[compute], device=torch.device("cuda")
+        folder,
+        quantization="nf4",
+        double_quant=True,
+        dtype=DTYPES[compute],
+        device=torch.device("cuda"),
+        offload=offload,
     )
     set_recompute(base, "all")
     return attach_lora(base, Lora(rank=16, alpha=16), dtype=torch.float32, seed=0).train()
@@ -247,3 +252,60 @@ def test_a_run_in_fp16_scales_its_loss_on_the_card(tmp_path: Path, tiny_model: T
     steps = only(StepDone, events)
     assert steps[-1].loss < steps[0].loss
     assert isinstance(events[-1], RunFinished)
+
+
+PLACED: tuple[tuple[Part, ...], ...] = (("embeddings",), ("layers",), ("embeddings", "layers"))
+
+
+@pytest.mark.parametrize("offload", PLACED)
+def test_a_base_partly_on_the_host_has_the_same_gradients(
+    offload: tuple[Part, ...], tiny_model: TinyModel
+) -> None:
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    folder = tiny_model("llama", layers=5)
+    found = []
+    for placed in ((), offload):
+        model = on_the_card(folder, compute, placed)
+        draw = torch.Generator().manual_seed(1)
+        for parameter in trainable(model).values():
+            assert parameter.is_cuda
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+        loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))  # the buffers are used again
+        found.append(loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0)))
+        assert len(list(Samples(model, load_contract(folder), ["say 3"]).ask(1))) == 1
+    table = model.get_base_model().get_input_embeddings().weight
+    assert table.is_cuda == ("embeddings" not in offload)
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)  # 16 bits
+    for name, value in found[0][1].items():
+        assert (found[1][1][name] - value).norm() <= 1e-2 * value.norm(), name  # 16 bits
+
+
+@pytest.mark.parametrize("offload", PLACED)
+def test_a_step_with_parts_on_the_host_takes_what_the_dry_run_says(
+    offload: tuple[Part, ...], tiny_model: TinyModel
+) -> None:
+    folder = tiny_model("llama", layers=6, width=512, vocabulary=8192, context=2048)
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    setting = Setting(
+        rows=2, length=2048, compute_dtype=compute, adapter_dtype="fp32", optimizer="adamw",
+        accumulates=False, offload=offload,
+    )  # fmt: skip
+    capability = capability_of(torch.device("cuda"))
+    dry = dry_run(find_config(str(folder)).values, setting, capability=capability, steps=2)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before_bytes = torch.cuda.memory_allocated()
+    model = on_the_card(folder, compute, offload)
+    loading_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
+    ids = torch.randint(3, 8000, (2, 2048))
+    batch = MicroBatch(ids, torch.arange(2048), ids, 2 * 2048, 2 * 2048)
+    pinned = []
+    for _ in range(3):
+        train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
+        pinned.append(torch.cuda.memory.host_memory_stats()["allocated_bytes.current"])
+    evaluate_loss(model, [batch])
+    peak_bytes = torch.cuda.max_memory_allocated() - before_bytes
+    assert peak_bytes == pytest.approx(dry.peak.bytes, rel=0.02, abs=4 * 1024**2)
+    assert loading_bytes <= peak_bytes, "loading takes no more of the card than training"
+    assert pinned[1] == pinned[2], "steps take no more of the host"
