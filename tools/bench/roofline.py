@@ -153,7 +153,7 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, Products, list[str
     """The first step of the task as the default plan runs it, what it needs, and why it is planned so."""
     cache = cache_folder() / "peers"
     cache.mkdir(parents=True, exist_ok=True)
-    task, _ = make_task(arguments, cache)
+    task = replace(make_task(arguments, cache)[0], dtype=arguments.dtype)
     with tempfile.TemporaryDirectory() as place:
         recipe = resolved(recipe_of(replace(task, place=place)))
         material = finished(prepare(recipe, revision=None))
@@ -204,6 +204,7 @@ def main() -> int:
     )
     add_task_options(parser)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="instead of the faster one, as measured")
     arguments = parser.parse_args()
     bench, needed, reasons = make_bench(arguments)
     print("\n".join(reasons))
