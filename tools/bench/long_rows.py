@@ -92,8 +92,8 @@ def main() -> int:
             is_missed |= host == max(args.host) and length < bar
             print(
                 f"{budget:5.1f} GiB card, {host:3.0f} GiB host: {length:8,} tokens; {on_card / GIB:6.2f} GiB "
-                f"on the card (closed form {closed / GIB:6.2f}), {on_host / GIB:6.2f} GiB on the host; bar {bar:,}, "
-                f"published {CLAIMED.get(budget, 0):,}",
+                f"on the card (closed form {closed / GIB:6.2f}), {on_host / GIB:6.2f} GiB on the host; "
+                f"bar {bar:,}, published {CLAIMED.get(budget, 0):,}",
                 flush=True,
             )
             if args.whole and length:
