@@ -84,7 +84,8 @@ def make_task(arguments: argparse.Namespace, cache: Path) -> tuple[Task, Path]:
         place=tempfile.gettempdir(), steps=-(-count // arguments.rows_per_step),
         micro_batch=arguments.micro_batch, rows_per_step=arguments.rows_per_step, length=length,
     )  # fmt: skip
-    sizes = f"{count}x{length} by {arguments.micro_batch} of {arguments.rows_per_step}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    sizes = f"{count}x{length} by {task.micro_batch} of {task.rows_per_step}, {threads} threads"
     folder = cache / hashlib.sha256(sizes.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     found = real_conversations(cache, SPARE_ROWS * count)

@@ -48,8 +48,9 @@ class Steps(TrainerCallback):
         self._telling.step()
         control.should_training_stop = state.global_step >= self._steps
         inner = model.get_base_model()
+        held = str(inner.get_input_embeddings().weight.dtype)  # without autocast it computes in this
         self.facts = {
-            "dtype": "bf16" if args.bf16 else "fp32",
+            "dtype": "bf16" if args.bf16 or held == "torch.bfloat16" else "fp32",
             "recompute": "all" if inner.is_gradient_checkpointing else "none",
         }
         return control
