@@ -330,3 +330,14 @@ def test_folder_without_an_adapter_is_refused(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
     with pytest.raises(BadRun, match=r"has no adapter_model\.safetensors"):
         merged(tiny("llama"), tmp_path, tmp_path / "out")
+
+
+def test_a_base_in_8_bits_is_merged_in_16_only(tiny, tmp_path):
+    model_folder, adapter_folder = tiny("llama"), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    make_adapter(model, adapter_folder)
+    write_facts(facts(quantization="int8"), adapter_folder)
+    with pytest.raises(Unsupported, match="in 8 bits") as raised:
+        merged(model_folder, adapter_folder, tmp_path / "merged")
+    assert "base=original" in str(raised.value)
+    assert merged(model_folder, adapter_folder, tmp_path / "merged", base="original")

@@ -23,7 +23,7 @@ from qadapt.shape import ModelShape
 EFFICIENCY = 0.55
 """Share of the matrix product's speed that a whole step reaches: assumed, 0.3 to 0.75 are seen."""
 TIME_SPAN = "0.5 to 3.5 times as long as this says"
-"""Of the published steps that can be described (`tools/bench/estimator.py --only published-closed`)."""
+"""Of the published steps of plain PEFT that this form described until its layers were fused."""
 LAUNCH_SECONDS = 2e-3
 """Least time of one layer in one pass: the processor launching some hundred kernels. Assumed; it binds small
 models (a published T4 host took about 3 ms)."""

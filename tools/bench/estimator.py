@@ -6,8 +6,7 @@ ledger            the ledger against the CPU allocator, the dry run against the 
 closed            the closed form against the dry run
 fit               the plan against trying everything
 published         a dry run of the measured stacks against published peaks and verdicts, row by row
-published-closed  the closed form and its speed against the rows whose stack it can describe
-                  (both need `--rows`)
+                  (needs `--rows`)
 """
 
 from __future__ import annotations
@@ -28,15 +27,6 @@ def published(options: argparse.Namespace) -> Iterable[str]:
     from published import report
 
     return report(options.rows, pattern=options.pattern)
-
-
-def published_closed(options: argparse.Namespace) -> Iterable[str]:
-    """Published measurements against the closed form."""
-    if options.rows is None:
-        return ["published-closed: left out, no file was given with --rows"]
-    from published_closed import report
-
-    return report(options.rows)
 
 
 def ledger(_: argparse.Namespace) -> Iterable[str]:
@@ -65,7 +55,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterable[str]]] = {
     "closed": closed,
     "fit": fit,
     "published": published,
-    "published-closed": published_closed,
 }
 
 
