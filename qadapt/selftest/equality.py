@@ -61,7 +61,9 @@ def equality_checks(folder: Path, *, device: torch.device) -> Iterator[Check]:
     """
     yield from _gradients(folder, device, quantization="none", bar=SAME)
     yield from _gradients(folder, device, quantization="nf4", bar=SAME_IN_4_BITS)
-    yield tried("recomputation, dropout", partial(_dropout, folder, device))
+    for tiles in (1, 3):
+        name = f"recomputation, dropout, mlp_tiles {tiles}"
+        yield tried(name, partial(_dropout, name, folder, device, tiles))
     yield tried("optimizer states", partial(_states, folder, device))
     if device.type == "cuda":
         yield tried("pinned memory", partial(_pinned, device))
@@ -110,14 +112,15 @@ def _off(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def _dropout(folder: Path, device: torch.device) -> Check:
+def _dropout(name: str, folder: Path, device: torch.device, tiles: int) -> Check:
     """A layer that is computed again must draw what it drew before."""
     found = []
     for recompute in ("none", "all"):
         torch.manual_seed(3)
-        found.append(_gradient(folder, replace(PLAIN, dropout=0.2, recompute=recompute), device))
+        setting = replace(PLAIN, dropout=0.2, recompute=recompute, mlp_tiles=tiles)
+        found.append(_gradient(folder, setting, device))
     off = _off(found[1], found[0])
-    return judged("recomputation, dropout", f"{off:.1e} off, 1e-05 allowed", is_good=off <= 1e-5)
+    return judged(name, f"{off:.1e} off, 1e-05 allowed", is_good=off <= 1e-5)
 
 
 def _states(folder: Path, device: torch.device) -> Check:

@@ -24,30 +24,27 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from step_7b import write_model
 
-from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.batch_shape import packed_shape
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.documents import documents_of, kernel_problem
-from qadapt.engine.recompute import set_recompute
 from qadapt.errors import QadaptError
 from qadapt.hardware.cards import CONTEXT_BYTES, Card, find_card
 from qadapt.hardware.probe import gpus
-from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, capability_of
 from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.quiet import quiet_libraries
+from qadapt.selftest.trainee import Trainee
 from qadapt.shape import find_config, shape_from_config
 from qadapt.train.dryrun import dry_run
-from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
 from qadapt.units import MIB
 
@@ -66,6 +63,13 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"double_quant": False, "rank": 64},
     {"supervised_share": 0.25, "rows": 2},
     {"packed": True, "rows": 2, "documents": 5},
+    {"quantization": "int8"},
+    {"loss_chunk": 512, "rows": 4},
+    {"mlp_tiles": 8, "loss_chunk": 512, "length": 16384},
+    {"offload": ("boundaries",), "loss_chunk": 512, "length": 16384},
+    {"offload": ("embeddings",)},
+    {"offload": ("layers",)},
+    {"offload": ("embeddings", "boundaries", "layers"), "mlp_tiles": 8, "loss_chunk": 512, "length": 16384},
 )
 PACE_ROWS = (
     (613, 540, 400, 380), (350, 320, 300, 250, 200, 180), (410, 600, 90), (512, 512, 512, 300, 200),
@@ -86,32 +90,15 @@ class Measured:
     loss: float
 
 
-class Trainee:
-    """A model on the card as a setting wants it, its optimizer, and steps of it."""
-
-    def __init__(self, folder: Path, setting: Setting) -> None:
-        base = load_base(
-            folder,
-            quantization=setting.quantization,
-            double_quant=setting.double_quant,
-            dtype=DTYPES[setting.compute_dtype],
-            device=CUDA,
-        )
-        set_recompute(base, setting.recompute)
-        lora = Lora(rank=setting.rank, alpha=setting.rank)
-        self.vocabulary: int = base.config.vocab_size
-        self.model = attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
-        self.optimizer: AdapterOptimizer = make_optimizer(
-            trainable(self.model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0
-        )
-
-    def step(self, batch: MicroBatch) -> tuple[float, float]:
-        """Seconds and loss of one."""
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        done = train_step(self.model, self.optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
-        torch.cuda.synchronize()
-        return time.perf_counter() - started, done.loss
+def step(trainee: Trainee, batch: MicroBatch) -> tuple[float, float]:
+    """Seconds and loss of one."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    done = train_step(
+        trainee.model, trainee.optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None
+    )
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, done.loss
 
 
 def run_real(folder: Path, setting: Setting) -> Measured:
@@ -119,10 +106,10 @@ def run_real(folder: Path, setting: Setting) -> Measured:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainee = Trainee(folder, setting)
-    batch = batch_of(setting, vocabulary=trainee.vocabulary)
-    trainee.step(batch)
-    seconds, loss = trainee.step(batch)
+    trainee = Trainee(folder, setting, device=CUDA)
+    batch = batch_of(setting, vocabulary=find_config(str(folder)).values["vocab_size"])
+    step(trainee, batch)
+    seconds, loss = step(trainee, batch)
     evaluate_loss(trainee.model, [batch])
     return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), seconds, loss)
 
@@ -130,11 +117,14 @@ def run_real(folder: Path, setting: Setting) -> Measured:
 def batch_of(setting: Setting, *, vocabulary: int) -> MicroBatch:
     """Random rows; packed ones are documents of unequal length."""
     if setting.packed:
-        return packed_batch(packed_lengths(setting), vocabulary=vocabulary)
+        return replace(
+            packed_batch(packed_lengths(setting), vocabulary=vocabulary), loss_chunk=setting.loss_chunk
+        )
     ids = torch.randint(3, vocabulary, (setting.rows, setting.length))
     positions = torch.arange(0, setting.length, round(1 / setting.supervised_share))
     targets = ids[:, positions]
-    return MicroBatch(ids, positions, targets, ids.numel(), targets.numel())
+    chunk = setting.loss_chunk
+    return MicroBatch(ids, positions, targets, ids.numel(), targets.numel(), loss_chunk=chunk)
 
 
 def packed_batch(lengths: tuple[int, ...], *, vocabulary: int) -> MicroBatch:
@@ -210,6 +200,11 @@ def run_model(
             f"{'':7} {'seconds':>7} {'pred.':>6}  loss"
         )
         for changes in settings:
+            is_tied = values.get("tie_word_embeddings", False)
+            if (is_tied and "embeddings" in changes.get("offload", ())) or changes.get(
+                "length", 0
+            ) > shape.context:
+                continue  # refused
             base = {"rows": 1, "length": 2048, "accumulates": False, "one_by_one": problem is not None}
             words = ", ".join(f"{key}={value}" for key, value in changes.items()) or "1 x 2048"
             try:
@@ -253,25 +248,25 @@ def context_stages(dtype: Literal["bf16", "fp16"]) -> Iterator[str]:
         yield stage("weights drawn (torch's)", torch.cuda.synchronize)
         adapter: Literal["bf16", "fp32"] = "bf16" if dtype == "bf16" else "fp32"
         setting = Setting(length=1024, compute_dtype=dtype, adapter_dtype=adapter)
-        trainee = Trainee(Path(place), setting)
+        trainee = Trainee(Path(place), setting, device=CUDA)
     yield stage("load in NF4, optimizer", torch.cuda.synchronize)
     vocabulary: int = values["vocab_size"]
     rows = batch_of(setting, vocabulary=vocabulary)
-    yield stage("first step", lambda: trainee.step(rows))
-    yield stage("second step", lambda: trainee.step(rows))
-    yield stage("other length", lambda: trainee.step(packed_batch((777,), vocabulary=vocabulary)))
-    yield stage("packed", lambda: trainee.step(packed_batch((500, 300, 200), vocabulary=vocabulary)))
+    yield stage("first step", lambda: step(trainee, rows))
+    yield stage("second step", lambda: step(trainee, rows))
+    yield stage("other length", lambda: step(trainee, packed_batch((777,), vocabulary=vocabulary)))
+    yield stage("packed", lambda: step(trainee, packed_batch((500, 300, 200), vocabulary=vocabulary)))
     yield stage("evaluation", lambda: evaluate_loss(trainee.model, [rows]))
 
 
 def run_pace(name: str) -> None:
     """Packed steps of unlike rows through a whole model: seconds, and how often the driver is asked."""
     with tempfile.TemporaryDirectory() as place:
-        make_folder(name, None, Path(place))
-        trainee = Trainee(Path(place), Setting(recompute="none"))
+        vocabulary: int = make_folder(name, None, Path(place))["vocab_size"]
+        trainee = Trainee(Path(place), Setting(recompute="none"), device=CUDA)
     before = torch.cuda.memory_stats()
     for number, lengths in enumerate(PACE_ROWS * 2):
-        seconds, _ = trainee.step(packed_batch(lengths, vocabulary=trainee.vocabulary))
+        seconds, _ = step(trainee, packed_batch(lengths, vocabulary=vocabulary))
         now = torch.cuda.memory_stats()
         asked, freed, retries = (
             now.get(key, 0) - before.get(key, 0)
