@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 from peft import PeftModel
 
@@ -99,6 +100,9 @@ def rehearse(recipe: Recipe) -> Iterator[Event]:
     Raises:
         QadaptError: Something cannot be done, as in `train`; `DoesNotFit` where memory ran out.
     """
+    for left in Path(recipe.run.folder).glob(".rehearsal-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):  # its process was killed
+            discard_run(RunFolder(left))
     hidden = Path(recipe.run.folder) / f".rehearsal-{os.getpid()}"
     run = create_run(hidden, recipe.run.name)
     try:

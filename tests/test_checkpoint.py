@@ -409,6 +409,26 @@ def test_a_step_whose_evaluation_does_not_fit_is_saved(
     assert_same(adapter_of(tmp_path / "runs/first"), adapter_of(straight / "first"))
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_save_in_the_background_that_fails_once_costs_nothing(
+    step: int, tmp_path: Path, straight: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a virus scanner that has a file open, or a network disk that is gone for a moment."""
+    failed: list[int] = []
+
+    def save(run_folder: Path, saved: Checkpoint) -> Path:
+        if saved.step == step and not failed:
+            failed.append(step)
+            raise BadOutput("The checkpoint cannot be written.", cure="Make the folder writable.")
+        return save_checkpoint(run_folder, saved)
+
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    list(train(make_recipe(tmp_path, tiny_model("llama"), checkpoint_every=1)))
+    assert failed == [step]
+    assert steps_kept(tmp_path / "runs/first")[-1] == 6
+    assert_same(adapter_of(tmp_path / "runs/first"), adapter_of(straight / "first"))
+
+
 def test_a_fast_run_without_a_rule_is_saved_at_its_end_only(tmp_path: Path, tiny_model: TinyModel) -> None:
     events = list(train(make_recipe(tmp_path, tiny_model("llama"), evaluate_every=None)))
     assert [event.step for event in only(CheckpointSaved, events)] == [6]

@@ -13,7 +13,7 @@ HARNESS = Path(__file__).parents[1] / "tools" / "bench" / "faults.py"
 def judged(*options: str) -> subprocess.CompletedProcess[str]:
     """The harness in a process of its own: this one has threads, which a fork would leave behind."""
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HARNESS), *options]
+    command = [sys.executable, str(HARNESS), "--stops", "0", *options]
     return subprocess.run(command, capture_output=True, text=True, env=quiet, check=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from filelock import FileLock
+from rich.console import Console
 from safetensors.torch import load_file
 
 from qadapt import control, durable
@@ -32,6 +34,7 @@ from qadapt.events import (
     Evaluated,
     Event,
     Paused,
+    Resumed,
     RunFinished,
     StepDone,
     Stopped,
@@ -49,6 +52,7 @@ from qadapt.train.spill import CardMemory
 from qadapt.units import GIB
 from qadapt.view.figures import figures
 from qadapt.view.journal import FILE_NAME, Journal, effective, read_events
+from qadapt.view.screen import show
 from qadapt.view.state import fold_all
 
 if TYPE_CHECKING:
@@ -266,6 +270,29 @@ def test_a_rule_that_cannot_be_watched_is_said(tmp_path: Path, tiny_model: TinyM
     said = [warned.message for warned in only(Warned, train(recipe))]
     assert any("run.pause_when.vram cannot be watched: the run is on no CUDA card" in text for text in said)
     assert any("run.pause_when.temperature cannot be watched" in text for text in said)
+
+
+def test_a_warning_of_the_run_is_said_by_its_first_process_only(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    events = train(make_recipe(tmp_path, tiny_model("llama"), pause_when={"vram": "2GiB"}, steps=2))
+    run = tmp_path / "runs/first"
+    for event in events:
+        if isinstance(event, StepDone) and event.step == 1:
+            control.ask(run, "pause")
+    list(resume("first", folder=str(run.parent)))
+    assert len(only(Resumed, read_events(run))) == 1
+    assert len(only(Warned, read_events(run))) == 1
+
+
+def test_a_run_that_is_drawn_is_the_run_that_nobody_looks_at(
+    straight: list[Event], tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, height=30)
+    show(train(make_recipe(tmp_path, tiny_model("llama"))), console=console, is_live=True, is_quiet=False)
+    assert "last events" in screen.getvalue()
+    assert_same_as(straight, tmp_path / "runs/first")
 
 
 def test_heat_is_let_go_of_five_degrees_below() -> None:

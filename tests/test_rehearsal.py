@@ -197,6 +197,43 @@ def test_a_resumed_run_is_not_rehearsed_and_clears_what_a_killed_rehearsal_left(
     assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(folder / "first"))
 
 
+def test_a_run_killed_in_its_rehearsal_is_rehearsed_when_it_goes_on(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    kept = tmp_path / "kept"
+    events = train(rehearsed_recipe(tmp_path, tiny_model("llama")))
+    next(event for event in events if isinstance(event, StageStarted) and "checkpoint" in event.stage)
+    shutil.copytree(tmp_path / "runs", kept)  # what a kill would leave here
+    events.close()  # type: ignore[attr-defined]
+    resumed = list(resume("first", folder=str(kept)))
+    seen = [type(event) for event in resumed if isinstance(event, Rehearsed | StepDone)]
+    assert seen == [Rehearsed, StepDone, StepDone]
+    (tmp_path / "straight").mkdir()
+    list(train(rehearsed_recipe(tmp_path / "straight", tiny_model("llama"))))
+    assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(kept / "first"))
+
+
+def test_a_run_that_is_planned_anew_is_rehearsed_and_goes_on_as_it_would_have(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    events = train(rehearsed_recipe(tmp_path, tiny_model("llama")))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    resumed = list(resume("first", folder=str(tmp_path / "runs"), replan=True))
+    assert [type(e) for e in resumed if isinstance(e, Rehearsed | StepDone)] == [Rehearsed, StepDone]
+    (tmp_path / "straight").mkdir()
+    list(train(rehearsed_recipe(tmp_path / "straight", tiny_model("llama"))))
+    assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(tmp_path / "runs/first"))
+
+
+def test_a_rehearsal_killed_before_leaves_nothing_for_the_next_one(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    (tmp_path / "runs/.rehearsal-999999999/first").mkdir(parents=True)
+    list(rehearse(rehearsed_recipe(tmp_path, tiny_model("llama"))))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_a_run_left_in_its_rehearsal_leaves_nothing(tmp_path: Path, tiny_model: TinyModel) -> None:
     events = train(rehearsed_recipe(tmp_path, tiny_model("llama")))
     next(event for event in events if isinstance(event, StageStarted) and "checkpoint" in event.stage)

@@ -11,6 +11,7 @@ import copy
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from types import TracebackType
 from torch import Tensor
 
 from qadapt.engine.out_of_memory import RanOut, attempt
+from qadapt.errors import BadOutput
 from qadapt.events import CheckpointSaved, Event, Warned
 from qadapt.train.checkpoint import Checkpoint, check_room, find_checkpoints, save_checkpoint, step_of
 
@@ -57,10 +59,11 @@ class Saver:
             What became of the save before, and of this one if it is awaited or has no thread.
 
         Raises:
-            NoRoom: There is no room for this one, or there was none for the one before.
-            BadOutput: One of them could not be written.
+            NoRoom: There is no room for this one.
+            BadOutput: It could not be written.
         """
-        self._settle()
+        with suppress(BadOutput):  # of the one before, whose place this one takes
+            self._settle()
         check_room(self.run_folder, checkpoint)
         copied = attempt(lambda: _copied(checkpoint)) if self.in_background else None
         if copied is None or isinstance(copied, RanOut):  # without room for a copy the training waits

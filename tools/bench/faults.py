@@ -1,18 +1,19 @@
 """Runs that are killed at random moments, resumed, and compared with the run that was not.
 
     python tools/bench/faults.py                                100 trials killed by the clock, 40 at files
-    python tools/bench/faults.py --trials 20 --at-files 5 --seed 7
-    python tools/bench/faults.py --break replay                 must fail: resuming forgets the random state
+    python tools/bench/faults.py --trials 20 --at-files 5 --seed 7 python tools/bench/faults.py --break replay
+    must fail: resuming forgets the random state python tools/bench/faults.py --trials 0 --at-files 0 --stops
+    2      only stopped for 30 s (SIGSTOP) and woken
 
 A warm process (everything imported, nothing computed) forks one child per attempt. A child does what a user
 would do next: train, or resume what began, then export. It is killed with SIGKILL at a moment drawn uniformly
 over the life of an uninterrupted child; what is left goes on in the next child, which may be killed again, up
-to three times. Renames take microseconds, so that more trials are killed right before a file operation (an
-open for writing, a rename, a removal, a new folder), drawn from equal parts of a child's life. In the end
-adapter, checkpoints, exported model and the journal that counts must be those of the uninterrupted run to the
-bit; times are left out. Prints the seed, where each kill fell and the count; exits with 1 if any trial
-differs, or if so many as 50 trials never hit a phase. A seed draws the same kills; what they hit depends on
-the machine.
+to three times. It is also paused and stopped on request, and once runs out of memory. Renames take
+microseconds, so that more trials are killed right before a file operation (an open for writing, a rename, a
+removal, a new folder), drawn from equal parts of a child's life. In the end adapter, checkpoints, exported
+model and the journal that counts must be those of the uninterrupted run to the bit; times are left out.
+Prints the seed, where each kill fell and the count; exits with 1 if any trial differs, or if so many as 50
+trials never hit a phase. A seed draws the same kills; what they hit depends on the machine.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from qadapt.run_folder import RunFolder
 MOST_KILLS = 3
 FEW_TRIALS = 50  # fewer may well miss a phase that takes a moment
 SLOWEST_SECONDS = 300.0
+ASLEEP_SECONDS = 30.0
 PHASES = ("preparing", "training", "writing a checkpoint", "ending", "exporting")
 MEMORY = Path("/dev/shm")  # a kill loses nothing that was written, so no disk has to be waited for
 FORKED = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
@@ -120,6 +122,24 @@ def phase_of(run: RunFolder, events: list[Event]) -> str:
     return "preparing"
 
 
+def sleep_through(folder: Path, inputs: Path, after_seconds: float, seconds: float) -> None:
+    """One child's life that is stopped by the system for a while, as by a suspend, and woken.
+
+    Raises:
+        Broken: It ended with an error of its own.
+    """
+    process = FORKED.Process(target=child, args=(folder, inputs, None, None))
+    process.start()
+    process.join(after_seconds)
+    if process.is_alive() and process.pid is not None:
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    if process.exitcode != 0:
+        raise Broken(f"exit code {process.exitcode} after {seconds:.0f} s of sleep")
+
+
 @dataclass
 class Harness:
     """The uninterrupted run, and trials against it.
@@ -194,6 +214,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=100, help="killed at a drawn moment")
     parser.add_argument("--at-files", type=int, default=40, help="killed before a drawn file operation")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--stops", type=int, default=1, help=f"runs stopped for {ASLEEP_SECONDS:.0f} s")
     parser.add_argument("--break", dest="break_", choices=["replay"], help="break it: the harness must fail")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # no thread pool in the process that forks
@@ -208,7 +229,22 @@ def main() -> int:
             f"does {harness.operations} file operations, leaves {len(expected)} things to compare"
         )
         parts = [(index, arguments.at_files) for index in range(arguments.at_files)]
-        return judged(harness, expected, [None] * arguments.trials + parts, seed=arguments.seed)
+        code = judged(harness, expected, [None] * arguments.trials + parts, seed=arguments.seed)
+        return max(code, slept(harness, expected, arguments.stops, seed=arguments.seed))
+
+
+def slept(harness: Harness, expected: dict[str, str], stops: int, *, seed: int) -> int:
+    """Runs that are stopped by the system for half a minute and woken; returns the exit code."""
+    draw, code = random.Random(seed), 0
+    for number in range(1, stops + 1):
+        folder, after = harness.place / f"slept-{number}", draw.uniform(0.0, harness.life_seconds)
+        sleep_through(folder, harness.inputs, after, ASLEEP_SECONDS)
+        unlike = differences(expected, result(folder))
+        print(f"{'DIFFERS' if unlike else 'same'}: asleep for {ASLEEP_SECONDS:.0f} s at {after:.2f} s")
+        for line in unlike[:6]:
+            print(f"      {line}")
+        code = max(code, int(bool(unlike)))
+    return code
 
 
 def judged(

@@ -1,5 +1,7 @@
 """A run that may be killed: what a child of `faults.py` does, and what it leaves to be compared.
 
+It is paused and stopped on request in the middle, goes on by itself, and memory runs out in one of its steps.
+
 Knows nothing of who kills it, but can kill itself right before a file operation.
 """
 
@@ -14,7 +16,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +24,23 @@ from unittest import mock
 
 import torch
 
-from qadapt.events import Event, Resumed, RunFinished, Warned
+from qadapt import control
+from qadapt.events import Event, Paused, Resumed, RunFinished, StepDone, Stopped, Warned
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
 from qadapt.run import export, resume, train
 from qadapt.run_folder import RunFolder
-from qadapt.train import loop
+from qadapt.train import loop, oom
+from qadapt.train.step import find_gradient
 from qadapt.view.journal import STEPPED, effective, read_events
 
 if TYPE_CHECKING:
     from qadapt.recipe import Recipe
 
 STEPS = 9
+ASKED = {4: "pause", 8: "stop"}
+"""Step → what the run is asked after it; a checkpoint of it is due, so that no state is kept for it alone."""
+DONE_BEFORE_SHORTAGE = 4
 FORM = "merged-fp16"
 WARM = (  # what a run imports on its way, so that children do not
     "pandas", "peft.utils.transformers_weight_conversion", "pyarrow.compute",
@@ -47,18 +54,31 @@ def carry_on(folder: Path, inputs: Path) -> None:
     run = run_of(folder)
     if run.export(FORM).exists():
         return
-    if not any(isinstance(event, RunFinished) for event in events_of(run)):
+    while not any(isinstance(event, RunFinished) for event in events_of(run)):
         if run.plan.is_file():
-            exhaust(resume("killed", folder=str(run.path.parent.relative_to(folder))))
+            exhaust(resume("killed", folder=str(run.path.parent.relative_to(folder))), run)
         else:  # it never began
             shutil.rmtree(run.path, ignore_errors=True)
-            exhaust(train(recipe_for(inputs)))
+            exhaust(train(recipe_for(inputs)), run)
     exhaust(export("killed", folder=str(run.path.parent.relative_to(folder))))
 
 
-def exhaust(events: Iterable[Event]) -> None:
-    for _ in events:
-        pass
+def exhaust(events: Iterable[Event], run: RunFolder | None = None) -> None:
+    for event in events:
+        if run is not None and isinstance(event, StepDone) and event.step in ASKED:
+            control.ask(run.path, ASKED[event.step])
+
+
+def short_of_memory(run: RunFolder) -> Callable[..., Any]:
+    """`find_gradient` on a machine whose memory runs out in the fifth step, until a rung is taken."""
+
+    def find(model: Any, optimizer: Any, batches: Any, **how: Any) -> Any:
+        [done, *_] = {int(state["step"]) for state in optimizer.inner.state.values()}
+        if done >= DONE_BEFORE_SHORTAGE and not (run.path / oom.FILE_NAME).exists():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return find_gradient(model, optimizer, batches, **how)
+
+    return find
 
 
 def recipe_for(inputs: Path) -> Recipe:
@@ -112,7 +132,8 @@ def child(folder: Path, inputs: Path, last_operation: int | None, break_: str | 
     quiet_libraries()
     count = FileOperations(folder / "runs", last_operation)
     sys.addaudithook(count.see)
-    with breaking(break_):
+    shortage = mock.patch.object(loop, "find_gradient", short_of_memory(run_of(Path())))
+    with breaking(break_), shortage:
         carry_on(folder, inputs)
     (folder / "operations.txt").write_text(str(count.seen), encoding="utf-8")
 
@@ -182,7 +203,7 @@ def result(folder: Path) -> dict[str, str]:
                 found[str(path.relative_to(run.path))] = content(path)
     seen = Counter[str]()
     for event in events_of(run):
-        if (text := plain(event)) is not None:
+        if (text := plain(event)) is not None and text not in found.values():  # a leaving run saves once more
             name = f"{type(event).__name__} {event.step}"  # type: ignore[attr-defined]
             seen[name] += 1
             found[f"event {name}, number {seen[name]}"] = text
@@ -204,8 +225,12 @@ def without_times(value: Any) -> Any:
 
 
 def plain(event: Event) -> str | None:
-    """An event of a step as text; None for what each process does anew."""
-    if isinstance(event, Resumed) or not isinstance(event, (*STEPPED, Warned)) or event.step is None:
+    """An event of a step as text; None for what each process does anew, or a killed one does not."""
+    if (
+        isinstance(event, Resumed | Paused | Stopped)
+        or not isinstance(event, (*STEPPED, Warned))
+        or event.step is None
+    ):
         return None
     return str({name: each for name, each in dataclasses.asdict(event).items() if name not in UNLIKE})
 
