@@ -51,6 +51,8 @@ def gather_facts(cache: Path | None = None) -> Facts:
         driver_cuda=driver_cuda,
         gpus=tuple(Gpu(g.name, g.memory_bytes, g.free_bytes, g.compute_capability) for g in gpus()),
         four_bit=tuple(four_bit_round_trip(device) for device in devices) if torch is not None else (),
+        threads=torch.get_num_threads() if torch is not None else 0,
+        cores=_cores(),
         host_total_bytes=memory.total,
         host_available_bytes=memory.available,
         cache_folder=str(folder),
@@ -84,6 +86,14 @@ def _torch() -> tuple[ModuleType | None, str | None]:
     except _BROKEN as error:
         return None, _first_line(error)
     return torch, None
+
+
+def _cores() -> int:
+    """Physical cores that this process may use; 0 if the system does not say."""
+    cores = psutil.cpu_count(logical=False) or 0
+    if psutil.MACOS:
+        return cores  # it binds no process to cores
+    return min(cores, len(psutil.Process().cpu_affinity() or ()))
 
 
 def _driver() -> tuple[str | None, tuple[int, int] | None]:

@@ -56,6 +56,8 @@ class Facts:
         driver_cuda: The newest CUDA version the driver runs.
         gpus: The driver's GPUs.
         four_bit: One round trip per device that torch can use.
+        threads: On so many torch computes an operation; 0 without torch.
+        cores: Physical cores, of those that this process may use; 0 if the system does not say.
         host_total_bytes: Memory of the machine.
         host_available_bytes: What is free of it.
         cache_folder: Where qadapt keeps models.
@@ -76,6 +78,8 @@ class Facts:
     driver_cuda: tuple[int, int] | None
     gpus: tuple[Gpu, ...]
     four_bit: tuple[FourBit, ...]
+    threads: int
+    cores: int
     host_total_bytes: int
     host_available_bytes: int
     cache_folder: str
@@ -108,6 +112,7 @@ def findings(facts: Facts) -> tuple[Finding, ...]:
         *_cuda(facts),
         *(_gpu(gpu, facts) for gpu in facts.gpus),
         *(_four_bit(trip) for trip in facts.four_bit),
+        *_threads(facts),
         _host(facts),
         _disk(facts),
         _cache(facts),
@@ -235,6 +240,30 @@ def _four_bit(trip: FourBit) -> Finding:
             "This build computes wrongly here: install another version of bitsandbytes.",
         )
     return Finding(subject, value)
+
+
+def _threads(facts: Facts) -> Iterator[Finding]:
+    if not (facts.threads and facts.cores):
+        return
+    threads = "1 thread" if facts.threads == 1 else f"{facts.threads} threads"
+    value = f"torch computes on {threads}; the cores it may use: {facts.cores}"
+    if facts.threads == facts.cores:
+        yield Finding("Threads", value)
+    elif facts.threads > facts.cores:
+        yield Finding(
+            "Threads",
+            value,
+            "note",
+            f"A core's second thread wins next to nothing in products: OMP_NUM_THREADS={facts.cores} leaves "
+            "it to other programs.",
+        )
+    else:
+        yield Finding(
+            "Threads",
+            value,
+            "note",
+            "On a CPU training is slower so: look at OMP_NUM_THREADS where you start it.",
+        )
 
 
 def _host(facts: Facts) -> Finding:
