@@ -5,8 +5,8 @@
 For each budget of a card after its CUDA context, and each size of the host's memory, the longest row whose
 dry run fits both, in steps of 1,024 tokens up to the model's own limit: all layers recomputed, their inputs
 and the input embeddings on the host, feed-forward parts and norms in pieces of 4,096 tokens, the loss in
-chunks of 256. The dry run is of two layers and of four: what a layer adds is the same for all (`--whole` runs
-all of them once, at the row that was found). Exits with 1 if a bar is missed on the largest host.
+chunks of 1,024. The dry run is of two layers and of four: what a layer adds is the same for all (`--whole`
+runs all of them once, at the row that was found). Exits with 1 if a bar is missed on the largest host.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def setting_of(length: int) -> Setting:
         rows=1,
         length=length,
         supervised_share=1.0,
-        loss_chunk=256,
+        loss_chunk=1024,
         mlp_tiles=max(2, length // PIECE),
         offload=("embeddings", "boundaries"),
         accumulates=True,
