@@ -179,11 +179,11 @@ def test_one_chunk_of_logits_is_the_most_there_is() -> None:
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "n_embd": 64, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4,
-    "n_head": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "ffn_dim": 96, "vocab_size": 131,
-    "max_position_embeddings": 64, "n_positions": 64, "num_experts": 4, "num_local_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "word_embed_proj_dim": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "final_logit_softcapping": 5.0, "logits_scaling": 3.0,
-    "logit_scale": 0.25,
+    "n_head": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "ffn_dim": 96,
+    "vocab_size": 131, "max_position_embeddings": 64, "n_positions": 64, "num_experts": 4,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "word_embed_proj_dim": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "final_logit_softcapping": 5.0, "logits_scaling": 3.0, "logit_scale": 0.25,
 }  # fmt: skip
 
 

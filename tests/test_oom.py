@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
 import os
@@ -48,6 +49,7 @@ from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
 from qadapt.train.oom import FILE_NAME, Beginning, Ladder, Trial, read_rungs, write_rungs
 from qadapt.train.step import StepResult, drop_gradients, find_gradient
+from qadapt.train.turns import LEAST_CHUNK, Chunking, Splitting
 from qadapt.units import MIB
 from qadapt.view.journal import effective, read_events
 
@@ -195,6 +197,37 @@ def test_an_update_that_never_fits_is_an_error_with_a_cure(stage: Callable[[Case
     made.once(counting)
     with pytest.raises(DoesNotFit, match="in the update of step 1"):
         made.once(RunsOut(counting.count - 3, again=True))
+
+
+def test_smaller_chunks_of_the_loss_keep_the_gradient(stage: Callable[[Case], Stage]) -> None:
+    made = stage(CASES[0])
+    ladder = Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder)
+    turn, chosen, found = ladder._turns["loss_chunk"], rows(), []
+    for value in (None, 7, 1, 50):  # never up again
+        if value is not None:
+            turn.take(value)
+        assert ladder.training.loss_chunk == ladder.evaluation.loss_chunk
+        assert find_gradient(made.model, made.optimizer, ladder.training(chosen), clip_norm=None, scaler=None)
+        found.append([p.grad.clone() for p in made.optimizer.parameters.values() if p.grad is not None])
+        drop_gradients(made.optimizer)
+    assert ladder.training.loss_chunk == 1
+    for gradients in found[1:]:
+        for gradient, expected in zip(gradients, found[0], strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_chunk_is_half_of_what_is_at_the_head(stage: Callable[[Case], Stage]) -> None:
+    made = stage(CASES[0])
+    most = max(batch.targets.numel() for batch in made.division(rows()))
+    for chunk in (0, 8 * most):
+        division = dataclasses.replace(made.division, loss_chunk=chunk)
+        assert Chunking(Splitting(division, draws=True)).next(rows()) == (
+            most // 2 if most >= 2 * LEAST_CHUNK else None
+        )
+    division = dataclasses.replace(made.division, loss_chunk=most)
+    turn = Chunking(Splitting(division, draws=True))
+    turn.take(2 * LEAST_CHUNK - 1)
+    assert turn.next(rows()) is None
 
 
 def test_every_live_knob_can_be_turned(stage: Callable[[Case], Stage]) -> None:

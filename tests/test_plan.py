@@ -31,7 +31,7 @@ LLAMA = find_shape("meta-llama/Llama-3.1-8B")
 SMALL = find_shape("HuggingFaceTB/SmolLM2-135M")
 CARD = find_card("RTX 4060")
 KNOB = {knob.name: knob for knob in KNOBS}
-TIGHT = 1.2  # GiB: less than the small model takes with everything kept, one row at a time
+TIGHT = 1.0  # GiB: less than the small model takes with everything kept, one row at a time
 
 
 def plan_of(budget: float, setting: Setting = Setting(length=512), rows_per_step: int = 12) -> Plan:  # noqa: B008
@@ -102,7 +102,7 @@ def test_a_roomy_card_keeps_everything_and_a_tight_one_recomputes() -> None:
 def test_between_them_only_as_many_layers_recompute_as_have_to() -> None:
     setting = Setting(length=512, rows=4)
     counts: list[Any] = []
-    for budget in (2.0, 2.3, 2.6, 2.9):
+    for budget in (1.0, 1.3, 1.6, 1.9):
         plan = fit(
             SMALL,
             setting,
@@ -172,17 +172,17 @@ def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:
     with pytest.raises(DoesNotFit) as caught:
         fit(
             LLAMA,
-            Setting(length=4096),
+            Setting(length=8192),
             room=Room(round(7.3 * GIB)),
             rows_per_step=16,
             free=FIRST,
             card=CARD,
         )
     problem, cure = caught.value.problem, caught.value.cure
-    assert problem.startswith("meta-llama/Llama-3.1-8B at 4,096 tokens needs 12.")
+    assert problem.startswith("meta-llama/Llama-3.1-8B at 8,192 tokens needs 9.")
     assert problem.endswith("7.30 GiB are free on RTX 4060 8GB.")
-    assert cure.startswith("Cheapest change: data.length=512 (-")
-    assert "a larger card, such as the RTX 4060 Ti 16GB" in cure
+    assert cure.startswith("Cheapest change: embeddings, boundaries in the memory of the host (-")
+    assert "a larger card, such as the RTX 3060 12GB" in cure
 
 
 def test_the_ladder_prices_each_change_as_the_difference_of_two_estimates() -> None:
@@ -355,7 +355,7 @@ def test_a_plan_keeps_the_distance_that_runs_on_this_machine_showed() -> None:
 
 def test_where_no_single_change_is_enough_several_together_are_offered() -> None:
     setting = Setting(rows=3, length=1000, rank=8)
-    budget_bytes = 3 * GIB
+    budget_bytes = round(2.5 * GIB)
     changes = ladder(LLAMA, setting, budget_bytes=budget_bytes, rows_per_step=3, card=CARD)
     assert changes[0].is_enough
     assert changes[0].text.startswith("1 row at a time and ")

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qadapt.plan.setting import MOST_ROWS, Setting
+from qadapt.plan.setting import LOSS_CHUNK, MOST_ROWS, Setting
 from qadapt.shape import ModelShape
 
 Value = int | str | bool | tuple[str, ...]
+_CHUNKS = (LOSS_CHUNK, 128, 64, 32)
 LEAST_PIECE = 1024
 """Tokens of a feed-forward part at once: with fewer, products of common widths are not busy any more."""
 
@@ -110,6 +111,16 @@ def _recompute_text(value: Value, shape: ModelShape) -> str:
     return "recompute every layer" if value == "all" else "keep every layer's activations"
 
 
+def _chunk_values(_: ModelShape, setting: Setting, __: int) -> tuple[int, ...]:
+    """The setting's own, if it is larger than what a plan starts from; then half as many tokens at a time."""
+    chunk = setting.loss_chunk
+    return (*((chunk,) if chunk not in _CHUNKS else ()), *_CHUNKS)
+
+
+def _chunk_text(value: Value, _: ModelShape) -> str:
+    return f"the loss of {value} tokens at a time" if value else "the loss of all tokens at once"
+
+
 def _tile_values(_: ModelShape, setting: Setting, __: int) -> tuple[int, ...]:
     """Whole, then four times as many pieces at a time, none below `LEAST_PIECE` tokens."""
     most = max(1, setting.tokens // LEAST_PIECE)
@@ -143,6 +154,7 @@ def _assignment(field: str) -> Callable[[Value, ModelShape], str]:
 
 KNOBS: tuple[Knob, ...] = (
     Knob("micro_batch", "rows", 1, _row_values, _rows_text, live=True),
+    Knob("loss_chunk", "loss_chunk", 1, _chunk_values, _chunk_text, live=True, last_resort=True),
     Knob("mlp_tiles", "mlp_tiles", 1, _tile_values, _tile_text, live=True, last_resort=True),
     Knob(
         "recompute",

@@ -27,6 +27,10 @@ ALLOCATION_BYTES = {"cuda": 512, "cpu": 1}
 """What a tensor's size is rounded up to: the CUDA caching allocator's kMinBlockSize; nothing on a CPU."""
 
 
+LOSS_CHUNK = 256
+"""Learned tokens at the head at once: enough that a card computes longer than it reads the head's weights
+(cards do 70 to 300 operations per byte), and few: 188 MiB of logits with a vocabulary of 128 k tokens."""
+
 Recompute = Literal["all", "none"] | int
 """Which layers recompute their activations in the backward pass: all, none, or so many of the first."""
 
@@ -69,7 +73,7 @@ class Setting:
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw-8bit"
     supervised_share: float = 1.0
     recompute: Recompute = "all"
-    loss_chunk: int = 0
+    loss_chunk: int = LOSS_CHUNK
     mlp_tiles: int = 1
     offload: tuple[Part, ...] = ()
     accumulates: bool = True

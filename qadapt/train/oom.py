@@ -39,7 +39,7 @@ from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Pauses
 from qadapt.train.spill import renew_cap
 from qadapt.train.step import StepResult, drop_gradients
-from qadapt.train.turns import PuttingAway, Recomputing, Splitting, Tiling, Turn
+from qadapt.train.turns import Chunking, PuttingAway, Recomputing, Splitting, Tiling, Turn
 
 FILE_NAME = "rungs.json"
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
@@ -119,6 +119,7 @@ class Ladder:
         self._evaluating = Splitting(division, draws=False)
         self._turns: dict[str, Turn] = {
             "micro_batch": self._splitting,
+            "loss_chunk": Chunking(self._splitting, self._evaluating),
             "mlp_tiles": Tiling(model, draws=draws),
             "recompute": Recomputing(model, draws=draws),
             "offload": PuttingAway(model),

@@ -6,6 +6,7 @@ A turn changes how a step is computed and never what. It knows no other knob, no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from peft import PeftModel
@@ -17,6 +18,9 @@ from qadapt.engine.recompute import recomputed_layers, set_recompute
 from qadapt.engine.tiles import can_tile, set_tiles, tiles_of
 
 Value = int | str
+
+LEAST_CHUNK = 32
+"""Tokens at the head below which halving wins nothing worth a rung."""
 LEAST_PIECE = 256
 """Tokens of a feed-forward part at once where memory has run out; a plan stops earlier."""
 
@@ -130,3 +134,28 @@ class PuttingAway:
     def price(self, value: Value) -> str:
         """What carrying them costs."""
         return "inputs of recomputed layers are carried to the host and back, beside computing"
+
+
+class Chunking:
+    """Fewer learned tokens at the head at a time, in training and evaluation; half as many."""
+
+    def __init__(self, *splittings: Splitting) -> None:
+        self._splittings = splittings
+
+    def next(self, rows: Sequence[Tokens]) -> Value | None:
+        """Half of the most tokens that these rows have at the head at once; None where that is little."""
+        division = self._splittings[0].division
+        most = max((batch.targets.numel() for batch in division(rows)), default=0)
+        half = min(division.loss_chunk or most, most) // 2
+        return half if half >= LEAST_CHUNK else None
+
+    def take(self, value: Value) -> None:
+        """Sets the number of tokens."""
+        for splitting in self._splittings:
+            division = splitting.division
+            if not 0 < division.loss_chunk <= int(value):
+                splitting.division = replace(division, loss_chunk=int(value))
+
+    def price(self, value: Value) -> str:
+        """What smaller chunks cost."""
+        return f"the loss of {value} tokens at a time: smaller products with the head, so a little slower"
