@@ -22,6 +22,7 @@ from qadapt.data.prepared import skipped_lines
 from qadapt.data.step_sample import StepSample
 from qadapt.engine.boundaries import offload_boundaries
 from qadapt.engine.documents import kernel_problem
+from qadapt.engine.loss import head_of
 from qadapt.engine.recompute import set_recompute
 from qadapt.engine.streaming import is_pinned
 from qadapt.engine.tiles import set_tiles
@@ -281,6 +282,12 @@ def place_base(
             message=f"Packed rows are attended to one document after another, which is slower: the kernel "
             f"for many at once cannot be used on this card: {problem}.",
             cure="The numbers are the same; data.packing=false fills rows up instead.",
+        )
+    if head_of(base) is None:
+        yield Warned(
+            message=f"What {base.config.model_type} does with its logits is not known: all of a micro-batch "
+            "are made at once.",
+            cure="The numbers are the same; it takes more memory.",
         )
     yield BaseLoaded(resident_bytes=base.get_memory_footprint(), seconds=time.monotonic() - start)
     return base

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from test_train import make_recipe, only
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.loss import IGNORED, PLAIN, SCALED, Head, Terms, head_of, loss_sum, summed_loss
+from qadapt.events import StepDone, Warned
+from qadapt.run import train
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
 
 WIDTH, VOCABULARY, TOKENS = 24, 101, 33
 
@@ -219,3 +226,15 @@ def test_an_architecture_that_is_not_known_makes_all_its_logits() -> None:
     model.config.model_type = "nobody-knows"
     assert head_of(model) is None
     assert loss_sum(model, **named, chunk=3).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_run_says_that_all_logits_are_made(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qadapt.run_parts.head_of", lambda _: None)
+    monkeypatch.setattr("qadapt.engine.loss.head_of", lambda _: None)
+    recipe = make_recipe(tmp_path, tiny_model("llama"), steps=1, evaluate_every=None, rehearse=False)
+    events = list(train(recipe))
+    messages = [event.message for event in only(Warned, events)]
+    assert "What llama does with its logits is not known: all of a micro-batch are made at once." in messages
+    assert only(StepDone, events)

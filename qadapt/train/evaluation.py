@@ -17,6 +17,7 @@ from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
 from qadapt.model.generate import generate
+from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.train.step import evaluate_loss
 
 
@@ -67,7 +68,7 @@ def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id
     Raises:
         DoesNotFit: Memory ran out with one row at a time.
     """
-    division = Division(pad_id, size)
+    division = Division(pad_id, size, loss_chunk=LOSS_CHUNK)
     tuned = _loss(model, rows, division)
     with without_adapter(model):
         return tuned, _loss(model, rows, division)
