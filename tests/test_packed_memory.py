@@ -174,12 +174,12 @@ def test_many_documents_take_more_on_a_card_and_a_window_takes_no_mask_there() -
 
 
 FROZEN = {
-    ("SmolLM2-135M", "RTX 4060 8GB"): 393_853_172,
+    ("SmolLM2-135M", "RTX 4060 8GB"): 325_382_900,
     ("Mistral-7B-v0.1", "T4"): 6_209_728_628,
-    ("gemma-2-2b", "A100 80GB"): 3_556_416_192,
-    ("Phi-3-mini-4k-instruct", None): 3_383_660_384,
+    ("gemma-2-2b", "A100 80GB"): 3_318_956_736,
+    ("Phi-3-mini-4k-instruct", None): 3_368_730_464,
 }
-"""Model and card → peak bytes of 3 rows of 777 tokens before rows could be packed."""
+"""Model and card → peak bytes of 3 rows of 777 tokens; whoever changes what a step allocates renews them."""
 
 
 def test_rows_that_are_filled_up_take_what_they_took() -> None:
