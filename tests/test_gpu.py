@@ -191,13 +191,14 @@ def test_a_step_waits_for_the_card_at_its_end_and_once_for_each_padded_micro_bat
         train_step(model, optimizer, batches, learning_rate=1e-4, clip_norm=1.0, scaler=None)
 
     step()  # makes and loads what the next ones use
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     said = [f"{wait.filename}:{wait.lineno} {wait.message}" for wait in waits]
     # loss and norm, which is there when the loss is; the library's look at the positions of padded rows
     assert 2 <= len(said) <= 2 + (0 if is_packed else len(batches)), said

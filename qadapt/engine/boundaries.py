@@ -104,8 +104,13 @@ class Boundaries:
         self._moving: Kept | None = None  # held here, too, as its copy may run on after a step that failed
         self._last: weakref.ref[Kept] | None = None
 
-    def put_away(self, tensor: Tensor) -> Kept:
-        """Begins to copy a tensor; beside computing, it stays on the device until the next call."""
+    def put_away(self, tensor: Tensor) -> Kept | Tensor:
+        """Begins to copy a tensor; beside computing, it stays on the device until the next call.
+
+        An empty one, such as recomputation keeps for the graph's sake, on a CPU, is handed on as it is.
+        """
+        if not tensor.numel():
+            return tensor
         tensor = tensor.detach().contiguous()
         place = self._place = self._place or _place_for(tensor)
         self._settle(place)
@@ -116,8 +121,10 @@ class Boundaries:
             kept.tensor, self._moving = tensor, kept
         return kept
 
-    def bring_back(self, kept: Kept) -> Tensor:
+    def bring_back(self, kept: Kept | Tensor) -> Tensor:
         """The tensor on its device; the one that was put away before it is begun to be fetched."""
+        if isinstance(kept, Tensor):
+            return kept
         place = self._place
         assert place is not None, "something was put away"
         tensor = kept.tensor if kept.tensor is not None else _fetch(kept, place)

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -233,7 +234,8 @@ def varlen_problem(device: torch.device, dtype: torch.dtype, *, head_width: int,
 
     On the very card, a few small documents of unequal length, forward and backward, beside the same one
     document at a time: whatever the kernel does wrong here, it would do wrong in training. On `meta` there
-    are no numbers, and the kernel is taken to be right.
+    are no numbers, and the kernel is taken to be right. In a thread of its own, whose hooks and modes are its
+    own: asked first within a layer that recomputes, it would be taken for a part of that layer.
 
     Args:
         device: Where.
@@ -246,11 +248,9 @@ def varlen_problem(device: torch.device, dtype: torch.dtype, *, head_width: int,
     if device.type == "meta":
         return None
     try:
-        with torch.enable_grad():
-            errors = [
-                _difference(device, dtype, head_width=head_width, groups=groups, window=window)
-                for window in (None, 16)
-            ]
+        with ThreadPoolExecutor(1) as apart:
+            compared = partial(_difference, device, dtype, head_width=head_width, groups=groups)
+            errors = [apart.submit(compared, window=window).result() for window in (None, 16)]
     except (RuntimeError, ValueError, TypeError) as error:
         return next(iter(str(error).splitlines()), type(error).__name__)
     if not all(map(math.isfinite, errors)):

@@ -93,7 +93,7 @@ class Tiled:
         if not torch.is_grad_enabled() or not (values.requires_grad or parameters):
             return self.in_pieces(values)
         anchor = values.new_empty(0, requires_grad=True)
-        kept = _Keep.apply(anchor, values).grad_fn  # type: ignore[no-untyped-call]
+        kept = _Keep.apply(anchor, values)  # type: ignore[no-untyped-call]
         state = _Pass(self, kept, values.device)
         return cast(Tensor, _InPieces.apply(state, values, *parameters))  # type: ignore[no-untyped-call]
 
@@ -126,9 +126,9 @@ class Tiled:
 class _Pass:
     """One pass through a module: its node with the kept input, and where random numbers stood."""
 
-    def __init__(self, tiled: Tiled, kept: Any, device: torch.device) -> None:
+    def __init__(self, tiled: Tiled, kept: Tensor, device: torch.device) -> None:
         self.tiled = tiled
-        self.kept = kept
+        self.kept: Tensor | None = kept  # the node lives as long as its result
         self._device = device if device.type == "cuda" else None
         self._random: list[Tensor] = []
         if tiled.draws():
@@ -137,7 +137,8 @@ class _Pass:
 
     def take_kept(self) -> Tensor:
         """The input; it can be had once, as it is let go with the pass through it."""
-        (values,) = self.kept.saved_tensors
+        assert self.kept is not None and self.kept.grad_fn is not None, "it is had once"
+        (values,) = cast(Any, self.kept.grad_fn).saved_tensors
         self.kept = None
         return cast(Tensor, values)
 
