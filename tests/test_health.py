@@ -96,9 +96,9 @@ def poisoned(model: PeftModel, *, kind: str, token: int | None = None) -> None:
     poison = Poison(token)
     module(model, "base_model.model.model.embed_tokens").register_forward_pre_hook(poison.ids_seen)
     if kind == "forward":
-        module(model, f"{NAME}.base_layer").register_forward_hook(poison.output)
+        module(model, NAME).register_forward_hook(poison.output)
     elif kind == "backward":
-        module(model, f"{NAME}.base_layer").register_forward_pre_hook(poison.input_gradient)
+        module(model, NAME).register_forward_pre_hook(poison.input_gradient)
     else:
         trainable(model)[f"{NAME}.lora_A.default.weight"].register_hook(poison.gradient)
 
@@ -112,8 +112,8 @@ def test_the_cause_names_the_module_and_the_row(
     rows = some_rows()
     poisoned(model, kind=kind, token=int(rows[2].ids[1]))
     expected = {
-        "forward": f"{WHERE}.base_layer",
-        "backward": f"{WHERE}.base_layer",
+        "forward": WHERE,
+        "backward": WHERE,
         "gradient": f"{WHERE}.lora_A.default.weight",
     }
     found = replay_of(model, rows, is_packed=is_packed).find_cause()
@@ -126,7 +126,7 @@ def test_a_row_is_named_though_only_recomputation_and_dropout_stand_between(tiny
     model = tiny(tiny_model("qwen3"), recompute=True, dropout=0.2)
     poisoned(model, kind="backward")
     found = replay_of(model, some_rows()).find_cause()
-    assert (found.kind, found.where, found.is_every_row) == ("backward", f"{WHERE}.base_layer", True)
+    assert (found.kind, found.where, found.is_every_row) == ("backward", WHERE, True)
 
 
 def test_a_broken_adapter_and_a_fault_that_does_not_come_again_are_told_apart(tiny_model: TinyModel) -> None:
@@ -155,9 +155,9 @@ def test_masks_of_very_low_numbers_are_not_taken_for_bad_ones(tiny_model: TinyMo
     model = tiny(tiny_model("gemma2"))
     poison = Poison()
     poison.is_hit = True
-    module(model, f"{NAME}.base_layer").register_forward_hook(poison.output)
+    module(model, NAME).register_forward_hook(poison.output)
     found = replay_of(model, some_rows()).find_cause()
-    assert (found.kind, found.where) == ("forward", f"{WHERE}.base_layer")
+    assert (found.kind, found.where) == ("forward", WHERE)
 
 
 def test_a_number_among_many_that_is_none_is_seen() -> None:
@@ -193,7 +193,7 @@ def test_looking_leaves_no_gradient_and_the_random_state_it_found(tiny_model: Ti
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(parameter.grad is None for parameter in trainable(model).values())
-    assert not any(each._forward_hooks for name, each in model.named_modules() if "base_layer" not in name)
+    assert not any(each._forward_hooks for name, each in model.named_modules() if name != NAME)
 
 
 def test_the_tokens_that_carry_a_loss_are_those_of_the_odd_row(tiny_model: TinyModel) -> None:
@@ -301,7 +301,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_cause_and_cure_and_a_whole_ch
     steps = [event.step for event in only(UpdateSkipped, events)]
     assert steps == [steps[0], steps[0] + 1, steps[0] + 2]
     assert "3 updates in a row" in raised.value.problem
-    assert f"in the forward pass, in {WHERE}.base_layer (every row of the step)" in raised.value.problem
+    assert f"in the forward pass, in {WHERE} (every row of the step)" in raised.value.problem
     assert "Lower train.learning_rate" in raised.value.cure
     assert isinstance(list(resume("first", folder=str(tmp_path / "runs")))[-1], RunFinished)
 

@@ -195,27 +195,30 @@ class _Watch:
         self.backward = ""
         self.is_going_back = False  # recomputation runs forward passes within the backward pass
         self._passed_last = ""
+        self._entered_last = ""
 
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for name, module in model.named_modules():
                 entering = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                leaving = module.register_forward_hook(self._leave(name, is_leaf=not list(module.children())))
+                leaving = module.register_forward_hook(self._leave(name))
                 stack.callback(entering.remove)
                 stack.callback(leaving.remove)
             yield
 
     def _enter(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._entered_last = name
             self._blame(name.rpartition(".")[0], (*arguments, *named.values()))
 
         return enter
 
-    def _leave(self, name: str, *, is_leaf: bool) -> Callable[[nn.Module, Any, Any], None]:
+    def _leave(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             self._blame(name, output)
-            for tensor in _tensors(output) if is_leaf else ():
+            has_called_none = self._entered_last == name  # a fused layer calls none of its parts
+            for tensor in _tensors(output) if has_called_none else ():
                 if tensor.requires_grad:
                     tensor.register_hook(self._look_back(name))
 
