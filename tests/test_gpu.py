@@ -24,7 +24,7 @@ from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, capability_of
 from qadapt.plan.allocator import RUN_NOISE, reserved_range
-from qadapt.plan.setting import Part, Setting, auto_dtypes
+from qadapt.plan.setting import LOSS_CHUNK, Part, Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
 from qadapt.run import resume, train
 from qadapt.run_parts import shared_card
@@ -35,7 +35,7 @@ from qadapt.train.guards import _celsius
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.samples import Samples
 from qadapt.train.spill import OUTSIDE_BYTES, card_memory, within_free_memory
-from qadapt.train.step import evaluate_loss, train_step
+from qadapt.train.step import drop_gradients, evaluate_loss, find_gradient, train_step
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -116,7 +116,7 @@ def test_a_step_on_the_card_takes_what_the_dry_run_says(before_bytes: int, tiny_
     model = attach_lora(base, Lora(rank=16, alpha=16), dtype=DTYPES[adapter], seed=0).train()
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
     ids = torch.randint(3, 8000, (2, 2048))
-    batch = MicroBatch(ids, torch.arange(2048), ids, 2 * 2048, 2 * 2048)
+    batch = MicroBatch(ids, torch.arange(2048), ids, 2 * 2048, 2 * 2048, loss_chunk=setting.loss_chunk)
     for _ in range(2):
         train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
     evaluate_loss(model, [batch])
@@ -169,7 +169,8 @@ def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(
     model = on_the_card(folder, compute)
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
     ids, positions = torch.randint(3, 8000, (1, 4096)), torch.arange(0, 4096, 4)
-    batch = MicroBatch(ids, positions, ids[:, positions], 4096, 1024, documents_of(shape.documents))
+    documents = documents_of(shape.documents)
+    batch = MicroBatch(ids, positions, ids[:, positions], 4096, 1024, documents, setting.loss_chunk)
     for _ in range(2):
         train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
     evaluate_loss(model, [batch])
@@ -302,7 +303,7 @@ def test_a_step_with_parts_on_the_host_takes_what_the_dry_run_says(
     loading_bytes = torch.cuda.max_memory_allocated() - before_bytes
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
     ids = torch.randint(3, 8000, (2, 2048))
-    batch = MicroBatch(ids, torch.arange(2048), ids, 2 * 2048, 2 * 2048)
+    batch = MicroBatch(ids, torch.arange(2048), ids, 2 * 2048, 2 * 2048, loss_chunk=setting.loss_chunk)
     pinned = []
     for _ in range(3):
         train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
@@ -315,7 +316,8 @@ def test_a_step_with_parts_on_the_host_takes_what_the_dry_run_says(
 
 
 def long_step(folder: Path, *, tiles: int, is_away: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """The adapter after two steps of a row of 4,096 tokens, and the peak of allocated bytes."""
+    """The gradients of the second factors (the first ones' are zero) for a row of 4,096 tokens, and the peak
+    of allocated bytes of such steps."""
     compute, adapter = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
     torch.manual_seed(0)
     base = load_base(
@@ -328,12 +330,13 @@ def long_step(folder: Path, *, tiles: int, is_away: bool) -> tuple[dict[str, tor
     model = attach_lora(base, Lora(rank=16, alpha=16), dtype=DTYPES[adapter], seed=0).train()
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
     ids = torch.randint(3, 8000, (1, 4096))
-    batch = MicroBatch(ids, torch.arange(512), ids[:, :512], 4096, 512)
+    batch = MicroBatch(ids, torch.arange(512), ids[:, :512], 4096, 512, loss_chunk=LOSS_CHUNK)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        train_step(model, optimizer, [batch], learning_rate=1e-3, clip_norm=1.0, scaler=None)
-    found = {name: value.detach().float().cpu() for name, value in trainable(model).items()}
+    find_gradient(model, optimizer, [batch], clip_norm=None, scaler=None)
+    found = {name: value.grad.float().cpu() for name, value in trainable(model).items() if "lora_B" in name}
+    drop_gradients(optimizer)
+    train_step(model, optimizer, [batch], learning_rate=1e-3, clip_norm=1.0, scaler=None)
     return found, torch.cuda.max_memory_allocated()
 
 
@@ -345,7 +348,7 @@ def test_boundaries_in_pinned_memory_give_the_same_step_within_the_dry_runs_peak
     plain, _ = long_step(folder, tiles=4, is_away=False)
     away, peak_bytes = long_step(folder, tiles=4, is_away=True)
     for name, value in plain.items():  # the attention's gradient is not the same from run to run
-        torch.testing.assert_close(away[name], value, rtol=0.02, atol=0.02 * value.abs().max().item())
+        assert (away[name] - value).norm() <= 0.05 * value.norm(), name
     setting = Setting(
         length=4096, compute_dtype=compute, adapter_dtype=adapter, optimizer="adamw", accumulates=False,
         supervised_share=1 / 8, mlp_tiles=4, offload=("boundaries",),

@@ -69,7 +69,7 @@ def generate(
 def _answer_rows(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, settings: GenerationConfig, pad_id: int
 ) -> list[list[int]]:
-    longest, device = max(map(len, prompts)), device_of(model)
+    longest, device = max(map(len, prompts)), model.device  # the library's idea of it (`model/placement.py`)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():

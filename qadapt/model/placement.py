@@ -9,6 +9,7 @@ The quantizer is transformers' own for bitsandbytes with that one difference, re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,16 @@ def place(model: PreTrainedModel, offload: Sequence[str], *, device: torch.devic
         _move(module, stays, device=device)
     if "layers" in offload:
         stream_layers(layers, device)
+    if device.type == "cuda":
+        model.get_decoder().register_forward_pre_hook(partial(_bring, device), with_kwargs=True)
+
+
+def _bring(device: torch.device, _: nn.Module, arguments: Any, named: dict[str, Any]) -> Any:
+    """Inputs to where a base computes: the library's generation has them where its first parameter lies."""
+    brought = [
+        each.to(device) if isinstance(each, Tensor) else each for each in (*arguments, *named.values())
+    ]
+    return tuple(brought[: len(arguments)]), dict(zip(named, brought[len(arguments) :], strict=True))
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
