@@ -276,6 +276,8 @@ def _columns(batch: pyarrow.RecordBatch) -> _Batch:
 
 def _array(values: pyarrow.Array) -> NDArray[Any]:
     """A view of it; Arrow's own `to_numpy` imports pandas, where it is installed."""
+    if values.null_count:
+        raise pyarrow.ArrowInvalid("a column lacks values")
     return np.from_dlpack(values)
 
 
