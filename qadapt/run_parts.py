@@ -20,12 +20,10 @@ from qadapt.cache import cache_folder, ignore, output_errors
 from qadapt.data.batches import widest_share
 from qadapt.data.prepared import skipped_lines
 from qadapt.data.step_sample import StepSample
-from qadapt.engine.boundaries import offload_boundaries
+from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import kernel_problem
 from qadapt.engine.loss import head_of
-from qadapt.engine.recompute import set_recompute
 from qadapt.engine.streaming import is_pinned
-from qadapt.engine.tiles import set_tiles
 from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
 from qadapt.hardware.calibration import kind_of, remember
@@ -273,10 +271,7 @@ def place_base(
         offload=plan.offload,
     )
     yield from _placement_warnings(recipe, plan, base)
-    set_recompute(base, plan.recompute)
-    set_tiles(base, plan.mlp_tiles)
-    if "boundaries" in plan.offload:
-        offload_boundaries(base)
+    arrange(base, recompute=plan.recompute, tiles=plan.mlp_tiles, offload=plan.offload)
     if plan.packed and (problem := _kernel_problem(plan, base)) is not None:
         yield Warned(
             message=f"Packed rows are attended to one document after another, which is slower: the kernel "

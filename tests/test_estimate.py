@@ -23,10 +23,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
-from qadapt.engine.boundaries import offload_boundaries
+from qadapt.engine.arrangement import arrange
 from qadapt.engine.loss import loss_sum
-from qadapt.engine.recompute import set_recompute
-from qadapt.engine.tiles import set_tiles
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.categories import STATIC
@@ -77,10 +75,7 @@ def build(folder: Path, setting: Setting) -> torch.nn.Module:
         dtype=DTYPES[setting.compute_dtype],
         device=torch.device("cpu"),
     )
-    set_recompute(base, setting.recompute)
-    set_tiles(base, setting.mlp_tiles)
-    if "boundaries" in setting.offload:
-        offload_boundaries(base)
+    arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
     lora = Lora(rank=setting.rank, alpha=16, dropout=setting.dropout, targets=setting.targets)
     rows = base.get_input_embeddings().num_embeddings
     new_ids = range(rows - setting.new_tokens, rows)

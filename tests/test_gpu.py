@@ -15,11 +15,11 @@ from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.batch_shape import packed_shape
 from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
 from qadapt.data.prompt import load_contract
-from qadapt.engine.boundaries import Boundaries, offload_boundaries
+from qadapt.engine.arrangement import arrange
+from qadapt.engine.boundaries import Boundaries
 from qadapt.engine.documents import documents_of, kernel_problem
 from qadapt.engine.out_of_memory import is_out_of_memory
 from qadapt.engine.recompute import set_recompute
-from qadapt.engine.tiles import set_tiles
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, capability_of
@@ -323,10 +323,7 @@ def long_step(folder: Path, *, tiles: int, is_away: bool) -> tuple[dict[str, tor
     base = load_base(
         folder, quantization="nf4", double_quant=True, dtype=DTYPES[compute], device=torch.device("cuda")
     )
-    set_recompute(base, "all")
-    set_tiles(base, tiles)
-    if is_away:
-        offload_boundaries(base)
+    arrange(base, recompute="all", tiles=tiles, offload=("boundaries",) if is_away else ())
     model = attach_lora(base, Lora(rank=16, alpha=16), dtype=DTYPES[adapter], seed=0).train()
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.99), weight_decay=0.0)
     ids = torch.randint(3, 8000, (1, 4096))

@@ -17,9 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import Division, MicroBatch
 from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.engine.boundaries import offload_boundaries
-from qadapt.engine.recompute import set_recompute
-from qadapt.engine.tiles import set_tiles
+from qadapt.engine.arrangement import arrange
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.setting import Setting
@@ -83,10 +81,7 @@ class Trainee:
             device=device,
             offload=setting.offload,
         )
-        set_recompute(base, setting.recompute)
-        set_tiles(base, setting.mlp_tiles)
-        if "boundaries" in setting.offload:
-            offload_boundaries(base)
+        arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
         lora = Lora(rank=setting.rank, alpha=setting.rank, dropout=setting.dropout, targets=setting.targets)
         self.model = attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
         draw = torch.Generator().manual_seed(1)

@@ -24,14 +24,12 @@ from torch.optim import Optimizer
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.batch_shape import BatchShape, packed_shape
 from qadapt.data.batches import MicroBatch
+from qadapt.engine.arrangement import arrange
 from qadapt.engine.attention import choose_attention
-from qadapt.engine.boundaries import offload_boundaries
 from qadapt.engine.documents import documents_of
 from qadapt.engine.ledger import Ledger, Peak
 from qadapt.engine.moments import watched
-from qadapt.engine.recompute import set_recompute
 from qadapt.engine.target import Target, kernels_of, on_target, target_functions
-from qadapt.engine.tiles import set_tiles
 from qadapt.model.placement import on_host, place
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
@@ -117,10 +115,13 @@ def skeleton_model(
     )
     if kept := on_host(setting.offload):
         place(base, kept, device=torch.device("meta"))
-    set_recompute(base, setting.recompute, within=lambda: target_functions(target))
-    set_tiles(base, setting.mlp_tiles, within=lambda: target_functions(target))
-    if "boundaries" in setting.offload:
-        offload_boundaries(base)
+    arrange(
+        base,
+        recompute=setting.recompute,
+        tiles=setting.mlp_tiles,
+        offload=setting.offload,
+        within=lambda: target_functions(target),
+    )
     choose_attention(base, dtype=DTYPES[setting.compute_dtype], capability=target.capability)
     lora = Lora(rank=setting.rank, alpha=setting.rank, dropout=setting.dropout, targets=setting.targets)
     rows = base.get_output_embeddings().out_features
