@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -332,12 +333,28 @@ def test_folder_without_an_adapter_is_refused(tiny, tmp_path):
         merged(tiny("llama"), tmp_path, tmp_path / "out")
 
 
-def test_a_base_in_8_bits_is_merged_in_16_only(tiny, tmp_path):
-    model_folder, adapter_folder = tiny("llama"), tmp_path / "adapter"
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    make_adapter(model, adapter_folder)
-    write_facts(facts(quantization="int8"), adapter_folder)
-    with pytest.raises(Unsupported, match="in 8 bits") as raised:
-        merged(model_folder, adapter_folder, tmp_path / "merged")
-    assert "base=original" in str(raised.value)
-    assert merged(model_folder, adapter_folder, tmp_path / "merged", base="original")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_on_a_base_in_8_bits_is_the_live_model(tiny, tmp_path, family):
+    base = load_base(tiny(family), quantization="int8", double_quant=True, dtype=torch.float32, device=CPU)
+    adapted = make_adapter(base, tmp_path / "adapter")
+    write_facts(facts(quantization="int8"), tmp_path / "adapter")
+    live = logits(adapted)
+    merged(tiny(family), tmp_path / "adapter", tmp_path / "out", form="merged-fp32", writing=UGLY)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(loaded), live, atol=2e-5)
+
+
+@pytest.mark.parametrize("load_dtype", ["bf16", "fp16", "fp32"])
+def test_the_8_bit_round_trip_is_bit_for_bit_what_the_run_held(tiny, tmp_path, load_dtype):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[load_dtype]
+    base = load_base(tiny("llama"), quantization="int8", double_quant=True, dtype=dtype, device=CPU)
+    make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    write_facts(facts(load_dtype, quantization="int8"), tmp_path / "adapter")
+    merged(tiny("llama"), tmp_path / "adapter", tmp_path / "out", form="merged-fp32", writing=UGLY)
+    written, compared = tensors_of(tmp_path / "out"), 0
+    for name, module in base.model.named_modules():
+        if isinstance(module, Linear8bitLt) and "q_proj" not in name:
+            steps, largest = module.weight.data, module.weight.SCB
+            held = (steps.float() * (largest / 127).unsqueeze(1)).to(dtype).float()
+            compared += torch.equal(written[f"model.{name}.weight"], held)
+    assert compared == 2 * 6, "every projection of both layers but the adapted one"

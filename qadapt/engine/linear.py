@@ -33,9 +33,13 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         return dense.to(dtype)
     if isinstance(layer, Linear8bitLt):
         largest: Tensor = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # (O,)
-        steps: Tensor = layer.weight.detach()
-        return steps.to(dtype).mul_(largest.unsqueeze(1) / INT8_STEPS)
+        return dense_int8(layer.weight.detach(), largest, dtype)
     return layer.weight.to(dtype)
+
+
+def dense_int8(steps: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """(O, I) a weight of 8-bit steps (O, I) and each row's largest magnitude (O,), in a type."""
+    return steps.to(dtype).mul_(largest.unsqueeze(1) / INT8_STEPS)
 
 
 def use_dense_products(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from qadapt.adapters.facts import AdapterFacts
 from qadapt.events import Evaluated, Event, StepDone
 
 _BASE_WORDS = {
-    "dequantized": "the 4-bit weights of the base, dequantized: what the adapter was trained on",
+    "dequantized": "the weights of the base as the adapter saw them in training, dequantized",
     "original": "the published weights of the base",
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qadapt.adapters.facts import read_facts
-from qadapt.errors import BadExport, BadRecipe, BadRun, Unsupported
+from qadapt.errors import BadExport, BadRecipe, BadRun
 from qadapt.events import Event, Exported, StageAdvanced, StageStarted
 from qadapt.export.adapter import Adapter, TokenRows
 from qadapt.export.card import CardFacts
@@ -121,14 +121,10 @@ def _checked_shape(model_folder: Path) -> ModelShape:
 def _held_base(adapter_folder: Path, shape: ModelShape) -> BaseForm:
     """How the base was held while the adapter was trained."""
     facts = read_facts(adapter_folder)
-    if facts.quantization == "int8":
-        raise Unsupported(
-            "This adapter was trained on a base in 8 bits, whose rounding an export does not repeat.",
-            cure="Export it with base=original.",
-        )
     return BaseForm(
         dtype=facts.load_dtype,
-        quantized=tuple(linear.name for linear in shape.linears) if facts.quantization == "nf4" else (),
+        quantization=facts.quantization,
+        quantized=tuple(linear.name for linear in shape.linears) if facts.quantization != "none" else (),
         double_quant=facts.double_quant,
     )
 

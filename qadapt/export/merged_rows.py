@@ -3,8 +3,8 @@
 Rows of new tokens stand in place of a table's own, or after them.
 
 W is the published weight, or what the run held of it: rounded to the type it was loaded in, and through 4-bit
-storage where it was quantized. A chunk that fits the processor's cache goes through all of it before the next
-one is read: memory stays at a few chunks whatever the tensor's size.
+or 8-bit storage where it was quantized. A chunk that fits the processor's cache goes through all of it before
+the next one is read: memory stays at a few chunks whatever the tensor's size.
 
 Legend: O output rows, I input columns of a weight, R rank.
 """
@@ -20,6 +20,7 @@ import torch
 
 from qadapt.errors import BadExport
 from qadapt.export.adapter import Adapter, TokenRows, Update
+from qadapt.export.int8 import int8_rows
 from qadapt.export.nf4 import Rows, dequantized_rows, row_grid
 from qadapt.export.threads import one_thread
 from qadapt.model.shards import TensorEntry
@@ -33,9 +34,13 @@ _LOAD_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 @dataclass(frozen=True)
 class BaseForm:
-    """How a run held its base: everything in `dtype`, the linear layers named in `quantized` in 4 bits."""
+    """How a run held its base: everything in `dtype`, the linear layers named in `quantized` in 4 or 8 bits.
+
+    `quantization` is `nf4`, `int8` or `none`; `double_quant` is of 4 bits alone.
+    """
 
     dtype: str
+    quantization: str
     quantized: tuple[str, ...]
     double_quant: bool
 
@@ -110,6 +115,8 @@ class MergedRows:
         dtype = _LOAD_DTYPES[self._base.dtype]
         if self._quantized is None or not self._quantized.fullmatch(source.name):
             return lambda first, last: rows(first, last).to(dtype)
+        if self._base.quantization == "int8":
+            return int8_rows(rows, dtype=dtype)
         return dequantized_rows(
             rows,
             shape=(rows_of(source), row_elements(source)),
