@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from oom_matrix import CASES, Case, Outcome, RunsOut, Stage, assert_equals_the_reference, rows
+from oom_matrix import CASES, Case, Outcome, RunsOut, Stage, assert_equals_the_reference, only_rung, rows
 from peft import PeftModel
 from safetensors import SafetensorError
 from test_new_tokens import facts
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from qadapt.adapters import lora
 from qadapt.data.batches import Division
+from qadapt.data.tokens import tokens_of
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
 from qadapt.engine.out_of_memory import RanOut, attempt, is_out_of_memory
@@ -44,12 +45,12 @@ from qadapt.events import (
 from qadapt.model.generate import generate
 from qadapt.plan.knobs import LIVE
 from qadapt.run import resume, train
-from qadapt.train import loop, oom, pauses
+from qadapt.train import loop, oom, pauses, turns
 from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
 from qadapt.train.oom import FILE_NAME, Beginning, Ladder, Trial, read_rungs, write_rungs
-from qadapt.train.step import StepResult, drop_gradients, find_gradient
-from qadapt.train.turns import LEAST_CHUNK, Chunking, Splitting
+from qadapt.train.step import StepResult, drop_gradients, evaluate_loss, find_gradient
+from qadapt.train.turns import LEAST_CHUNK, LEAST_PIECE, Chunking, Splitting, Tiling
 from qadapt.units import MIB
 from qadapt.view.journal import effective, read_events
 
@@ -82,7 +83,9 @@ def test_wherever_memory_runs_out_the_step_is_the_same(case: Case, stage: Callab
         found = made.once(RunsOut(at))
         assert len(found.eased) == 1, at
         phases.add(found.eased[0].phase)
+        assert found.eased[0].knob in (case.rung, "update") or not case.rung
         assert_equals_the_reference(case, found, expected)
+        made = made.unless_put_away(found)
     assert phases == ({"training", "update"} if case.dtype == torch.bfloat16 else {"training"})
 
 
@@ -221,11 +224,11 @@ def test_a_chunk_is_half_of_what_is_at_the_head(stage: Callable[[Case], Stage]) 
     most = max(batch.targets.numel() for batch in made.division(rows()))
     for chunk in (0, 8 * most):
         division = dataclasses.replace(made.division, loss_chunk=chunk)
-        assert Chunking(Splitting(division, draws=True)).next(rows()) == (
+        assert Chunking(made.model, Splitting(division, draws=True)).next(rows()) == (
             most // 2 if most >= 2 * LEAST_CHUNK else None
         )
     division = dataclasses.replace(made.division, loss_chunk=most)
-    turn = Chunking(Splitting(division, draws=True))
+    turn = Chunking(made.model, Splitting(division, draws=True))
     turn.take(2 * LEAST_CHUNK - 1)
     assert turn.next(rows()) is None
 
@@ -293,6 +296,28 @@ def test_rows_are_divided_further_until_each_is_alone(packed: bool) -> None:
     assert counts == sorted(set(counts))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_are_taken_where_a_micro_batch_has_the_tokens_for_them(
+    packed: bool, stage: Callable[[Case], Stage]
+) -> None:
+    """All rows of a micro-batch go through a feed-forward part together, not the longest alone."""
+    made = stage(Case("packed", packed=packed))
+    short = [tokens_of(range(3, 4 + LEAST_PIECE), [True] * (1 + LEAST_PIECE), place="row") for _ in range(4)]
+    for rows_at_once, value in ((4, 4), (1, None)):
+        division = Division(0, rows_at_once, packed, tokens=rows_at_once * len(short[0]), learned=9999)
+        assert Tiling(made.model, Splitting(division, draws=False)).next(short) == value
+
+
+def test_no_chunk_is_offered_where_all_logits_are_made_at_once(
+    stage: Callable[[Case], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage(CASES[0])
+    monkeypatch.setattr(turns, "LEAST_CHUNK", 1)
+    assert Chunking(made.model, Splitting(made.division, draws=False)).next(rows()) is not None
+    monkeypatch.setattr(turns, "head_of", lambda _: None)
+    assert Chunking(made.model, Splitting(made.division, draws=False)).next(rows()) is None
+
+
 def run_out(monkeypatch: pytest.MonkeyPatch, *, at: int, call: int) -> None:
     """Memory runs out at one allocation of the n-th gradient from now on."""
     calls = []
@@ -305,10 +330,22 @@ def run_out(monkeypatch: pytest.MonkeyPatch, *, at: int, call: int) -> None:
     monkeypatch.setattr(loop, "find_gradient", find)
 
 
+RUNGS: dict[str, tuple[int | str, dict[str, Any]]] = {
+    "micro_batch": (1, {}),
+    "loss_chunk": (3, {}),
+    "mlp_tiles": (4, {}),
+    "recompute": (1, {}),
+    "offload": ("boundaries", {"recompute": "all"}),
+}
+"""Each rung, its first value in a run of short rows, and what of its memory section the run needs for it."""
+
+
+@pytest.mark.parametrize("rung", RUNGS)
 def test_a_resumed_run_takes_its_rungs_at_the_same_steps(
-    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+    rung: str, tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit the run that went through: splitting rows changes the rounding of sums."""
+    """Bit for bit the run that went through: splitting rows, losses, layers changes the rounding of sums."""
+    value, memory = RUNGS[rung]
 
     def begin(name: str) -> Iterator[Event]:
         (tmp_path / name).mkdir()
@@ -316,22 +353,26 @@ def test_a_resumed_run_takes_its_rungs_at_the_same_steps(
             tmp_path / name, tiny_model("llama"), checkpoint_every=2, evaluate_every=None, rehearse=False
         )
         run_out(monkeypatch, at=50, call=4)
-        return train(
-            recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"dropout": 0.0})})
-        )
+        sections = {
+            "adapter": recipe.adapter.model_copy(update={"dropout": 0.0}),
+            "memory": recipe.memory.model_copy(update=memory),
+        }
+        return train(recipe.model_copy(update=sections))
 
-    straight = list(begin("straight"))
+    with only_rung(rung):
+        straight = list(begin("straight"))
     eased = only(Eased, straight)
     assert [(event.step, event.phase, event.knob, event.value) for event in eased] == [
-        (4, "training", "micro_batch", 1)
+        (4, "training", rung, value)
     ]
     order = [event.step for event in straight if isinstance(event, StepDone | Eased)]
     assert order == [1, 2, 3, 4, 4, 5, 6], "the rung before its step, and no step twice"
-    broken = begin("broken")
-    for event in broken:
-        if isinstance(event, StepDone) and event.step == 4:
-            break
-    broken.close()  # type: ignore[attr-defined]
+    with only_rung(rung):
+        broken = begin("broken")
+        for event in broken:
+            if isinstance(event, StepDone) and event.step == 4:
+                break
+        broken.close()  # type: ignore[attr-defined]
     list(resume("first", folder=str(tmp_path / "broken/runs")))
     assert_same(adapter_of(tmp_path / "straight/runs/first"), adapter_of(tmp_path / "broken/runs/first"))
     counted = effective(read_events(tmp_path / "broken/runs/first"))
@@ -369,6 +410,61 @@ def test_an_evaluation_goes_on_with_fewer_rows_at_a_time(tmp_path: Path, tiny_mo
     (tmp_path / "runs/first").rename(tmp_path / "runs/other")
     plain = only(Evaluated, train(recipe))[0]
     assert evaluated.loss == pytest.approx(plain.loss, rel=1e-6)
+
+
+def test_an_evaluation_of_single_rows_takes_fewer_learned_tokens_at_a_time(
+    stage: Callable[[Case], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out wherever more than two are at the head at once."""
+    made, held_out = stage(CASES[0]), rows()
+    monkeypatch.setattr(turns, "LEAST_CHUNK", 1)
+
+    def make() -> Ladder:
+        return Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder)
+
+    def evaluate(division: Division) -> float:
+        batches = division(held_out)
+        if max(min(batch.targets.numel(), division.loss_chunk or 99) for batch in batches) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate_loss(made.model, batches)
+
+    ladder = make()
+    found: list[float] = []
+
+    def climb() -> Iterator[Event]:
+        found.append(
+            (yield from ladder.climb_evaluation(lambda: evaluate(ladder.evaluation), step=3, rows=held_out))
+        )
+
+    taken = only(Eased, list(climb()))
+    assert [(rung.phase, rung.knob, rung.value) for rung in taken] == [
+        ("evaluation", "micro_batch", 2),
+        ("evaluation", "micro_batch", 1),
+        ("evaluation", "loss_chunk", 4),
+        ("evaluation", "loss_chunk", 2),
+    ]
+    assert found[0] == pytest.approx(evaluate_loss(made.model, made.division(held_out)), rel=1e-6)
+    assert ladder.training == made.division, "no step is touched"
+    again = make()
+    again.go_to(3)
+    assert again.evaluation == ladder.evaluation, "as is a resumed run's"
+
+
+def test_a_held_out_row_that_never_fits_is_named(stage: Callable[[Case], Stage]) -> None:
+    made = stage(CASES[0])
+    ladder = Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder)
+
+    def evaluate() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(DoesNotFit, match=r"the longest, train.jsonl, line 1, has 11 tokens"):
+        list(ladder.climb_evaluation(evaluate, step=3, rows=rows()))
+
+
+def test_a_rung_of_another_release_is_told(tmp_path: Path) -> None:
+    write_rungs(tmp_path / FILE_NAME, [Eased(step=1, phase="training", knob="magic", value=1, price="")])
+    with pytest.raises(BadRun, match="this release has no magic"):
+        read_rungs(tmp_path / FILE_NAME)
 
 
 def test_a_card_that_has_more_room_by_now_is_tried_once_more_before_a_rung(

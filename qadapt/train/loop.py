@@ -249,7 +249,9 @@ class Loop:
 
     def _evaluate(self) -> Generator[Event, None, Evaluated]:
         start = time.perf_counter()
-        loss = yield from self.ladder.climb_evaluation(self._held_out_loss, step=self.progress.step)
+        loss = yield from self.ladder.climb_evaluation(
+            self._held_out_loss, step=self.progress.step, rows=self.rows.held_out
+        )
         best = self.progress.best_loss
         is_best = math.isfinite(loss) and (best is None or loss < best)
         if is_best:

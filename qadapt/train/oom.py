@@ -119,10 +119,14 @@ class Ladder:
         self._evaluating = Splitting(division, draws=False)
         self._turns: dict[str, Turn] = {
             "micro_batch": self._splitting,
-            "loss_chunk": Chunking(self._splitting, self._evaluating),
-            "mlp_tiles": Tiling(model, draws=draws),
+            "loss_chunk": Chunking(model, self._splitting, self._evaluating),
+            "mlp_tiles": Tiling(model, self._splitting),
             "recompute": Recomputing(model, draws=draws),
             "offload": PuttingAway(model),
+        }
+        self._evaluation_turns: dict[str, Turn] = {
+            "micro_batch": self._evaluating,
+            "loss_chunk": Chunking(model, self._evaluating),
         }
         self._optimizer = optimizer
         self._device = device_of(model)
@@ -191,8 +195,13 @@ class Ladder:
             beginning.restore()
         return done
 
-    def climb_evaluation(self, evaluate: Callable[[], float], *, step: int) -> Generator[Event, None, float]:
-        """Tries an evaluation until it is done; its rows are divided further each time memory runs out.
+    def climb_evaluation(
+        self, evaluate: Callable[[], float], *, step: int, rows: Sequence[Tokens]
+    ) -> Generator[Event, None, float]:
+        """Tries an evaluation until it is done.
+
+        Each time memory runs out its rows are divided further, and when each is alone, fewer of its learned
+        tokens are at the head at a time: neither touches how a step is computed.
 
         Raises:
             DoesNotFit: A single row does not fit.
@@ -202,16 +211,7 @@ class Ladder:
         while isinstance(done := attempt(evaluate), RanOut):
             free_memory(self._device)
             beginning.restore()
-            size = self._evaluating.next(())
-            if size is None:
-                raise DoesNotFit(
-                    f"Memory ran out in the evaluation after step {step}, with one held-out row at a time.",
-                    cure="Leave the longest held-out rows out, then `qadapt resume --allow-change`.",
-                )
-            price = self._evaluating.price(size)
-            yield from self._take(
-                Eased(step=step, phase="evaluation", knob="micro_batch", value=size, price=price)
-            )
+            yield from self._take(self._ease_evaluation(step, rows))
         return done
 
     def _ease(self, step: int, rows: Sequence[Tokens]) -> Eased:
@@ -228,6 +228,21 @@ class Ladder:
             cure=f"Start anew with data.length below {len(longest):,}, a smaller adapter.rank, "
             "train.optimizer=adamw-8bit or model.quantization=nf4 (`qadapt estimate` prices each)"
             + (", or adapter.dropout=0, with which rows can be split." if self._splitting.draws else "."),
+        )
+
+    def _ease_evaluation(self, step: int, rows: Sequence[Tokens]) -> Eased:
+        most_learned = max(rows, key=lambda row: row.supervised_count)
+        looked_at: dict[str, Sequence[Tokens]] = {"micro_batch": (), "loss_chunk": (most_learned,)}
+        for knob, turn in self._evaluation_turns.items():
+            value = turn.next(looked_at[knob])
+            if value is not None:
+                price = turn.price(value)
+                return Eased(step=step, phase="evaluation", knob=knob, value=value, price=price)
+        longest = max(rows, key=len)
+        raise DoesNotFit(
+            f"Memory ran out in the evaluation after step {step}, with one held-out row at a time; the "
+            f"longest, {longest.place}, has {len(longest):,} tokens.",
+            cure="Leave the longest held-out rows out, then `qadapt resume --allow-change`.",
         )
 
     def _ease_update(self, step: int) -> Eased:
@@ -267,7 +282,7 @@ class Ladder:
 
     def _turn(self, rung: Eased) -> None:
         if rung.phase == "evaluation":
-            self._evaluating.take(rung.value)
+            self._evaluation_turns[rung.knob].take(rung.value)
         elif rung.phase == "update":
             self._optimizer.ease()
         else:
@@ -289,6 +304,8 @@ def read_rungs(path: Path) -> list[Eased]:
         return []
     try:
         rungs = [Eased(**values) for values in json.loads(path.read_text(encoding="utf-8"))["rungs"]]
+        if unknown := {rung.knob for rung in rungs} - {*LIVE, "update"}:
+            raise ValueError(f"this release has no {', '.join(sorted(unknown))}")
         return sorted(rungs, key=lambda rung: rung.step)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadRun(

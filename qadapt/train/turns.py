@@ -14,6 +14,7 @@ from peft import PeftModel
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.engine.boundaries import offload_boundaries, offloads_boundaries
+from qadapt.engine.loss import head_of
 from qadapt.engine.recompute import recomputed_layers, set_recompute
 from qadapt.engine.tiles import can_tile, set_tiles, tiles_of
 
@@ -96,16 +97,17 @@ class Recomputing:
 class Tiling:
     """Feed-forward parts and norms in more pieces, four times as many at a time."""
 
-    def __init__(self, model: PeftModel, *, draws: bool) -> None:
+    def __init__(self, model: PeftModel, splitting: Splitting) -> None:
         self._base = model.get_base_model()
-        self.draws = draws
+        self._splitting = splitting
 
     def next(self, rows: Sequence[Tokens]) -> Value | None:
-        """Four times as many pieces, if the longest row has the tokens for it and no masks are drawn."""
-        more = 4 * max(1, tiles_of(self._base))
-        if self.draws or not can_tile(self._base):
+        """Four times as many pieces, if a micro-batch has the tokens for it and no masks are drawn."""
+        if self._splitting.draws or not can_tile(self._base):
             return None
-        return more if max(map(len, rows), default=0) >= more * LEAST_PIECE else None
+        more = 4 * max(1, tiles_of(self._base))
+        most = max((batch.input_ids.numel() for batch in self._splitting.division(rows)), default=0)
+        return more if most >= more * LEAST_PIECE else None
 
     def take(self, value: Value) -> None:
         """Sets the number of pieces."""
@@ -137,13 +139,19 @@ class PuttingAway:
 
 
 class Chunking:
-    """Fewer learned tokens at the head at a time, in training and evaluation; half as many."""
+    """Fewer learned tokens at the head at a time, half as many; rows are divided as the first one does."""
 
-    def __init__(self, *splittings: Splitting) -> None:
+    def __init__(self, model: PeftModel, *splittings: Splitting) -> None:
+        self._has_head = head_of(model.get_base_model()) is not None
         self._splittings = splittings
 
     def next(self, rows: Sequence[Tokens]) -> Value | None:
-        """Half of the most tokens that these rows have at the head at once; None where that is little."""
+        """Half of the most tokens that these rows have at the head at once; None where that is little.
+
+        None, too, where all logits are made at once, as nothing is known of the head.
+        """
+        if not self._has_head:
+            return None
         division = self._splittings[0].division
         most = max((batch.targets.numel() for batch in division(rows)), default=0)
         half = min(division.loss_chunk or most, most) // 2

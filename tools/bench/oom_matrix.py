@@ -4,7 +4,8 @@
 
 For each case of `CASES` the step is done once undisturbed, then once for every allocation at which a card
 could refuse: weights, optimizer states and random state must come out the same, to the bit where no sum has
-another order. `tests/test_oom.py` takes every allocation of two cases and some of the others.
+another order. Some cases have one rung alone, so that each of them is taken. `tests/test_oom.py` takes every
+allocation of two cases and some of the others.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import gc
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,8 +32,12 @@ from tiny_model import make_tiny_model
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.engine.boundaries import offload_boundaries
+from qadapt.engine.recompute import set_recompute
+from qadapt.engine.tiles import set_tiles
 from qadapt.events import Eased
 from qadapt.model.load import load_base
+from qadapt.train import oom, turns
 from qadapt.train.oom import FILE_NAME, Beginning, Ladder, Trial
 from qadapt.train.optimizer import CompensatedAdamW, make_optimizer
 from qadapt.train.step import StepResult, apply_gradient, find_gradient
@@ -82,6 +88,10 @@ class Case:
     layers: int = 1
     stride: int = 11
     """The test takes every so many allocations."""
+    rung: str = ""
+    """The only one there is, if any is named; chunks and pieces may be of few tokens then."""
+    recompute: bool = False
+    offload: bool = False
 
 
 def rows() -> list[Tokens]:
@@ -104,6 +114,8 @@ class Stage:
         base = load_base(
             model_folder, quantization=case.quantization, double_quant=True, dtype=torch.float32, device=CPU
         )
+        if case.offload:
+            offload_boundaries(base)
         lora = Lora(rank=2, alpha=4, dropout=case.dropout, targets=("q_proj", "down_proj"))
         self.model: PeftModel = attach_lora(base, lora, dtype=case.dtype, seed=0).train()
         draw = torch.Generator().manual_seed(1)
@@ -115,9 +127,15 @@ class Stage:
         tokens = 32 if case.packed else 0
         self.division = Division(0, case.micro_batch, case.packed, tokens=tokens, learned=tokens)
         self.case = case
+        self.model_folder = model_folder
         self.folder = folder
-        self.begins_with_recompute = False
+        self.begins_with_recompute = case.recompute
         self.start = {name: value.detach().clone() for name, value in self.state().items()}
+
+    def unless_put_away(self, found: Outcome) -> Stage:
+        """This stage; one made anew if boundaries are put away, which is not taken back."""
+        is_put_away = any(event.knob == "offload" for event in found.eased)
+        return Stage(self.case, self.model_folder, self.folder) if is_put_away else self
 
     def state(self) -> dict[str, Tensor]:
         """Everything that an update changes."""
@@ -133,7 +151,10 @@ class Stage:
             self.optimizer.is_piecewise = False
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = self.begins_with_recompute
+                module.gradient_checkpointing = False
+        base = self.model.get_base_model()
+        set_recompute(base, "all" if self.begins_with_recompute else "none")
+        set_tiles(base, 1)
         (self.folder / FILE_NAME).unlink(missing_ok=True)
         torch.manual_seed(7)
 
@@ -155,7 +176,7 @@ class Stage:
             beginning=Beginning(CPU, None),
         )
         eased: list[Eased] = []
-        with mode:
+        with mode, only_rung(self.case.rung):
             while True:
                 try:
                     eased.append(next(steps))
@@ -165,6 +186,17 @@ class Stage:
                 look()
         state = {name: value.detach().clone() for name, value in self.state().items()}
         return Outcome(state, result, eased, torch.get_rng_state())
+
+
+@contextmanager
+def only_rung(name: str) -> Iterator[None]:
+    """While open, the ladder has this rung alone, and for few tokens, too; all rungs if none is named."""
+    with ExitStack() as stack:
+        if name:
+            stack.enter_context(mock.patch.object(oom, "LIVE", (name,)))
+            for least in ("LEAST_CHUNK", "LEAST_PIECE"):
+                stack.enter_context(mock.patch.object(turns, least, 1))
+        yield
 
 
 @dataclass(frozen=True)
@@ -183,7 +215,22 @@ CASES = [
     Case("bf16, 8-bit states", dtype=torch.bfloat16, kind="adamw-8bit", stride=1),
     Case("bf16, accumulated, packed", dtype=torch.bfloat16, packed=True),
     Case("fp32, dropout", dropout=0.2),
+    Case("fp32, smaller chunks", rung="loss_chunk"),
+    Case("bf16, packed, smaller chunks", dtype=torch.bfloat16, packed=True, rung="loss_chunk"),
+    Case("fp32, pieces", rung="mlp_tiles"),
+    Case(
+        "bf16, packed, recomputed, pieces",
+        dtype=torch.bfloat16,
+        packed=True,
+        rung="mlp_tiles",
+        recompute=True,
+    ),
+    Case("NF4, recomputation", quantization="nf4", rung="recompute"),
+    Case("fp32, dropout, boundaries put away", dropout=0.2, rung="offload", recompute=True),
+    Case("bf16, with boundaries put away", dtype=torch.bfloat16, recompute=True, offload=True),
 ]
+SUMMING = ("micro_batch", "loss_chunk", "mlp_tiles")
+"""Rungs with which sums have another order."""
 
 
 def assert_equals_the_reference(case: Case, found: Outcome, expected: Outcome) -> None:
@@ -193,7 +240,7 @@ def assert_equals_the_reference(case: Case, found: Outcome, expected: Outcome) -
         expected.result, loss=0.0, gradient_norm=0.0
     )
     assert torch.equal(found.random, expected.random)
-    is_split = any(event.knob == "micro_batch" for event in found.eased)
+    is_split = any(event.knob in SUMMING for event in found.eased)
     assert found.state.keys() == expected.state.keys()
     for name, value in expected.state.items():
         if not is_split:
@@ -216,7 +263,9 @@ def main() -> None:
             counting = RunsOut(0)
             expected = stage.once(counting)
             for at in range(1, counting.count + 1):
-                assert_equals_the_reference(case, stage.once(RunsOut(at)), expected)
+                found = stage.once(RunsOut(at))
+                assert_equals_the_reference(case, found, expected)
+                stage = stage.unless_put_away(found)
             print(f"{case.name}: the same at each of {counting.count} allocations")
 
 
