@@ -57,7 +57,8 @@ class Planned(Event):
     """How the step is placed in memory, with the predicted bytes of each category at the peak.
 
     `recompute` is `all`, `none`, or how many of the first layers. If rows are packed, `micro_batch` is how
-    many of the longest fill one.
+    many of the longest fill one. `device`, `loss_chunk`, `mlp_tiles` and `offload` are those of
+    `plan.setting.Setting`; an event of an earlier release has none.
     """
 
     micro_batch: int
@@ -70,6 +71,10 @@ class Planned(Event):
     budget_bytes: int
     reasons: tuple[str, ...] = ()
     packed: bool = False
+    device: str = ""
+    loss_chunk: int = 0
+    mlp_tiles: int = 1
+    offload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from qadapt.batch_shape import worst_routing
 from qadapt.experts import routed_experts
@@ -118,9 +119,10 @@ def _outside(shape: ModelShape, setting: Setting, card: Card | None) -> _Outside
 def _outside_of_skeleton(config: ModelConfig, setting: Setting, run: DryRun) -> _Outside:
     """From the model as it is built: the two largest tensors lie in host memory while it is loaded.
 
-    What is offloaded lies there, too, taken as pinned though a table is not.
+    What is offloaded lies there, too; all of it but the table of the embeddings is pinned.
     """
-    sizes = sorted(_tensor_sizes(config.values))
+    model = skeleton_base(config.values, quantization="none", double_quant=False, dtype=DTYPES["bf16"])
+    sizes = sorted(parameter.numel() for parameter in model.parameters())
     adapter = run.static["adapters"]
     disk = {
         "checkpoints": 3 * (adapter + run.static["optimizer"]),
@@ -128,12 +130,15 @@ def _outside_of_skeleton(config: ModelConfig, setting: Setting, run: DryRun) -> 
         "merged-fp16": 2 * sum(sizes),
     }
     host = RUNTIME_BYTES[setting.device] + 2 * sum(sizes[-2:]) + run.host_bytes
-    return _Outside(sum(sizes), disk, host, run.host_bytes, None)
+    return _Outside(sum(sizes), disk, host, _pinned_bytes(model, setting, run), None)
 
 
-def _tensor_sizes(values: Mapping[str, Any]) -> list[int]:
-    model = skeleton_base(values, quantization="none", double_quant=False, dtype=DTYPES["bf16"])
-    return [parameter.numel() for parameter in model.parameters()]
+def _pinned_bytes(model: PreTrainedModel, setting: Setting, run: DryRun) -> int:
+    """What lies on the host without the table of the embeddings."""
+    if not {"boundaries", "layers"} & set(setting.offload):
+        return 0
+    table = model.get_input_embeddings().parameters() if "embeddings" in setting.offload else ()
+    return run.host_bytes - setting.compute_bytes * sum(each.numel() for each in table)
 
 
 def _estimate(run: DryRun, setting: Setting, *, card: Card | None, outside: _Outside) -> Estimate:

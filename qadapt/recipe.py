@@ -184,7 +184,8 @@ class MemorySection(Section):
     recompute: Literal["auto", "all", "none"] | Positive = "auto"
     """Activation checkpointing (arXiv:1604.06174) of every layer, of none, or of so many of the first."""
     offload: Literal["auto", "none"] | tuple[Part, ...] = "auto"
-    """What stays in the memory of the host: input embeddings, inputs of recomputed layers, frozen layers."""
+    """What stays in the memory of the host: input embeddings, inputs of recomputed layers, frozen layers.
+    On a CPU only those inputs can lie elsewhere, in a temporary file."""
 
     @field_validator("budget")
     @classmethod
@@ -206,7 +207,10 @@ class MemorySection(Section):
     def _is_offload(cls, value: object) -> object:
         is_list = isinstance(value, list | tuple) and value and all(each in get_args(Part) for each in value)
         if value not in ("auto", "none") and not is_list:
-            raise ValueError(f"give auto, none, or a list of {', '.join(get_args(Part))}")
+            names = ", ".join(get_args(Part))
+            raise ValueError(f"give auto, none, or a list such as [embeddings, layers], of {names}")
+        if isinstance(value, list | tuple) and len(set(value)) < len(value):
+            raise ValueError("name each part once")
         return value
 
 
@@ -216,7 +220,7 @@ class ExportSection(Section):
     form: Literal["merged-fp16", "merged-bf16", "merged-fp32"] = "merged-fp16"
     """Type of the merged weights."""
     base: Literal["dequantized", "original"] = "dequantized"
-    """Merge onto the 4-bit weights as the adapter saw them, or onto the original ones."""
+    """Merge onto the quantized weights as the adapter saw them, or onto the original ones."""
     shard: str = "2GiB"
     """Largest size of one output file."""
 

@@ -20,7 +20,8 @@ from qadapt.errors import BadModel, NoClosedForm
 
 Part = Literal["embeddings", "boundaries", "layers"]
 """What can stay in the memory of the host: the table of the input embeddings, the inputs of recomputed
-layers, the frozen weights of the decoder layers."""
+layers, the frozen weights of the decoder layers. On a CPU inputs of recomputed layers go to a temporary file
+and the others stay where they are."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures whose closed form and training are tested, by `model_type`."""

@@ -220,6 +220,8 @@ def test_wsl_has_windows_totals_and_spills_like_it() -> None:
 def test_a_context_is_the_published_one_where_there_is_one() -> None:
     assert find_card("T4").context_bytes == 141 * MIB
     assert find_card("RTX 4060").context_bytes == CONTEXT_BYTES
+    for form in ("SXM", "PCIe"):
+        assert find_card(f"H100 80GB {form}").context_range_bytes == (616 * MIB, 992 * MIB)
     for card in cards():
         low, high = card.context_range_bytes
         assert 0 < low <= card.context_bytes <= high

@@ -149,6 +149,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert problem in said.err
     assert "Traceback" not in said.err
     assert said.out == "" or arguments[0] == "train", "results and errors do not mix"
+    assert "starting" not in said.out, "nothing has begun that was refused"
     left = [path for path in sorted(tmp_path.rglob("*")) if path != tmp_path / "runs"]
     assert left == before, "nothing is left but the empty folder of runs"
 

@@ -707,3 +707,35 @@ def test_recomputed_layers_are_said_in_words(recompute, words):
         budget_bytes=2,
     )
     assert f", recompute {words}, peak" in describe(planned)
+
+
+def arranged(**chosen) -> Planned:
+    return Planned(
+        micro_batch=4,
+        recompute="all",
+        compute_dtype="bf16",
+        adapter_dtype="bf16",
+        optimizer="adamw-8bit",
+        predicted=PREDICTED,
+        predicted_peak_bytes=1,
+        budget_bytes=2,
+        **chosen,
+    )
+
+
+def test_what_a_plan_chose_besides_is_in_its_line_and_on_the_screen():
+    plan = arranged(device="cuda", loss_chunk=64, mlp_tiles=4, offload=("embeddings", "layers"))
+    pieces = "loss of 64 tokens at a time, feed-forward in 4 pieces, embeddings, layers on the host"
+    assert f", recompute all, {pieces}, peak" in describe(plan)
+    screen = drawn(Dashboard(fold_all([*run(steps=60, done=1), plan]), START + 9), width=160, height=60)
+    for words in ("loss chunk 64 tokens", "feed-forward 4 pieces", "embeddings on the host", "layers on the"):
+        assert words in " ".join(screen.split())
+
+
+def test_beside_a_cpu_boundaries_are_said_to_lie_in_a_file():
+    plan = arranged(device="cpu", loss_chunk=256, offload=("boundaries",))
+    assert "recompute all, boundaries in a temporary file, peak" in describe(plan)
+
+
+def test_a_plan_of_an_earlier_release_is_said_to_be_as_usual():
+    assert ", recompute all, peak" in describe(arranged())

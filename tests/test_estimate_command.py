@@ -23,9 +23,10 @@ from qadapt.hardware import target as targets
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.cards import cards, this_platform
 from qadapt.hardware.probe import Machine
+from qadapt.plan.setting import Setting
 from qadapt.planning import ask
 from qadapt.units import GIB
-from qadapt.view.tables import EstimateTable, bar
+from qadapt.view.tables import EstimateTable, bar, setting_words
 
 SCHEMA, MAX_SCHEMA, CARDS_SCHEMA = (
     json.loads((Path(qadapt.__file__).parent / "schemas" / f"{name}.schema.json").read_text(encoding="utf-8"))
@@ -126,7 +127,7 @@ def test_the_table_shows_categories_verdict_and_ladder() -> None:
         "peak      while the widest layer goes backward",
         "per 1,000 steps",
         "data.length=1536 (-",
-        "no GPU has confirmed this step",
+        "unknown   this very step on this card; an H100 confirmed steps of Llama-3.1-8B, Qwen2.5-7B,",
     ):
         assert words in output
     fitting = run("estimate", "Llama-3.1-8B", "--card", "RTX 4090", "--length", "2048")
@@ -446,3 +447,12 @@ def test_a_known_model_is_estimated_at_once_without_torch_or_a_recipe() -> None:
     assert last.startswith("HEAVY [] SECONDS")
     assert float(last.split()[-1]) < 0.5  # of the processor: other processes may hold the clock up
     assert elapsed < 5
+
+
+def test_a_settings_line_names_what_is_chunked_cut_and_put_away() -> None:
+    setting = Setting(loss_chunk=64, mlp_tiles=4, offload=("embeddings", "boundaries"))
+    pieces = "loss of 64 tokens at a time · feed-forward in 4 pieces · embeddings, boundaries on the host"
+    assert f" · every layer recomputed · {pieces} · " in setting_words(setting)
+    assert "boundaries in a temporary file" in setting_words(Setting(device="cpu", offload=("boundaries",)))
+    assert "loss of all tokens at once" in setting_words(Setting(loss_chunk=0))
+    assert " · every layer recomputed · adamw" in setting_words(Setting())

@@ -90,6 +90,21 @@ def test_a_model_without_closed_form_is_counted_by_the_dry_run_and_that_is_said(
     assert qadapt.estimate(neox, card="4060").exact
 
 
+@pytest.mark.parametrize(
+    ("offload", "is_pinned"), [("[embeddings]", False), ("[embeddings,boundaries]", True)]
+)
+def test_a_table_on_the_host_is_not_called_pinned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], offload: str, is_pinned: bool
+) -> None:
+    neox = model(tmp_path, GPT_NEOX)
+    more = ("memory.recompute=all", f"memory.offload={offload}")
+    found = qadapt.estimate(neox, more, card="4060")
+    assert (found.pinned_bytes > 0) is is_pinned
+    assert found.pinned_bytes < found.host_bytes
+    assert run(["estimate", neox, *more, "--card", "4060"]) == 0
+    assert ("of it pinned" in capsys.readouterr().out) is is_pinned
+
+
 def test_an_architecture_that_nobody_knows_is_a_clear_no(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,11 @@ def test_several_problems_are_reported_at_once() -> None:
             {"memory": {"recompute": 0}},
             "give auto, all, none, or how many of the first layers, 1 or more (got 0)",
         ),
+        (
+            {"memory": {"offload": "embeddings"}},
+            "or a list such as [embeddings, layers], of embeddings, bound",
+        ),
+        ({"memory": {"offload": ["layers", "layers"]}}, "memory.offload: name each part once"),
         ({"memory": {"recompute": -3}}, "1 or more (got -3)"),
         ({"memory": {"recompute": True}}, "1 or more (got True)"),
         ({"memory": {"recompute": "some"}}, "has 1 problem:\n  - memory.recompute: give auto"),

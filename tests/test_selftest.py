@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_a_failed_check_is_said_and_is_the_exit_code(monkeypatch: pytest.MonkeyP
     assert values["checks"][1] == {"name": "two", "said": "0 of 1", "verdict": "FAILED"}
     assert not values["is_right"]
     assert CliRunner().invoke(app, ["doctor", "--selftests"]).exit_code == 2
+
+
+def test_a_missing_library_is_something_to_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qadapt.selftest.report", None)
+    result = CliRunner().invoke(app, ["doctor", "--selftest"])
+    assert result.exit_code == 2
+    assert "needs what `qadapt doctor` looks at first" in result.output
 
 
 @pytest.mark.parametrize(

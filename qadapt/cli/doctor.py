@@ -37,7 +37,7 @@ def doctor(
     """Checks Python, torch, CUDA, bitsandbytes, memory, disk and cache; each problem comes with its cure.
 
     Asks no hub. Exit code 0 if this machine can train (be it on the CPU), 2 if not. The self-test's: 0 if
-    every check is right, 1 if not.
+    every check is right, 1 if not, 2 if a library is missing.
 
     Examples: `qadapt doctor`, `qadapt doctor --json`, `qadapt doctor --selftest`.
     """
@@ -63,7 +63,7 @@ def _run_selftest(*, as_json: bool) -> None:
         from qadapt.selftest.report import SelfTest
     except (ImportError, OSError) as error:
         typer.echo(f"The self-test needs what `qadapt doctor` looks at first: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2) from None
     test, started = SelfTest(), time.monotonic()
     checks: list[Check] = []
     if not as_json:

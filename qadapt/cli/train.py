@@ -95,8 +95,9 @@ def resume(
 def _begun(begin: Callable[[], Iterator[Event]]) -> Iterator[Event]:
     """The events of a run, after one that is on the screen while the heavy libraries are imported."""
     from qadapt.events import StageStarted
+    from qadapt.view.lines import STARTING
 
-    yield StageStarted(stage="starting")
+    yield StageStarted(stage=STARTING)
     yield from begin()
 
 

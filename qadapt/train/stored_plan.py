@@ -74,6 +74,10 @@ class StoredPlan:
             budget_bytes=self.budget_bytes,
             reasons=self.reasons,
             packed=self.packed,
+            device=self.device,
+            loss_chunk=self.loss_chunk,
+            mlp_tiles=self.mlp_tiles,
+            offload=self.offload,
         )
 
     def values(self) -> dict[str, Any]:

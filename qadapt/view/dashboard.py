@@ -37,11 +37,13 @@ from qadapt.events import (
     UpdateSkipped,
     Warned,
 )
+from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.units import format_bytes, format_count, format_seconds
 from qadapt.view.chart import LossChart
 from qadapt.view.lines import describe, ended_words, format_loss, format_recompute, run_argument
 from qadapt.view.memory import MemoryRow, difference_percent, memory_rows
 from qadapt.view.memory_table import MemoryTable
+from qadapt.view.placing import elsewhere
 from qadapt.view.sample_table import SampleTable
 from qadapt.view.state import RunState
 
@@ -253,6 +255,7 @@ def _setting_numbers(state: RunState) -> list[tuple[str, Text]]:
         pairs += [
             ("micro-batch", Text(f"{state.plan.micro_batch} rows{', packed' if state.plan.packed else ''}")),
             ("recompute", Text(format_recompute(state.plan.recompute))),
+            *((name, Text(value)) for name, value in _arranged_numbers(state.plan)),
             ("compute", Text(state.plan.compute_dtype)),
             ("adapters", Text(state.plan.adapter_dtype)),
             ("optimizer", Text(state.plan.optimizer)),
@@ -261,6 +264,16 @@ def _setting_numbers(state: RunState) -> list[tuple[str, Text]]:
         pairs.append(("rows", Text(f"{state.data.rows:,}")))
         pairs.append(("held out", Text(f"{state.data.held_out_rows:,}")))
     return pairs
+
+
+def _arranged_numbers(plan: Planned) -> list[tuple[str, str]]:
+    """What else the plan chose, where it is not the usual."""
+    pairs = []
+    if plan.loss_chunk not in (0, LOSS_CHUNK):  # 0: of an earlier release
+        pairs.append(("loss chunk", f"{plan.loss_chunk} tokens"))
+    if plan.mlp_tiles > 1:
+        pairs.append(("feed-forward", f"{plan.mlp_tiles} pieces"))
+    return [*pairs, *((part, elsewhere(plan.device)) for part in plan.offload)]
 
 
 def _loss(loss: float | None) -> Text:

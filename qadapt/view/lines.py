@@ -32,10 +32,14 @@ from qadapt.events import (
     UpdateSkipped,
     Warned,
 )
+from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.units import format_bytes, format_count, format_seconds
 from qadapt.view.memory import difference_percent
+from qadapt.view.placing import arranged_words
 from qadapt.view.state import RunState
 
+STARTING = "starting"
+"""The stage while the heavy libraries are imported: for the live screen; what follows may be a refusal."""
 LINES_PER_RUN = 50
 SAMPLE_WIDTH = 90
 SHORTEST_PAUSE_SECONDS = 3.0
@@ -57,7 +61,9 @@ def _preparation(event: Event) -> str | None:
             peak = format_bytes(event.predicted_peak_bytes)
             recompute = format_recompute(event.recompute)
             packed = " packed" if event.packed else ""
-            return f"planned: micro-batch {event.micro_batch}{packed}, recompute {recompute}, peak {peak}"
+            arranged = "".join(f", {words}" for words in format_arranged(event))
+            rows = f"micro-batch {event.micro_batch}{packed}"
+            return f"planned: {rows}, recompute {recompute}{arranged}, peak {peak}"
         case DataReady():
             cut = f", {event.truncated_rows:,} cut to length" if event.truncated_rows else ""
             form = f" ({', '.join(event.formats)})" if event.formats else ""
@@ -149,7 +155,7 @@ class Lines:
             self.last_step = event.step
         if isinstance(event, StepDone):
             return [_step(event, state)] if self._is_due(event, state.total_steps) else []
-        if isinstance(event, StageStarted) and state.session.steps:
+        if isinstance(event, StageStarted) and (state.session.steps or event.stage == STARTING):
             return []  # between steps a stage leaves its own event (evaluated, saved) behind
         if isinstance(event, Sampled):
             return _sample(event)
@@ -231,6 +237,16 @@ def format_recompute(recompute: str | int) -> str:
     if isinstance(recompute, str):
         return recompute
     return "1 layer" if recompute == 1 else f"{recompute} layers"
+
+
+def format_arranged(plan: Planned) -> tuple[str, ...]:
+    """What else a plan chose, where it is not the usual; a plan of an earlier release says nothing."""
+    return arranged_words(
+        loss_chunk=plan.loss_chunk or LOSS_CHUNK,
+        mlp_tiles=plan.mlp_tiles,
+        offload=plan.offload,
+        device=plan.device,
+    )
 
 
 def cut_text(text: str, width: int) -> str:

@@ -19,6 +19,7 @@ from qadapt.plan.ladder import Change
 from qadapt.plan.setting import Recompute, Setting
 from qadapt.plan.speed import TIME_SPAN
 from qadapt.units import GIB, MIB, format_bytes, format_count, format_seconds
+from qadapt.view.placing import arranged_words
 
 PHASES = {
     "loss": "at the loss: the logits and their gradient",
@@ -30,6 +31,10 @@ PHASES = {
     "evaluation": "in an evaluation",
     "evaluation loss": "at the loss of an evaluation",
 }
+CONFIRMED = (
+    "an H100 confirmed steps of Llama-3.1-8B, Qwen2.5-7B, Mistral-7B and gemma-2-9b shapes, no other card has"
+)
+"""What a GPU has been measured to take (`tools/bench/on_card.py`)."""
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -105,6 +110,12 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
         f"LoRA{rank} in {setting.adapter_dtype} on {where}",
         f"{rows}{length}{packed}{learned}",
         recomputed_words(setting.recompute),
+        *arranged_words(
+            loss_chunk=setting.loss_chunk,
+            mlp_tiles=setting.mlp_tiles,
+            offload=setting.offload,
+            device=setting.device,
+        ),
         setting.optimizer,
         f"{setting.compute_dtype} on {setting.device}",
     )
@@ -178,7 +189,7 @@ def sureness(answer: Answer) -> tuple[Line, ...]:
     ranges += ["time"] if estimate.seconds_per_step is not None else []
     unknown = []
     if is_cuda:
-        unknown.append("no GPU has confirmed this step")
+        unknown.append(f"this very step on this card; {CONFIRMED}")
     else:
         unknown.append("± is what the system's allocator may keep beside live tensors, by one run")
     lines = (("exact", exact), ("range", "; ".join(ranges)), ("unknown", "; ".join(unknown)))
@@ -257,7 +268,7 @@ def _time(answer: Answer) -> Line:
     count = answer.micro_batches_per_step
     each = format_seconds(answer.estimate.seconds_per_step)
     step = f"{count} micro-batch{'es' if count > 1 else ''} of {each} a step"
-    return "time", f"about {format_seconds(total)} per 1,000 steps ({step}); published steps took {TIME_SPAN}"
+    return "time", f"about {format_seconds(total)} per 1,000 steps ({step}); {TIME_SPAN}"
 
 
 def bullets(lines: Sequence[Text], *, is_ascii: bool = False) -> Table:
