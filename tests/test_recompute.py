@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.engine.arrangement import arrange
 from qadapt.engine.boundaries import Boundaries, offload_boundaries, offloads_boundaries
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.engine.ledger import Ledger
@@ -155,6 +156,28 @@ def test_boundaries_that_were_away_give_the_same_gradients_to_the_bit(
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize(("before", "recompute", "layers"), [(None, 1, 1), (1, 3, 3), (2, "all", 4)])
+def test_of_each_recomputed_layer_one_tensor_is_put_away_once_a_pass(
+    before: Any, recompute: Any, layers: int, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after more layers recompute; whatever the library, which up to 5.20 hooks recomputation, too."""
+    away: list[torch.Size] = []
+    put_away = Boundaries.put_away
+
+    def count(self: Boundaries, tensor: torch.Tensor) -> Any:
+        away.extend([tensor.shape] if tensor.numel() else [])
+        return put_away(self, tensor)
+
+    monkeypatch.setattr(Boundaries, "put_away", count)
+    base = base_of(tiny_model("llama", layers=4))
+    if before is not None:
+        set_recompute(base, before)
+    offload_boundaries(base)
+    set_recompute(base, recompute)
+    gradients(base, times=2)
+    assert away == [(2, 22, base.config.hidden_size)] * 2 * layers
+
+
 @pytest.mark.parametrize(
     ("family", "recompute", "packed"),
     [
@@ -172,9 +195,7 @@ def test_pieces_give_the_gradients_of_the_whole(
     whole = gradients(base_of(tiny_model(family, layers=4)), packed=packed)
     for tiles in (3, 64):  # one with a smaller last piece, one with pieces of one token
         base = base_of(tiny_model(family, layers=4))
-        set_recompute(base, recompute)
-        set_tiles(base, tiles)
-        offload_boundaries(base)
+        arrange(base, recompute=recompute, tiles=tiles, offload=("boundaries",))
         found = gradients(base, packed=packed)
         for name, gradient in whole.items():
             torch.testing.assert_close(

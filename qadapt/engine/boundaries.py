@@ -6,8 +6,9 @@ computes: it is let go only after that stream has waited for the copy, so that t
 enough, and never more than two of these inputs lie on the device. Host buffers are kept for the next step. On
 a CPU inputs are written to a temporary file that has no name (POSIX) or goes with its last handle (Windows).
 
-Copies keep every bit. Only public means: hooks of modules and `torch.autograd.graph.saved_tensors_hooks`. A
-layer that recomputes saves nothing but its input where those hooks can see it; the others are left alone.
+Copies keep every bit. Tensors are seen by `torch.autograd.graph.saved_tensors_hooks` around a layer's
+checkpoint, an attribute of the layer: what recomputes saves nothing but its input where those hooks can see
+it; other layers are left alone.
 The idea: `torch.autograd.graph.save_on_cpu`, which copies on the computing stream.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -31,7 +32,11 @@ from qadapt.errors import NoRoom
 LEAST_PIECE_BYTES = 1 << 20
 """Of host memory: torch rounds a request up to a power of two, so buffers are made of such powers."""
 
-_OFFLOADED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where the library keeps the function that each recomputing layer calls. A layer's hook would not do: up
+to 5.20 it runs inside that function, and again when the layer is recomputed."""
+
+_OFFLOADED: weakref.WeakKeyDictionary[PreTrainedModel, Boundaries] = weakref.WeakKeyDictionary()
 
 
 def offload_boundaries(model: PreTrainedModel) -> None:
@@ -40,13 +45,12 @@ def offload_boundaries(model: PreTrainedModel) -> None:
     Args:
         model: The base, before or after an adapter is attached; names and modules stay.
     """
-    if model in _OFFLOADED:
-        return
-    _OFFLOADED.add(model)
-    boundaries = Boundaries()
+    boundaries = _OFFLOADED.setdefault(model, Boundaries())
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            _watch(module, boundaries)
+            checkpoint = vars(module).get(_CHECKPOINT)
+            if checkpoint is not None and not isinstance(checkpoint, _PuttingAway):
+                setattr(module, _CHECKPOINT, _PuttingAway(checkpoint, boundaries))
 
 
 def offloads_boundaries(model: PreTrainedModel) -> bool:
@@ -54,20 +58,16 @@ def offloads_boundaries(model: PreTrainedModel) -> bool:
     return model in _OFFLOADED
 
 
-def _watch(layer: GradientCheckpointingLayer, boundaries: Boundaries) -> None:
-    opened: list[AbstractContextManager[object]] = []
+class _PuttingAway:
+    """A layer's checkpoint, with its input put away."""
 
-    def begin(*_: Any) -> None:
-        if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
-            opened.append(saved_tensors_hooks(boundaries.put_away, boundaries.bring_back))
-            opened[-1].__enter__()
+    def __init__(self, checkpoint: Callable[..., Any], boundaries: Boundaries) -> None:
+        self._checkpoint = checkpoint
+        self._boundaries = boundaries
 
-    def end(*_: Any) -> None:
-        if opened:
-            opened.pop().__exit__(None, None, None)
-
-    layer.register_forward_pre_hook(begin)
-    layer.register_forward_hook(end, always_call=True)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        with saved_tensors_hooks(self._boundaries.put_away, self._boundaries.bring_back):
+            return self._checkpoint(*arguments, **named)
 
 
 class Place(Protocol):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
+from qadapt.engine.boundaries import offload_boundaries, offloads_boundaries
 from qadapt.plan.setting import Recompute
 
 
@@ -33,6 +34,8 @@ def set_recompute(
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), within())})
     model.disable_input_require_grads()  # a hook of the library that only the reentrant kind needs
+    if offloads_boundaries(model):
+        offload_boundaries(model)  # the layers' checkpoints are new
     if recompute == "all":
         return
     for layer in _layers(model)[recompute:]:
