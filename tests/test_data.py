@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadapt.data.batches import IGNORED, MicroBatch, all_batches, collate, micro_batches, widest_share
+from qadapt.data.batches import MicroBatch, all_batches, collate, micro_batches, widest_share
 from qadapt.data.order import Order
 from qadapt.data.reading.sources import RowReader
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.engine.loss import IGNORED
 from qadapt.errors import BadData
 
 ROW = {"messages": [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]}

@@ -20,9 +20,9 @@ from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Flags, Tokens
 from qadapt.engine.documents import Documents, documents_of
 from qadapt.engine.host import sent
+from qadapt.engine.loss import IGNORED
 
 ROWS_IN_MEMORY = 512
-IGNORED = -100  # the label that F.cross_entropy leaves out
 
 
 @dataclass(frozen=True)

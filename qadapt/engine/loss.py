@@ -30,23 +30,11 @@ from qadapt.engine.documents import Documents
 IGNORED = -100
 """The target that does not count, as of `F.cross_entropy`."""
 
-PLAIN = (
-    *(
-        "bloom",
-        "exaone4",
-        "falcon",
-        "gemma",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "gpt_oss",
-        "llama",
-        "ministral3",
-    ),
-    *("mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe"),
-    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
-)
+PLAIN = frozenset({
+    "bloom", "exaone4", "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "llama", "ministral3",
+    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})  # fmt: skip
 """Architectures whose logits are what the head gives."""
 SCALED = {
     **dict.fromkeys(("gemma2", "gemma3_text"), "final_logit_softcapping"),
@@ -75,7 +63,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Terms:
-    """What may be added to the cross-entropy of a token.
+    """What may be added to the cross-entropy of a token; no recipe asks for any of it yet.
 
     Attributes:
         smoothing: Share of the target that is spread over the vocabulary (arXiv:1512.00567).
@@ -92,9 +80,8 @@ def head_of(model: PreTrainedModel) -> Head | None:
     if kind not in (*PLAIN, *SCALED):
         return None
     module, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tables = (
-        (module, embedding) if module.weight is embedding.weight else (module,)
-    )  # tied: its new rows, too
+    # of a tied head the new rows are the embedding's, too
+    tables = (module, embedding) if module.weight is embedding.weight else (module,)
     trained = tuple(each for table in tables for each in table.parameters() if each.requires_grad)
     if kind in PLAIN:
         return Head(module, trained=trained)
@@ -153,7 +140,7 @@ def summed_loss(
         targets: (N,) the tokens to predict, or `IGNORED`.
         head: The head.
         chunk: Tokens whose logits are there at once; 0: all.
-        weights: (N,) of each token's loss, fp32; default: 1.
+        weights: (N,) of each token's loss, fp32; default: 1. No recipe asks for others yet.
         terms: What is added to the cross-entropy; default: nothing.
     """
     work = _Work(targets, head, max(1, chunk or len(targets)), weights, terms or Terms())

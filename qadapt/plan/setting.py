@@ -45,9 +45,8 @@ class Setting:
     (`tests/test_estimate.py` measures both).
 
     `supervised_share` is the share of the tokens that reach the head, `accumulates` says that earlier
-    micro-batches have left gradients behind, `holds_logits` that the caller still holds the logits while the
-    loss goes backward (qadapt's step does not; published stacks do). `new_tokens` is the number of tokens
-    whose rows of embedding and head are trained; the shape's vocabulary includes them.
+    micro-batches have left gradients behind. `new_tokens` is the number of tokens whose rows of embedding and
+    head are trained; the shape's vocabulary includes them.
 
     `loss_chunk` is how many learned tokens are at the head at once, 0 for all of them; `mlp_tiles` in how
     many pieces along the sequence a feed-forward part is computed; `offload` what stays on the host, on CUDA;
@@ -77,7 +76,6 @@ class Setting:
     mlp_tiles: int = 1
     offload: tuple[Part, ...] = ()
     accumulates: bool = True
-    holds_logits: bool = False
     packed: bool = False
     documents: int = 0
     step_tokens: int = 0

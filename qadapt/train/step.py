@@ -95,10 +95,8 @@ def find_gradient(
         scaler.unscale_(optimizer.inner)
     parameters = list(optimizer.parameters.values())
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
-    found, length = (
-        loss.item(),
-        norm.item(),
-    )  # the one time that a card is waited for; the norm is there by then
+    # the one time that a card is waited for; the norm is there by then
+    found, length = loss.item(), norm.item()
     tokens = sum(batch.tokens for batch in micro_batches)
     is_finite = math.isfinite(found) and math.isfinite(length)
     return StepResult(found, length, tokens, supervised_tokens, is_applied=is_finite)
