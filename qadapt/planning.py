@@ -194,11 +194,10 @@ class Question:
         answer = dataclasses.replace(answer, notes=(*answer.notes, *self.notes))
         if answer.verdict == "fits" or self.shape is None:
             return answer
-        wider = answer.error_bytes - answer.estimate.error_bytes
         changes = ladder(
             self.shape,
             answer.estimate.setting,
-            budget_bytes=self.target.free_bytes - wider,
+            room=answer.room,
             rows_per_step=answer.rows_per_step,
             card=self.target.card,
         )

@@ -181,24 +181,24 @@ def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:
     problem, cure = caught.value.problem, caught.value.cure
     assert problem.startswith("meta-llama/Llama-3.1-8B at 8,192 tokens needs 9.")
     assert problem.endswith("7.30 GiB are free on RTX 4060 8GB.")
-    assert cure.startswith("Cheapest change: embeddings, boundaries in the memory of the host (-")
+    assert cure.startswith("Cheapest change: memory.offload=[embeddings,boundaries] (-")
     assert "a larger card, such as the RTX 3060 12GB" in cure
 
 
 def test_the_ladder_prices_each_change_as_the_difference_of_two_estimates() -> None:
     setting = Setting(length=2048, rows=8, recompute="none", double_quant=False, optimizer="adamw")
-    changes = ladder(LLAMA, setting, budget_bytes=round(15 * GIB), rows_per_step=8, card=CARD)
+    changes = ladder(LLAMA, setting, room=Room(round(15 * GIB)), rows_per_step=8, card=CARD)
     now = estimate_step(LLAMA, setting, card=CARD)
     by_text = {change.text: change for change in changes}
     for text, changed in {
-        "recompute every layer": dataclasses.replace(setting, recompute="all"),
+        "memory.recompute=all": dataclasses.replace(setting, recompute="all"),
         "model.double_quant=true": dataclasses.replace(setting, double_quant=True),
         "train.optimizer=adamw-8bit": dataclasses.replace(setting, optimizer="adamw-8bit"),
     }.items():
         then = estimate_step(LLAMA, changed, card=CARD)
         assert by_text[text].bytes_won == now.needed_bytes - then.needed_bytes > 0
         assert by_text[text].seconds_lost == pytest.approx(then.seconds_per_step - now.seconds_per_step)  # type: ignore[operator]
-    assert by_text["recompute every layer"].sentence.endswith("s slower per step)")
+    assert by_text["memory.recompute=all"].sentence.endswith("s slower per step)")
     enough = [change.is_enough for change in changes]
     assert enough == sorted(enough, reverse=True)
 
@@ -355,9 +355,52 @@ def test_a_plan_keeps_the_distance_that_runs_on_this_machine_showed() -> None:
 
 def test_where_no_single_change_is_enough_several_together_are_offered() -> None:
     setting = Setting(rows=3, length=1000, rank=8)
-    budget_bytes = round(2.5 * GIB)
-    changes = ladder(LLAMA, setting, budget_bytes=budget_bytes, rows_per_step=3, card=CARD)
+    changes = ladder(LLAMA, setting, room=Room(round(2.5 * GIB)), rows_per_step=3, card=CARD)
     assert changes[0].is_enough
-    assert changes[0].text.startswith("1 row at a time and ")
-    assert "layers in the memory of the host" in changes[0].text
+    assert changes[0].text.startswith("memory.micro_batch=1 and memory.offload=[embeddings,")
+    assert "layers]" in changes[0].text
     assert not any(change.is_enough for change in changes[1:-1])
+
+
+def test_every_cure_can_be_typed_or_is_the_plans_own() -> None:
+    """What no recipe names, smaller chunks and pieces, is said once, as what `qadapt plan` does by itself."""
+    setting = Setting(length=16_384, rows=2, recompute="none", optimizer="adamw")
+    changes = ladder(LLAMA, setting, room=Room(6 * GIB), rows_per_step=2, card=CARD)
+    typed = re.compile(
+        r"([a-z]+\.[a-z_]+=\S+)( and [a-z]+\.[a-z_]+=\S+)*|a larger card, .*|`qadapt plan`, .*"
+    )
+    assert all(typed.fullmatch(change.text) for change in changes)
+    own = [change.text for change in changes if change.text.startswith("`qadapt plan`")]
+    tiles = "feed-forward parts and norms in 16 pieces"
+    recomputed = dataclasses.replace(setting, recompute="all", loss_chunk=0)
+    more = ladder(LLAMA, recomputed, room=Room(6 * GIB), rows_per_step=2, card=CARD)
+    assert len(own) <= 1
+    assert any(tiles in change.text and "the loss of" in change.text for change in more)
+
+
+def test_a_cure_that_a_recipe_takes_makes_it_fit() -> None:
+    setting, room = Setting(length=1024, offload=()), Room(4 * GIB)
+    with pytest.raises(DoesNotFit, match=r"Cheapest change: memory\.offload=\[embeddings,layers\] \(-4"):
+        fit(LLAMA, setting, room=room, rows_per_step=16, free=PLANNED - {"offload"}, card=CARD)
+    cured = dataclasses.replace(setting, offload=("embeddings", "layers"))
+    assert fit(LLAMA, cured, room=room, rows_per_step=16, free=PLANNED - {"offload"}, card=CARD)
+
+
+def test_layers_that_are_streamed_are_never_offered_in_8_bits() -> None:
+    setting = Setting(length=1024, quantization="none", offload=("layers",))
+    texts = [each.text for each in ladder(LLAMA, setting, room=Room(GIB), rows_per_step=1, card=CARD)]
+    assert not any("int8" in text for text in texts)
+
+
+def test_without_a_known_speed_no_reason_speaks_of_one() -> None:
+    reasons = fit(SMALL, Setting(length=512), room=Room(GIB), rows_per_step=12, free=FIRST).reasons
+    assert any("would take" in reason for reason in reasons)
+    assert not any(word in reason for reason in reasons for word in ("faster", "slower"))
+
+
+def test_smaller_chunks_of_the_loss_cost_reading_the_head_more_often() -> None:
+    seconds = [micro_batch_seconds(LLAMA, Setting(loss_chunk=chunk), CARD) for chunk in (0, 256, 128, 32)]
+    assert seconds == sorted(seconds)  # type: ignore[type-var]
+    assert len(set(seconds)) == len(seconds)
+    plan = fit(LLAMA, Setting(), room=Room(round(6.9 * GIB)), rows_per_step=16, free=PLANNED, card=CARD)
+    assert plan.setting.loss_chunk == 256, "none smaller than it must be"

@@ -18,7 +18,7 @@ from qadapt.shape import ModelShape
 
 Value = int | str | bool | tuple[str, ...]
 _CHUNKS = (LOSS_CHUNK, 128, 64, 32)
-LEAST_PIECE = 1024
+LEAST_PLANNED_PIECE = 1024
 """Tokens of a feed-forward part at once: with fewer, products of common widths are not busy any more."""
 
 
@@ -28,7 +28,8 @@ class Knob:
 
     `values` gives every value worth trying for a model, a setting and a number of rows per step, the one with
     the most memory first; `change` makes the setting; `describe` says it in words, for a value and a model;
-    `rise` says what the next value up would do, where that reads better than describing that value.
+    `rise` says what the next value up would do, where that reads better than describing that value; `typed`
+    is the override that sets a value, None where no recipe names the knob and a plan turns it by itself.
 
     Of a `fine` knob each value takes less memory and more time than the one before it (the last one may take
     more memory than the last but one), so the fastest value that fits is found by halving.
@@ -47,6 +48,7 @@ class Knob:
     rung: int
     values: Callable[[ModelShape, Setting, int], tuple[Value, ...]]
     describe: Callable[[Value, ModelShape], str]
+    typed: Callable[[Value], str] | None = None
     rise: str | None = None
     fine: bool = False
     needs_rows: bool = False
@@ -63,8 +65,8 @@ class Knob:
 
     def value_of(self, setting: Setting) -> Value:
         """Where this knob stands."""
-        values: dict[str, Value] = {name: vars(setting)[name] for name in (self.field,)}
-        return values[self.field]
+        value: Value = vars(setting)[self.field]
+        return value
 
 
 def micro_batches(rows_per_step: int, rows: int) -> int:
@@ -122,8 +124,8 @@ def _chunk_text(value: Value, _: ModelShape) -> str:
 
 
 def _tile_values(_: ModelShape, setting: Setting, __: int) -> tuple[int, ...]:
-    """Whole, then four times as many pieces at a time, none below `LEAST_PIECE` tokens."""
-    most = max(1, setting.tokens // LEAST_PIECE)
+    """Whole, then four times as many pieces at a time, none below `LEAST_PLANNED_PIECE` tokens."""
+    most = max(1, setting.tokens // LEAST_PLANNED_PIECE)
     return tuple(4**power for power in range(4) if 4**power <= most)
 
 
@@ -132,14 +134,18 @@ def _tile_text(value: Value, _: ModelShape) -> str:
 
 
 def _offload_values(shape: ModelShape, setting: Setting, _: int) -> tuple[Value, ...]:
-    """Nothing, then one part more at a time, the dearest last; none that would win nothing."""
-    boundaries = [] if setting.recompute == "none" else ["boundaries"]
+    """Nothing, then more and more, the dearest last; none that would win nothing.
+
+    Layers also without boundaries, which take more of the host than they do where rows are long.
+    """
+    boundaries = () if setting.recompute == "none" else ("boundaries",)
     if setting.device == "cpu":
-        return ((), tuple(boundaries)) if boundaries else ((),)
-    parts = ([] if shape.tied else ["embeddings"]) + boundaries
+        return tuple(dict.fromkeys(((), boundaries)))
+    table = () if shape.tied else ("embeddings",)
+    ways = [(), table, (*table, *boundaries)]
     if setting.recompute == "all" and setting.quantization != "int8":
-        parts.append("layers")
-    return tuple(tuple(parts[:count]) for count in range(len(parts) + 1))
+        ways += [(*table, "layers"), (*table, *boundaries, "layers")]
+    return tuple(dict.fromkeys(ways))
 
 
 def _offload_text(value: Value, _: ModelShape) -> str:
@@ -147,13 +153,31 @@ def _offload_text(value: Value, _: ModelShape) -> str:
     return f"{', '.join(value)} in the memory of the host" if value else "nothing on the host"
 
 
-def _assignment(field: str) -> Callable[[Value, ModelShape], str]:
-    """Describes a value as the override that sets it: `train.optimizer=adamw`."""
-    return lambda value, _: f"{field}={str(value).lower()}"
+def _quantizations(_: ModelShape, setting: Setting, __: int) -> tuple[Value, ...]:
+    """All, but for 8 bits where layers are streamed: those cannot be."""
+    return ("none", "nf4") if "layers" in setting.offload else ("none", "int8", "nf4")
+
+
+def _offload_typed(value: Value) -> str:
+    assert isinstance(value, tuple)
+    return f"memory.offload=[{','.join(value)}]" if value else "memory.offload=none"
+
+
+def _assigned(field: str) -> Callable[[Value], str]:
+    """The override that sets a value: `train.optimizer=adamw`."""
+    return lambda value: f"{field}={str(value).lower()}"
+
+
+def _by_override(
+    name: str, rung: int, override: str, values: Callable[[ModelShape, Setting, int], tuple[Value, ...]]
+) -> Knob:
+    """A knob that no words describe better than its override does; its field has its name."""
+    typed = _assigned(override)
+    return Knob(name, name, rung, values, lambda value, _: typed(value), typed)
 
 
 KNOBS: tuple[Knob, ...] = (
-    Knob("micro_batch", "rows", 1, _row_values, _rows_text, live=True),
+    Knob("micro_batch", "rows", 1, _row_values, _rows_text, _assigned("memory.micro_batch"), live=True),
     Knob("loss_chunk", "loss_chunk", 1, _chunk_values, _chunk_text, live=True, last_resort=True),
     Knob("mlp_tiles", "mlp_tiles", 1, _tile_values, _tile_text, live=True, last_resort=True),
     Knob(
@@ -162,54 +186,28 @@ KNOBS: tuple[Knob, ...] = (
         1,
         _recompute_values,
         _recompute_text,
+        _assigned("memory.recompute"),
         rise="keeping another layer's activations",
         fine=True,
         live=True,
     ),
-    Knob("offload", "offload", 1, _offload_values, _offload_text, live=True, last_resort=True),
+    Knob(
+        "offload", "offload", 1, _offload_values, _offload_text, _offload_typed, live=True, last_resort=True
+    ),
     Knob(
         "packing",
         "packed",
         1,
         lambda _, setting, __: (True, False) if setting.packed else (False,),
-        _assignment("data.packing"),
+        lambda value, _: _assigned("data.packing")(value),
+        _assigned("data.packing"),
         needs_rows=True,  # `plan/packing.py`
     ),
-    Knob(
-        "double_quant",
-        "double_quant",
-        2,
-        lambda *_: (False, True),
-        _assignment("model.double_quant"),
-    ),
-    Knob(
-        "optimizer",
-        "optimizer",
-        2,
-        lambda *_: ("adamw", "adamw-8bit"),
-        _assignment("train.optimizer"),
-    ),
-    Knob(
-        "quantization",
-        "quantization",
-        2,
-        lambda *_: ("none", "int8", "nf4"),
-        _assignment("model.quantization"),
-    ),
-    Knob(
-        "length",
-        "length",
-        3,
-        lambda _, setting, __: _lengths(setting.length),
-        _assignment("data.length"),
-    ),
-    Knob(
-        "rank",
-        "rank",
-        3,
-        lambda _, setting, __: _halves(setting.rank, 4),
-        _assignment("adapter.rank"),
-    ),
+    _by_override("double_quant", 2, "model.double_quant", lambda *_: (False, True)),
+    _by_override("optimizer", 2, "train.optimizer", lambda *_: ("adamw", "adamw-8bit")),
+    _by_override("quantization", 2, "model.quantization", _quantizations),
+    _by_override("length", 3, "data.length", lambda _, setting, __: _lengths(setting.length)),
+    _by_override("rank", 3, "adapter.rank", lambda _, setting, __: _halves(setting.rank, 4)),
 )
 
 LIVE = tuple(knob.name for knob in KNOBS if knob.live)

@@ -1,17 +1,18 @@
 """When nothing fits: the cheapest changes, each with the bytes it wins and the time it costs.
 
-Knows no screen. A change is one knob turned as little as makes the step fit, or as far as it goes; a larger
-card comes last. Order: changes that are enough by themselves before those that are not, then by rung, then
-by what is lost.
+Knows no screen. A change is one knob turned as little as makes the step fit, or as far as it goes, in the
+words that can be typed; what no recipe names is left to `qadapt plan`. A larger card comes last. Order:
+changes that are enough by themselves before those that are not, then by rung, then by what is lost.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qadapt.hardware.cards import Card, cards, this_platform
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.knobs import KNOBS, Knob
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.plan.speed import step_seconds
 from qadapt.shape import ModelShape
@@ -20,7 +21,7 @@ from qadapt.units import GIB, format_bytes
 
 @dataclass(frozen=True)
 class Change:
-    """One change: bytes won (of what is needed), seconds lost per optimizer step.
+    """One change: bytes won on the device (below 0: lost), seconds lost per optimizer step.
 
     None where no speed is known, and for a shorter length: its steps learn from less.
     """
@@ -33,104 +34,126 @@ class Change:
 
     @property
     def sentence(self) -> str:
-        """`recompute every layer (-3.10 GiB, 2.1 s slower per step)`."""
-        parts = [f"-{format_bytes(self.bytes_won)}"] if self.bytes_won else []
+        """`memory.recompute=all (-3.10 GiB, 2.1 s slower per step)`."""
+        sign = "-" if self.bytes_won > 0 else "+"
+        parts = [f"{sign}{format_bytes(abs(self.bytes_won))}"] if self.bytes_won else []
         if self.seconds_lost is not None and abs(self.seconds_lost) >= 0.05:
             word = "slower" if self.seconds_lost > 0 else "faster"
             parts.append(f"{abs(self.seconds_lost):.1f} s {word} per step")
         return f"{self.text} ({', '.join(parts)})" if parts else self.text
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where changes are tried: a model, what there is, the rows of an optimizer step, a card."""
+
+    shape: ModelShape
+    room: Room
+    rows_per_step: int
+    card: Card | None
+
+    def estimate(self, setting: Setting) -> Estimate:
+        return estimate_step(self.shape, setting, card=self.card)
+
+    def change(self, text: str, rung: int, *, now: Estimate, then: Estimate) -> Change:
+        return Change(
+            text=text,
+            rung=rung,
+            bytes_won=now.needed_bytes - then.needed_bytes,
+            seconds_lost=self._lost(now.setting, then.setting),
+            is_enough=self.room.holds(then),
+        )
+
+    def is_better(self, then: Estimate, than: Estimate) -> bool:
+        """Whether it fits, or is nearer to that: where the host lacks memory, only its memory counts."""
+        if self.room.holds(then):
+            return True
+        if not self.room.host_holds(then):
+            return then.host_bytes < than.host_bytes
+        return then.needed_bytes < than.needed_bytes or not self.room.host_holds(than)
+
+    def _lost(self, now: Setting, then: Setting) -> float | None:
+        before, after = (
+            step_seconds(self.shape, each, rows_per_step=self.rows_per_step, card=self.card)
+            for each in (now, then)
+        )
+        if before is None or after is None or now.length != then.length:
+            return None
+        return after - before
+
+
 def ladder(
     shape: ModelShape,
     setting: Setting,
     *,
-    budget_bytes: int,
+    room: Room,
     rows_per_step: int,
     card: Card | None = None,
 ) -> tuple[Change, ...]:
-    """Every single change that wins memory, best first; last the smallest card that would do.
+    """Every single change that brings a step nearer to what there is, best first; last a larger card.
 
     Where no single change is enough, several together that are come before them.
     """
-    now = estimate_step(shape, setting, card=card)
-    limits = {"budget_bytes": budget_bytes, "rows_per_step": rows_per_step}
-    turned = [_turned(knob, shape, now, card=card, **limits) for knob in KNOBS]
-    found = [each[0] for each in turned if each is not None]
+    place = _Place(shape, room, rows_per_step, card)
+    now = place.estimate(setting)
+    turned = [_turned(knob, place, now) for knob in KNOBS if knob.typed is not None]
+    found = [each[0] for each in (*turned, _planned(place, now)) if each is not None]
     found.sort(key=lambda change: (not change.is_enough, change.rung, change.seconds_lost or 0.0))
     if len(found) > 1 and not found[0].is_enough:
-        together = _together(shape, now, card=card, **limits)
+        together = _together(place, now)
         found = [together, *found] if together else found
-    owned = card.memory_bytes if card else budget_bytes
-    larger = _larger_card(shape, now, owned_bytes=owned) if setting.device == "cuda" else None
+    larger = _larger_card(place, now) if setting.device == "cuda" else None
     return (*found, larger) if larger else tuple(found)
 
 
-def _together(
-    shape: ModelShape, now: Estimate, *, budget_bytes: int, rows_per_step: int, card: Card | None
-) -> Change | None:
+def _together(place: _Place, now: Estimate) -> Change | None:
     """Several changes that are enough: each as far as it goes, the last one only as far as it must."""
     reached, texts = now, []
     for knob in KNOBS:
-        turned = _turned(
-            knob, shape, reached, budget_bytes=budget_bytes, rows_per_step=rows_per_step, card=card
-        )
+        turned = _turned(knob, place, reached) if knob.typed is not None else None
         if turned is None:
             continue
         change, reached = turned
         texts.append(change.text)
         if change.is_enough:
-            lost = _lost(shape, now.setting, reached.setting, rows_per_step=rows_per_step, card=card)
-            won = now.needed_bytes - reached.needed_bytes
-            return Change(" and ".join(texts), change.rung, won, lost, is_enough=True)
+            return place.change(" and ".join(texts), change.rung, now=now, then=reached)
     return None
 
 
-def _turned(
-    knob: Knob,
-    shape: ModelShape,
-    now: Estimate,
-    *,
-    budget_bytes: int,
-    rows_per_step: int,
-    card: Card | None,
-) -> tuple[Change, Estimate] | None:
+def _turned(knob: Knob, place: _Place, now: Estimate) -> tuple[Change, Estimate] | None:
     """The least turn of a knob that fits, or the furthest one, and its step; None if it wins nothing."""
-    best: tuple[Change, Estimate] | None = None
     if knob.name == "quantization" and now.setting.quantization == "nf4":
         return None  # less quantization is no cure, even where a tiny model would be smaller for it
-    for value in knob.values(shape, now.setting, rows_per_step):
-        changed = knob.change(now.setting, value, rows_per_step=rows_per_step)
-        estimate = estimate_step(shape, changed, card=card)
-        won = now.needed_bytes - estimate.needed_bytes
-        if won <= 0 or (best is not None and won <= best[0].bytes_won):
+    best = now
+    text = ""
+    for value in knob.values(place.shape, now.setting, place.rows_per_step):
+        then = place.estimate(knob.change(now.setting, value, rows_per_step=place.rows_per_step))
+        if then.setting == now.setting or not place.is_better(then, best):
             continue
-        change = Change(
-            text=knob.describe(value, shape),
-            rung=knob.rung,
-            bytes_won=won,
-            seconds_lost=_lost(shape, now.setting, changed, rows_per_step=rows_per_step, card=card),
-            is_enough=estimate.fits(budget_bytes),
-        )
-        best = change, estimate
-        if change.is_enough:
+        best, text = then, knob.typed(value) if knob.typed else knob.describe(value, place.shape)
+        if place.room.holds(then):
             break
-    return best
+    return None if best is now else (place.change(text, knob.rung, now=now, then=best), best)
 
 
-def _lost(
-    shape: ModelShape, now: Setting, then: Setting, *, rows_per_step: int, card: Card | None
-) -> float | None:
-    before = step_seconds(shape, now, rows_per_step=rows_per_step, card=card)
-    after = step_seconds(shape, then, rows_per_step=rows_per_step, card=card)
-    if before is None or after is None or now.length != then.length:
+def _planned(place: _Place, now: Estimate) -> tuple[Change, Estimate] | None:
+    """What a plan does by itself, as no recipe names it; None if it wins nothing."""
+    reached, texts = now, []
+    for knob in KNOBS:
+        turned = _turned(knob, place, reached) if knob.typed is None else None
+        if turned is not None:
+            texts.append(turned[0].text)
+            reached = turned[1]
+    if reached is now:
         return None
-    return after - before
+    text = f"`qadapt plan`, which takes {' and '.join(texts)} by itself"
+    return place.change(text, 1, now=now, then=reached), reached
 
 
-def _larger_card(shape: ModelShape, now: Estimate, *, owned_bytes: int) -> Change | None:
+def _larger_card(place: _Place, now: Estimate) -> Change | None:
     """The smallest gaming card above the one at hand on which it fits as it is."""
     platform = this_platform()
+    owned_bytes = place.card.memory_bytes if place.card else place.room.free_bytes
     larger = [
         card
         for card in cards()
@@ -138,7 +161,9 @@ def _larger_card(shape: ModelShape, now: Estimate, *, owned_bytes: int) -> Chang
         and not card.name.startswith("RTX A")
         and "Laptop" not in card.name
         and round(card.memory_bytes / GIB) > round(owned_bytes / GIB)
-        and estimate_step(shape, now.setting, card=card).fits(card.free_bytes(platform))
+        and replace(place.room, free_bytes=card.free_bytes(platform)).holds(
+            estimate_step(place.shape, now.setting, card=card)
+        )
     ]
     if not larger:
         return None

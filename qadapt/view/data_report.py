@@ -182,7 +182,7 @@ def _forecast_lines(report: DataReport) -> Iterator[Line]:
         whole = format_seconds(forecast.seconds_per_step * report.steps)
         yield (
             "time",
-            f"about {whole}, {format_seconds(forecast.seconds_per_step)} a step; others took {TIME_SPAN}",
+            f"about {whole}, {format_seconds(forecast.seconds_per_step)} a step; {TIME_SPAN}",
         )
 
 
