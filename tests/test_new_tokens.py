@@ -13,16 +13,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_merge import change_tensors, facts, merged, tensors_of
 from test_train import adapter_of, assert_same, only
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qadapt.adapters.lora import Lora, attach_lora, load_lora, save_adapter, trainable, without_adapter
-from qadapt.adapters.new_rows import new_rows_of
+from qadapt.adapters.new_rows import NewRows, new_rows_of
 from qadapt.data.conversation import Conversation, Message
 from qadapt.data.new_tokens import absent_ids
 from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import tokens_of
-from qadapt.engine.loss import loss_sum
+from qadapt.engine.loss import Head, loss_sum, summed_loss
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadExport, BadRecipe, BadRun, Unsupported
 from qadapt.events import AdapterAttached, Evaluated, StepDone, Warned
@@ -197,6 +198,29 @@ def test_without_the_adapter_the_new_rows_are_where_they_started(tiny_model: Tin
     with without_adapter(model):
         assert torch.allclose(logits(model, rows), logits(fresh, rows), atol=1e-6)
     assert torch.equal(logits(model, rows), tuned)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_in_fp16_the_rows_gradient_does_not_overflow_where_a_dimension_stands_out(loss_scale: float) -> None:
+    """As final norms' outputs have them; a smaller loss scale could not cure what overflows before it."""
+    draw = torch.Generator().manual_seed(0)
+    table = torch.randn(320, 64, generator=draw).div(8).half()
+    hidden = torch.randn(256, 64, generator=draw)
+    hidden[:, 5] = 16.0
+    targets = torch.randint(0, 300, (256,), generator=draw)
+    targets[:32] = 301
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        head = nn.Linear(64, 320, bias=False, dtype=dtype).requires_grad_(False)
+        head.weight.copy_(table)
+        rows = NewRows(table[300:303].float(), first=300)
+        head.register_forward_hook(rows.add_logits)
+        inputs = hidden.half().to(dtype).requires_grad_()
+        loss = summed_loss(inputs, targets, head=Head(head, trained=(rows.weight,)), chunk=256)
+        (loss / 256 * loss_scale).backward()
+        assert rows.weight.grad is not None
+        found.append(rows.weight.grad)
+    assert (found[0] - found[1]).norm() < 2e-3 * found[1].norm()
 
 
 def make_recipe(folder: Path, model: Path, tokens: tuple[str, ...], **train_fields: Any) -> Recipe:

@@ -69,9 +69,12 @@ class NewRows(nn.Module):
             return logits
         hidden = arguments[0]  # (B, K, D)
         start = head.weight[self.ids.start : self.ids.stop]
-        change = (self.weight.float() - start.float()).to(hidden.dtype)
+        change = self.weight.float() - start.float()
+        # in fp16 the sum over all tokens that is the rows' gradient can overflow, whatever the loss scale
+        dtype = torch.float32 if hidden.dtype is torch.float16 else hidden.dtype
+        added = functional.linear(hidden.to(dtype), change.to(dtype)).to(logits.dtype)  # (B, K, N)
         ids = torch.arange(self.ids.start, self.ids.stop, device=logits.device)
-        return logits.index_add_(-1, ids, functional.linear(hidden, change))  # (B, K, V)
+        return logits.index_add_(-1, ids, added)  # (B, K, V)
 
 
 def attach_new_rows(model: PreTrainedModel, ids: Sequence[int], *, dtype: torch.dtype) -> None:
