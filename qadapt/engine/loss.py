@@ -31,9 +31,9 @@ IGNORED = -100
 """The target that does not count, as of `F.cross_entropy`."""
 
 PLAIN = frozenset({
-    "bloom", "exaone4", "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "llama", "ministral3",
-    "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "bloom", "exaone4", "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "llama",
+    "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 })  # fmt: skip
 """Architectures whose logits are what the head gives."""
 SCALED = {

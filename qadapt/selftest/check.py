@@ -27,15 +27,15 @@ class Check:
     verdict: Literal["ok", "FAILED", "left out"]
 
 
-def judged(name: str, said: str, *, is_good: bool) -> Check:
-    """A check with its number."""
-    return Check(name, said, "ok" if is_good else "FAILED")
+Found = tuple[str, bool | None]
+"""What a check says, and whether that is right; None where there is nothing to look at."""
 
 
-def tried(name: str, do: Callable[[], Check]) -> Check:
-    """The check that `do` makes; a failed one where it breaks, so that those after it are still made."""
+def tried(name: str, do: Callable[[], Found]) -> Check:
+    """The check of what `do` finds; a failed one where it breaks, so that those after it are still made."""
     try:
-        return do()
+        said, is_good = do()
     except BROKEN as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Check(name, f"{type(error).__name__}: {said}", "FAILED")
+    return Check(name, said, "left out" if is_good is None else "ok" if is_good else "FAILED")

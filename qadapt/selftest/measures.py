@@ -28,7 +28,7 @@ from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
-from qadapt.selftest.check import Check, judged, tried
+from qadapt.selftest.check import Check, Found, tried
 from qadapt.selftest.trainee import Size, Trainee, full_batch, random_rows
 from qadapt.shape import find_config, shape_from_config
 from qadapt.train.dryrun import DryRun, dry_run
@@ -54,6 +54,31 @@ class Residual:
 
     predicted_bytes: int
     measured_bytes: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Two steps as they were measured, beside the dry run; `reserved_bytes` is 0 on a CPU."""
+
+    dry: DryRun
+    allocated_bytes: int
+    reserved_bytes: int
+    seconds: float
+    predicted_seconds: float | None
+
+    def allocated(self) -> Found:
+        off_bytes, bar_bytes = self.allocated_bytes - self.dry.peak.bytes, ALLOCATED_BAR * self.dry.peak.bytes
+        said = f"{format_bytes(self.allocated_bytes)}, {off_bytes / self.dry.peak.bytes:+.2%} of the dry run"
+        return said, abs(off_bytes) <= max(bar_bytes, ALLOCATED_BYTES)
+
+    def reserved(self) -> Found:
+        expected = reserved_range(self.dry.trace).widened(RUN_NOISE)
+        wanted = f"{expected.low_bytes // MIB} to {expected.high_bytes // MIB} MiB expected"
+        return f"{format_bytes(self.reserved_bytes)}, {wanted}", expected.holds(self.reserved_bytes)
+
+    def time(self) -> Found:
+        predicted = f"{self.predicted_seconds:.3f} s predicted" if self.predicted_seconds else "unpredicted"
+        return f"{self.seconds:.3f} s, {predicted}", True
 
 
 class Measures:
@@ -86,14 +111,17 @@ class Measures:
 
     def step_checks(self, folder: Path) -> Iterator[Check]:
         """Memory and time of a step; `folder` holds the model."""
-        found: list[Check] = []
+        found: list[_Step] = []
 
-        def measure() -> Check:
-            found.extend(self._measured_step(folder))
-            return found[0]
+        def allocated() -> Found:
+            found.append(self._measured_step(folder))
+            return found[0].allocated()
 
-        yield tried("memory, allocated", measure)
-        yield from found[1:]
+        yield tried("memory, allocated", allocated)
+        for step in found:
+            if self._device.type == "cuda":
+                yield tried("memory, reserved", step.reserved)
+            yield tried("second step", step.time)
 
     def other_checks(self, folder: Path) -> Iterator[Check]:
         """The ladder, and products; `folder` holds the model."""
@@ -104,7 +132,7 @@ class Measures:
         for name in names:
             yield tried(f"product, {name}", partial(self._product, name))
 
-    def _measured_step(self, folder: Path) -> list[Check]:
+    def _measured_step(self, folder: Path) -> _Step:
         """Two steps of the setting against the dry run of them."""
         config, setting = find_config(str(folder)), self.setting
         closed = estimate_step(shape_from_config(config.values, name="self-test"), setting, card=self._card)
@@ -127,25 +155,18 @@ class Measures:
         assert meter is not None
         measured_bytes = meter.measured()[1] - before_bytes
         self.residual = Residual(closed.peak_allocated_bytes, measured_bytes)
-        off_bytes, bar_bytes = measured_bytes - dry.peak.bytes, ALLOCATED_BAR * dry.peak.bytes
-        said = f"{format_bytes(measured_bytes)}, {off_bytes / dry.peak.bytes:+.2%} of the dry run"
-        is_good = abs(off_bytes) <= max(bar_bytes, ALLOCATED_BYTES)
-        checks = [judged("memory, allocated", said, is_good=is_good)]
-        if self._device.type == "cuda":
-            checks.append(_reserved_check(dry))
-        predicted = f"{closed.seconds_per_step:.3f} s predicted" if closed.seconds_per_step else "unpredicted"
-        checks.append(Check("second step", f"{seconds:.3f} s, {predicted}", "ok"))
-        return checks
+        reserved_bytes = torch.cuda.max_memory_reserved() if self._device.type == "cuda" else 0
+        return _Step(dry, measured_bytes, reserved_bytes, seconds, closed.seconds_per_step)
 
-    def _ladder(self, folder: Path) -> Check:
+    def _ladder(self, folder: Path) -> Found:
         """A step with too little room must give the gradient that it gives with room for all."""
         long = self.setting.length // 2
         rows = random_rows((long,) * 4 + (long // 4,) * 4, vocabulary=self._size.vocabulary)
         setting = replace(self.setting, rows=8, recompute="none")
         trainee = Trainee(folder, setting, device=self._device)
-        with _counting(trainee) as counted:
+        with _counting(trainee) as working_bytes:
             expected = trainee.gradient(rows)
-        room_bytes = round(ROOM * counted.working_bytes())
+        room_bytes = round(ROOM * working_bytes())
         free_memory(self._device)
         eased: list[Eased] = []
         with _little_room(trainee, room_bytes) as around, tempfile.TemporaryDirectory() as place:
@@ -153,9 +174,9 @@ class Measures:
         off = float((gradient - expected).norm() / expected.norm())
         words = ", ".join(f"{event.knob} {event.value}" for event in eased)
         said = f"{words or 'nothing eased'} in {format_bytes(room_bytes)}; gradient {off:.1e} off"
-        return judged("out-of-memory ladder", said, is_good=bool(eased) and off <= SAME)
+        return said, bool(eased) and off <= SAME
 
-    def _product(self, name: str) -> Check:
+    def _product(self, name: str) -> Found:
         """Dense products of a size that a 7B model has; a tenth of the catalogue's speed would be a fault."""
         rows, width = (4096, 4096) if self._device.type == "cuda" else (256, 512)
         left = torch.randn(rows, width, device=self._device).to(DTYPES[name])
@@ -164,14 +185,13 @@ class Measures:
         tera = 2 * rows * width * width / seconds / 1e12
         known = self._card.tflops if self._card is not None and name == self.setting.compute_dtype else None
         said = f"{tera:.3g} TFLOPS" + (f", {known:.3g} in the catalogue" if known else "")
-        return judged(f"product, {name}", said, is_good=known is None or tera >= 0.1 * known)
+        return said, known is None or tera >= 0.1 * known
 
 
-def context_check(name: str, before: Device) -> Check:
+def found_context(before: Device) -> Found:
     """What the driver took for this process besides what torch reserves, on a card that nobody else used.
 
     Args:
-        name: Of the check.
         before: The card as it was before this process touched it.
     """
     torch.cuda.synchronize()
@@ -179,7 +199,7 @@ def context_check(name: str, before: Device) -> Check:
     context_bytes = before.free_bytes - now.free_bytes - torch.cuda.memory_reserved()
     low, high = before.card.context_range_bytes
     said = f"{format_bytes(context_bytes)}, {low // MIB} to {high // MIB} MiB expected"
-    return judged(name, said, is_good=context_bytes <= high)
+    return said, context_bytes <= high
 
 
 def _before(device: torch.device) -> int:
@@ -193,31 +213,18 @@ def _before(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) - 2 * blas_workspace_bytes(capability_of(device))
 
 
-def _reserved_check(dry: DryRun) -> Check:
-    expected, found = reserved_range(dry.trace).widened(RUN_NOISE), torch.cuda.max_memory_reserved()
-    said = f"{format_bytes(found)}, {expected.low_bytes // MIB} to {expected.high_bytes // MIB} MiB expected"
-    return judged("memory, reserved", said, is_good=expected.holds(found))
-
-
-@dataclass
-class _Counted:
-    """What a step takes above what was there."""
-
-    working_bytes: Callable[[], int]
-
-
 @contextmanager
-def _counting(trainee: Trainee) -> Iterator[_Counted]:
-    """Counts a step: on a card what torch reserves, on a CPU what the ledger sees."""
+def _counting(trainee: Trainee) -> Iterator[Callable[[], int]]:
+    """What a step takes above what was there: of what torch reserves, on a CPU of what the ledger sees."""
     device = trainee.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before_bytes = torch.cuda.memory_reserved(device)
-        yield _Counted(lambda: torch.cuda.max_memory_reserved(device) - before_bytes)
+        yield lambda: torch.cuda.max_memory_reserved(device) - before_bytes
         return
     ledger = _ledger(trainee)
     with ledger:
-        yield _Counted(lambda: ledger.peak.bytes - sum(ledger.live.values()))
+        yield lambda: ledger.peak.bytes - sum(ledger.live.values())
 
 
 def _ledger(trainee: Trainee, *, budget_bytes: int | None = None) -> Ledger:

@@ -14,7 +14,7 @@ from qadapt.model.precision import choose_device
 from qadapt.quiet import quiet_libraries
 from qadapt.selftest.check import Check, tried
 from qadapt.selftest.equality import equality_checks
-from qadapt.selftest.measures import Measures, context_check
+from qadapt.selftest.measures import Measures, found_context
 from qadapt.selftest.trainee import MIDDLING, TINY, Size, make_model
 from qadapt.train.environment import environment
 from qadapt.units import GIB, format_bytes
@@ -89,4 +89,4 @@ class SelfTest:
     def _context(self, name: str) -> Iterator[Check]:
         before = self._card
         if before is not None and self.device.type == "cuda":
-            yield tried(name, lambda: context_check(name, before))
+            yield tried(name, lambda: found_context(before))
