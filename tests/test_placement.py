@@ -18,7 +18,8 @@ from test_train import changed, make_recipe, only
 
 from qadapt.adapters.lora import Lora, attach_lora, load_lora, save_adapter, trainable
 from qadapt.data.prompt import load_contract
-from qadapt.engine.host import device_of
+from qadapt.engine import boundaries
+from qadapt.engine.host import device_of, host_buffer
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRecipe, DoesNotFit, Unsupported
@@ -196,8 +197,22 @@ def test_a_run_on_a_cpu_says_that_it_puts_nothing_on_the_host(tmp_path: Path, ti
     assert any("on a CPU embeddings lie on the host as it is" in event.message for event in warned)
 
 
+def test_a_run_says_once_that_its_boundaries_got_no_pinned_memory(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundaries, "_place_for", lambda tensor: boundaries._Host(tensor.device))
+    recipe = changed(
+        make_recipe(tmp_path, tiny_model("llama"), steps=2),
+        "memory",
+        offload=("boundaries",),
+        recompute="all",
+    )
+    said = [event for event in only(Warned, list(train(recipe))) if "pinned memory" in event.message]
+    assert [event.step for event in said] == [1]
+
+
 def test_without_pinned_memory_rows_are_ordinary_ones() -> None:
-    row = host_row(100, torch.device("cuda"))
+    row = host_buffer(100, torch.device("cuda"))
     assert row.nbytes == 100
     assert row.is_pinned() == torch.cuda.is_available()
 

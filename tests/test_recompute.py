@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.engine import boundaries
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.boundaries import Boundaries, offload_boundaries, offloads_boundaries
 from qadapt.engine.documents import documents_of, isolating
@@ -30,6 +31,7 @@ from qadapt.errors import Unsupported
 from qadapt.model.load import load_base
 from qadapt.plan.estimate import estimate_step
 from qadapt.train.dryrun import dry_run
+from qadapt.train.pinned import PinnedWatch
 from qadapt.train.stored_plan import Ingredients, StoredPlan, read_plan
 
 __all__ = ["folders"]  # a fixture
@@ -316,6 +318,25 @@ def test_rooms_are_used_again_and_only_two_tensors_are_on_the_card() -> None:
                 boundaries.bring_back(kept.pop())
         assert ledger.peak.bytes <= 2 * there.nbytes
         assert ledger.host_bytes == ledger.host_peak_bytes == 5 * 12 << 20
+
+
+def test_without_pinned_memory_boundaries_wait_in_ordinary_memory_and_that_is_said_once(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for is_away in (False, True):
+        base = base_of(tiny_model("llama", layers=4))
+        set_recompute(base, "all")
+        if is_away:
+            monkeypatch.setattr(boundaries, "_place_for", lambda tensor: boundaries._Host(tensor.device))
+            offload_boundaries(base)
+        watch = PinnedWatch(base)
+        assert list(watch.after_step(0)) == [], "nothing has been put away yet"
+        found.append(gradients(base, times=2))
+        said = [event.message for event in (*watch.after_step(1), *watch.after_step(2))]
+        assert len(said) == is_away
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert said[0].startswith("The system gave too little pinned memory")
 
 
 def test_the_file_of_boundaries_has_no_name_and_its_room_is_used_again() -> None:

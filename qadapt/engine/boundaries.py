@@ -58,6 +58,11 @@ def offloads_boundaries(model: PreTrainedModel) -> bool:
     return model in _OFFLOADED
 
 
+def lacks_pinned_memory(model: PreTrainedModel) -> bool:
+    """Whether inputs of a base's layers had to wait in ordinary memory of the host, which is slower."""
+    return model in _OFFLOADED and _OFFLOADED[model].lacks_pinned
+
+
 class _PuttingAway:
     """A layer's checkpoint, with its input put away."""
 
@@ -103,6 +108,11 @@ class Boundaries:
         self._place: Place | None = None
         self._moving: Kept | None = None  # held here, too, as its copy may run on after a step that failed
         self._last: weakref.ref[Kept] | None = None
+
+    @property
+    def lacks_pinned(self) -> bool:
+        """Whether some of what is put away lay in ordinary memory of the host."""
+        return isinstance(self._place, _Host) and self._place.lacks_pinned
 
     def put_away(self, tensor: Tensor) -> Kept | Tensor:
         """Begins to copy a tensor; beside computing, it stays on the device until the next call.
@@ -186,7 +196,10 @@ def _room_for(free: list[Tensor], size_bytes: int, device: torch.device) -> Tens
 
 
 class _Host:
-    """Pinned memory, copied on a stream of its own; on `meta` what stands for it, without a stream."""
+    """Pinned memory, copied on a stream of its own; on `meta` what stands for it, without a stream.
+
+    Where the system pins no more, ordinary memory, whose copies the host waits for.
+    """
 
     is_beside = True
 
@@ -194,9 +207,11 @@ class _Host:
         self._device = device
         self._free: list[Tensor] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.lacks_pinned = False
 
     def write(self, tensor: Tensor) -> _Room:
         room = _Room(self._free, tensor.nbytes, self._device)
+        self.lacks_pinned = self.lacks_pinned or not all(map(_is_quick, room.buffers))
         with self._beside():
             for buffer, part in room.pieces(tensor):
                 buffer.copy_(part, non_blocking=True)
@@ -217,6 +232,10 @@ class _Host:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return torch.cuda.stream(self._stream)
+
+
+def _is_quick(buffer: Tensor) -> bool:
+    return buffer.is_meta or buffer.is_pinned()
 
 
 class _File:

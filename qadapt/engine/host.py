@@ -44,10 +44,19 @@ def to_host(tensor: Tensor, *, pinned: bool = True) -> Tensor:
 
 
 def host_buffer(size_bytes: int, device: torch.device) -> Tensor:
-    """Pinned bytes for copies to and from a card, or, where the device is `meta`, what stands for them."""
+    """Bytes for copies to and from a device: pinned for a card, or not where the system gives none.
+
+    From and to ordinary memory copies are slower, and computing waits for them; the numbers are the same.
+    Where the device is `meta`, what stands for such bytes.
+    """
     if device.type == "meta":
         return _made_on_host(lambda: torch.empty(size_bytes, dtype=torch.uint8, device="meta"))
-    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    if device.type == "cpu":
+        return torch.empty(size_bytes, dtype=torch.uint8)
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # what CUDA says then names no cause
+        return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 def _made_on_host(make: Callable[[], Tensor]) -> Tensor:

@@ -156,26 +156,13 @@ def _packed(layer: nn.Module, device: torch.device) -> _Packed:
     for piece in list(_pieces(layer)):
         places.append((size, piece))
         size += -(-piece.tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
-    row, packed = host_row(size, device), []
+    row, packed = host_buffer(size, device), []
     for start, piece in places:
         view = _view(row, start, like=piece.tensor)
         view.copy_(piece.tensor)
         piece.put(view)
         packed.append((start, _Piece(piece.put, view)))
     return _Packed(row, tuple(packed))
-
-
-def host_row(size_bytes: int, device: torch.device) -> Tensor:
-    """Memory of the host for what a device will copy: pinned for a card, or not where the system gives none.
-
-    From ordinary memory copies are slower, and computing waits for them; the numbers are the same.
-    """
-    if device.type == "cpu":
-        return torch.empty(size_bytes, dtype=torch.uint8)
-    try:
-        return host_buffer(size_bytes, device)
-    except RuntimeError:
-        return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 def _view(row: Tensor, start: int, *, like: Tensor) -> Tensor:

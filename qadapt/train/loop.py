@@ -29,6 +29,7 @@ from qadapt.train.memory import MemoryMeter
 from qadapt.train.oom import Beginning, Ladder, Trial
 from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Leaving, Pauses
+from qadapt.train.pinned import PinnedWatch
 from qadapt.train.replay import Replay
 from qadapt.train.samples import Samples
 from qadapt.train.saver import Saver, saved_event
@@ -91,6 +92,7 @@ class Loop:
         self._longest_step = order.longest_step(settings.steps) + 1  # likely to take the most memory
         self._device = device_of(model)
         self._pace = Pace(is_cuda=self._device.type == "cuda")
+        self._pinned = PinnedWatch(model.get_base_model())
         self._beginning = Beginning(self._device, None)
         self._scaler: torch.amp.GradScaler | None = None
 
@@ -138,6 +140,7 @@ class Loop:
             return
         yield done
         yield from self._pace.after_step(done)
+        yield from self._pinned.after_step(done.step)
         yield from self._health.after_step(
             done, is_applied=self._is_applied, loss_scale=self._loss_scale(), replay=self._replay
         )
