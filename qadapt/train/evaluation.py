@@ -19,6 +19,7 @@ from qadapt.errors import BadData, DoesNotFit
 from qadapt.model.generate import generate
 from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.train.step import evaluate_loss
+from qadapt.train.turns import Evaluating
 
 
 @dataclass(frozen=True)
@@ -62,32 +63,44 @@ class Evaluation:
         return sum(answer.is_exact for answer in self.answers) / len(self.answers)
 
 
-def evaluate_rows(model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id: int) -> tuple[float, float]:
+def evaluate_rows(
+    model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id: int, loss_chunk: int = LOSS_CHUNK
+) -> tuple[float, float]:
     """The mean loss per learned token with the adapter, and without it.
+
+    Args:
+        model: The adapted model.
+        rows: Any number.
+        size: The most of them at a time.
+        pad_id: The token that fills up.
+        loss_chunk: Learned tokens at the head at once.
 
     Raises:
         DoesNotFit: Memory ran out with one row at a time.
     """
-    division = Division(pad_id, size, loss_chunk=LOSS_CHUNK)
+    division = Division(pad_id, size, loss_chunk=loss_chunk)
     tuned = _loss(model, rows, division)
     with without_adapter(model):
         return tuned, _loss(model, rows, division)
 
 
 def _loss(model: PeftModel, rows: Sequence[Tokens], division: Division) -> float:
-    """The loss, with fewer rows at a time where memory runs out."""
-    found: Division | None = division
-    while found is not None:
-        divide = found
-        loss = attempt(lambda: evaluate_loss(model, all_batches(rows, divide)))  # noqa: B023 (called at once)
-        if not isinstance(loss, RanOut):
-            return loss
+    """The loss, with fewer rows, then learned tokens at a time where memory runs out."""
+    evaluating = Evaluating(model, division)
+    while isinstance(
+        loss := attempt(lambda: evaluate_loss(model, all_batches(rows, evaluating.splitting.division))),
+        RanOut,
+    ):
         free_memory(device_of(model))
-        found = found.half()
-    raise DoesNotFit(
-        "Memory ran out in the evaluation, with one row at a time.",
-        cure="Close what else uses the memory, or evaluate shorter rows.",
-    )
+        turned = evaluating.next(rows)
+        if turned is None:
+            raise DoesNotFit(
+                "Memory ran out in the evaluation, with one row at a time.",
+                cure="Close what else uses the memory, or evaluate shorter rows.",
+            )
+        knob, value, _ = turned
+        evaluating.take(knob, value)
+    return loss
 
 
 def answer_rows(

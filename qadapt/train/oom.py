@@ -39,7 +39,7 @@ from qadapt.train.optimizer import AdapterOptimizer
 from qadapt.train.pauses import Pauses
 from qadapt.train.spill import renew_cap
 from qadapt.train.step import StepResult, drop_gradients
-from qadapt.train.turns import Chunking, PuttingAway, Recomputing, Splitting, Tiling, Turn
+from qadapt.train.turns import Chunking, Evaluating, PuttingAway, Recomputing, Splitting, Tiling, Turn
 
 FILE_NAME = "rungs.json"
 NOISE = ("dropout", "pdrop", "layerdrop", "jitter")
@@ -116,17 +116,13 @@ class Ladder:
     ) -> None:
         draws = _draws_at_random(model)
         self._splitting = Splitting(division, draws=draws)
-        self._evaluating = Splitting(division, draws=False)
+        self._evaluating = Evaluating(model, division)
         self._turns: dict[str, Turn] = {
             "micro_batch": self._splitting,
-            "loss_chunk": Chunking(model, self._splitting, self._evaluating),
+            "loss_chunk": Chunking(model, self._splitting, self._evaluating.splitting),
             "mlp_tiles": Tiling(model, self._splitting),
             "recompute": Recomputing(model, draws=draws),
             "offload": PuttingAway(model),
-        }
-        self._evaluation_turns: dict[str, Turn] = {
-            "micro_batch": self._evaluating,
-            "loss_chunk": Chunking(model, self._evaluating),
         }
         self._optimizer = optimizer
         self._device = device_of(model)
@@ -144,7 +140,7 @@ class Ladder:
     @property
     def evaluation(self) -> Division:
         """How held-out rows are divided now."""
-        return self._evaluating.division
+        return self._evaluating.splitting.division
 
     @property
     def knobs(self) -> Sequence[str]:
@@ -231,13 +227,10 @@ class Ladder:
         )
 
     def _ease_evaluation(self, step: int, rows: Sequence[Tokens]) -> Eased:
-        most_learned = max(rows, key=lambda row: row.supervised_count)
-        looked_at: dict[str, Sequence[Tokens]] = {"micro_batch": (), "loss_chunk": (most_learned,)}
-        for knob, turn in self._evaluation_turns.items():
-            value = turn.next(looked_at[knob])
-            if value is not None:
-                price = turn.price(value)
-                return Eased(step=step, phase="evaluation", knob=knob, value=value, price=price)
+        turned = self._evaluating.next(rows)
+        if turned is not None:
+            knob, value, price = turned
+            return Eased(step=step, phase="evaluation", knob=knob, value=value, price=price)
         longest = max(rows, key=len)
         raise DoesNotFit(
             f"Memory ran out in the evaluation after step {step}, with one held-out row at a time; the "
@@ -282,7 +275,7 @@ class Ladder:
 
     def _turn(self, rung: Eased) -> None:
         if rung.phase == "evaluation":
-            self._evaluation_turns[rung.knob].take(rung.value)
+            self._evaluating.take(rung.knob, rung.value)
         elif rung.phase == "update":
             self._optimizer.ease()
         else:

@@ -135,6 +135,8 @@ class PuttingAway:
 
     def price(self, value: Value) -> str:
         """What carrying them costs."""
+        if device_of(self._base).type == "cpu":
+            return "inputs of recomputed layers go to a temporary file and back, and each step waits for it"
         return "inputs of recomputed layers are carried to the host and back, beside computing"
 
 
@@ -167,3 +169,31 @@ class Chunking:
     def price(self, value: Value) -> str:
         """What smaller chunks cost."""
         return f"the loss of {value} tokens at a time: smaller products with the head, so a little slower"
+
+
+class Evaluating:
+    """How held-out rows are divided: fewer at a time, then fewer learned tokens of each at the head.
+
+    Neither touches how a step is computed.
+    """
+
+    def __init__(self, model: PeftModel, division: Division) -> None:
+        self.splitting = Splitting(division, draws=False)
+        self._turns: dict[str, Turn] = {
+            "micro_batch": self.splitting,
+            "loss_chunk": Chunking(model, self.splitting),
+        }
+
+    def next(self, rows: Sequence[Tokens]) -> tuple[str, Value, str] | None:
+        """Which knob is turned next to which value, and what that costs; None if nothing is left."""
+        most_learned = max(rows, key=lambda row: row.supervised_count)
+        looked_at: dict[str, Sequence[Tokens]] = {"micro_batch": (), "loss_chunk": (most_learned,)}
+        for knob, turn in self._turns.items():
+            value = turn.next(looked_at[knob])
+            if value is not None:
+                return knob, value, turn.price(value)
+        return None
+
+    def take(self, knob: str, value: Value) -> None:
+        """Turns a knob."""
+        self._turns[knob].take(value)
