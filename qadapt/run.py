@@ -25,14 +25,18 @@ from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import load_lora, save_adapter
 from qadapt.cache import output_errors
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, saved_contract
-from qadapt.errors import BadRun
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.engine.tiles import set_tiles
+from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import Event, Paused, RunFinished, StepDone, Stopped
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
 from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
 from qadapt.model.load import load_base
+from qadapt.model.placement import on_host
 from qadapt.model.precision import DTYPES, choose_device
 from qadapt.pause_rules import parse_pause_rules
+from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
@@ -65,6 +69,7 @@ from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
 from qadapt.train.oom import FILE_NAME as RUNGS_FILE
+from qadapt.train.oom import read_rungs
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
@@ -304,22 +309,36 @@ class Tuned:
 
 
 def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
-    """Loads base and adapter of a finished run, as they were trained.
+    """Loads base and adapter of a finished run, as they were trained, and placed as they were in the end.
 
     Raises:
         BadRun: There is no such run, or it has no adapter yet.
+        DoesNotFit: Memory ran out.
     """
     quiet_libraries()
     run = find_run(name, folder)
-    facts = read_facts(run.adapter)
+    facts, plan = read_facts(run.adapter), read_plan(run.plan)
     files = find_same_base(facts)
-    base = load_base(
-        files.folder,
-        quantization=facts.quantization,
-        double_quant=facts.double_quant,
-        dtype=DTYPES[facts.load_dtype],
-        device=choose_device(device),
+    chosen = choose_device(device)
+    base = attempt(
+        lambda: load_base(
+            files.folder,
+            quantization=facts.quantization,
+            double_quant=facts.double_quant,
+            dtype=DTYPES[facts.load_dtype],
+            device=chosen,
+            offload=on_host(plan.offload) if chosen.type == "cuda" else (),
+        )
     )
+    if isinstance(base, RanOut):
+        free_memory(chosen)
+        raise DoesNotFit(
+            f"The base of the run {name} does not fit the memory of {chosen}.",
+            cure="Close what else uses the memory; a run planned with memory.offload=[embeddings], or with "
+            "layers in it, too, is loaded that way.",
+        )
+    taken = (int(rung.value) for rung in read_rungs(run.path / RUNGS_FILE) if rung.knob == "mlp_tiles")
+    set_tiles(base, max((plan.mlp_tiles, *taken)))
     return Tuned(load_lora(base, run.adapter), saved_contract(run.adapter, files.folder))
 
 
@@ -350,7 +369,11 @@ def evaluate(
         conversations=answers,
     )
     loss, base_loss = evaluate_rows(
-        tuned.model, chosen.rows, size=plan.micro_batch, pad_id=tuned.contract.pad_id
+        tuned.model,
+        chosen.rows,
+        size=plan.micro_batch,
+        pad_id=tuned.contract.pad_id,
+        loss_chunk=plan.loss_chunk or LOSS_CHUNK,
     )
     return Evaluation(
         rows=len(chosen.rows),

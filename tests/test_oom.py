@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from test_train import adapter_of, assert_same, make_recipe, only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from qadapt import run as run_module
 from qadapt.adapters import lora
 from qadapt.data.batches import Division
 from qadapt.data.tokens import tokens_of
@@ -30,6 +32,7 @@ from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
 from qadapt.engine.out_of_memory import RanOut, attempt, is_out_of_memory
 from qadapt.engine.recompute import set_recompute
+from qadapt.engine.tiles import tiles_of
 from qadapt.errors import BadOutput, BadRun, DoesNotFit, NoRoom
 from qadapt.events import (
     Continued,
@@ -44,8 +47,8 @@ from qadapt.events import (
 )
 from qadapt.model.generate import generate
 from qadapt.plan.knobs import LIVE
-from qadapt.run import resume, train
-from qadapt.train import loop, oom, pauses, turns
+from qadapt.run import load, resume, train
+from qadapt.train import evaluation, loop, oom, pauses, turns
 from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.memory import static_tensors
 from qadapt.train.oom import FILE_NAME, Beginning, Ladder, Trial, read_rungs, write_rungs
@@ -577,6 +580,58 @@ def test_a_loss_on_rows_is_found_with_fewer_at_a_time(stage: Callable[[Case], St
         assert evaluate_rows(model, rows(), size=4, pad_id=0) == pytest.approx(expected, rel=1e-6)
     with RunsOut(40, again=True), pytest.raises(DoesNotFit, match="one row at a time"):
         evaluate_rows(model, rows(), size=4, pad_id=0)
+
+
+def test_a_loss_on_single_rows_is_found_with_fewer_learned_tokens_at_a_time(
+    stage: Callable[[Case], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stage(CASES[0]).model
+    expected = evaluate_rows(model, rows(), size=4, pad_id=0)
+    asked: list[int] = []
+
+    def evaluate(model: Any, batches: Any) -> float:
+        found = list(batches)
+        asked.append(found[0].loss_chunk)
+        if found[0].loss_chunk > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate_loss(model, found)
+
+    monkeypatch.setattr(turns, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(evaluation, "evaluate_loss", evaluate)
+    assert evaluate_rows(model, rows(), size=4, pad_id=0, loss_chunk=5) == pytest.approx(expected, rel=1e-6)
+    assert asked[:4] == [5, 5, 5, 2], "of four rows, two, one; then fewer tokens"
+
+
+def test_an_adapter_is_loaded_as_its_run_was_in_the_end(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(train(make_recipe(tmp_path, tiny_model("llama"), steps=1, evaluate_every=None)))
+    run = tmp_path / "runs/first"
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    plan |= {"mlp_tiles": 3, "offload": ["embeddings", "boundaries", "layers"], "loss_chunk": 5}
+    (run / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+
+    def pieces() -> int:
+        return tiles_of(load("first", folder=str(run.parent), device="cpu").model.get_base_model())
+
+    assert pieces() == 3
+    write_rungs(run / FILE_NAME, [Eased(step=1, phase="training", knob="mlp_tiles", value=12, price="")])
+    assert pieces() == 12
+    seen: list[Any] = []
+    real = evaluate_rows
+    monkeypatch.setattr(run_module, "evaluate_rows", lambda *_, **how: seen.append(how) or real(*_, **how))
+    run_module.evaluate("first", folder=str(run.parent))
+    assert seen[0]["loss_chunk"] == 5
+
+    def too_large(*_: Any, **how: Any) -> None:
+        seen.append(how)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(run_module, "load_base", too_large)
+    monkeypatch.setattr(run_module, "choose_device", lambda _: torch.device("cuda"))
+    with pytest.raises(DoesNotFit, match="does not fit the memory of cuda"):
+        load("first", folder=str(run.parent))
+    assert {"embeddings", "layers"} <= set(seen[1]["offload"])
 
 
 def test_a_loss_scale_goes_back_to_where_the_step_began(stage: Callable[[Case], Stage]) -> None:
