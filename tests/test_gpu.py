@@ -18,6 +18,7 @@ from qadapt.data.prompt import load_contract
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.boundaries import Boundaries
 from qadapt.engine.documents import documents_of, kernel_problem
+from qadapt.engine.host import sent
 from qadapt.engine.out_of_memory import is_out_of_memory
 from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
@@ -378,3 +379,9 @@ def test_what_is_put_away_comes_back_to_the_bit_while_the_card_is_busy() -> None
             assert torch.equal(found, wanted)
     held = sum(buffer.numel() for buffer in boundaries._place._free)  # type: ignore[union-attr]
     assert held <= 6 * 16 << 20  # used again, not made anew
+
+
+def test_what_is_on_the_card_is_sent_there_as_it_is() -> None:
+    ids = torch.arange(5, device="cuda")
+    assert sent(ids, torch.device("cuda")) is ids
+    assert torch.equal(sent(ids.cpu(), torch.device("cuda")), ids)

@@ -351,6 +351,14 @@ def test_the_file_of_boundaries_has_no_name_and_its_room_is_used_again() -> None
         assert os.fstat(boundaries._place._file.fileno()).st_nlink == 0  # type: ignore[union-attr]
 
 
+def test_a_file_of_boundaries_that_was_cut_is_an_error() -> None:
+    boundaries = Boundaries()
+    kept = boundaries.put_away(torch.randn(3, 50))
+    boundaries._place._file.truncate(100)  # type: ignore[union-attr]
+    with pytest.raises(EOFError, match="ends before what was written"):
+        boundaries.bring_back(kept)
+
+
 def test_only_the_host_has_more_where_rows_get_longer_and_the_closed_form_says_so() -> None:
     from qadapt.shape import shape_from_config
 

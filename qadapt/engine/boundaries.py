@@ -271,7 +271,10 @@ class _File:
         self._file.seek(region.start)
         left = _bytes_of(into)
         while left:
-            left = left[self._file.readinto(left) :]
+            count = self._file.readinto(left)
+            if not count:
+                raise EOFError("the file of boundaries ends before what was written to it")
+            left = left[count:]
 
     def wait(self) -> None:
         pass

@@ -77,8 +77,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of what the host just made; neither waits for what a card is still at."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A copy of what the host just made, itself if it is there; neither waits for what a card is still at."""
+    is_crossing = tensor.device.type == "cpu" and device.type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if is_crossing else tensor.to(device)
 
 
 def is_on_host(tensor: Tensor) -> bool:
