@@ -1,9 +1,9 @@
 """Runs that are killed at random moments, resumed, and compared with the run that was not.
 
     python tools/bench/faults.py                                100 trials killed by the clock, 40 at files
-    python tools/bench/faults.py --trials 20 --at-files 5 --seed 7 python tools/bench/faults.py --break replay
-    must fail: resuming forgets the random state python tools/bench/faults.py --trials 0 --at-files 0 --stops
-    2      only stopped for 30 s (SIGSTOP) and woken
+    python tools/bench/faults.py --trials 20 --at-files 5 --seed 7
+    python tools/bench/faults.py --break replay                 must fail: resuming forgets the random state
+    python tools/bench/faults.py --trials 0 --at-files 0 --stops 2      only stopped for 30 s and woken
 
 A warm process (everything imported, nothing computed) forks one child per attempt. A child does what a user
 would do next: train, or resume what began, then export. It is killed with SIGKILL at a moment drawn uniformly
