@@ -35,6 +35,7 @@ from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_
 from qadapt.model.source import ModelFiles, find_model
 from qadapt.plan.fit import Plan
 from qadapt.plan.packing import PACKABLE, Way, check_packable, choose_way, packed_plan
+from qadapt.plan.setting import not_offloaded
 from qadapt.planning import AdapterType, ComputeType, Question, ask_of
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
@@ -290,12 +291,8 @@ def place_base(
 
 def _placement_warnings(recipe: Recipe, plan: StoredPlan, base: PreTrainedModel) -> Iterator[Event]:
     """What was asked of the host's memory and is not given."""
-    asked = recipe.memory.offload if isinstance(recipe.memory.offload, tuple) else ()
-    if left := [part for part in asked if part not in plan.offload]:
-        yield Warned(
-            message=f"memory.offload: on a CPU {' and '.join(left)} lie on the host as it is.",
-            cure="Leave them out; nothing is lost.",
-        )
+    if (left := not_offloaded(recipe.memory.offload, plan.offload)) is not None:
+        yield Warned(message=left, cure="Leave them out; nothing is lost.")
     if "layers" in plan.offload and plan.device == "cuda" and not is_pinned(decoder_layers(base)):
         yield Warned(
             message="The system gave no pinned memory: the streamed layers are copied while the card waits.",

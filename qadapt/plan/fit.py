@@ -145,7 +145,7 @@ class _Bench:
         words = knob.describe(value, self.shape)
         is_file = knob.name == "offload" and setting.device == "cpu"
         return (
-            words.replace("the memory of the host", "a file").replace("on the host", "in a file")
+            words.replace("the memory of the host", "a temporary file").replace("on the host", "in a file")
             if is_file
             else words
         )

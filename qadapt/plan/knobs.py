@@ -101,10 +101,15 @@ def _rows_text(value: Value, _: ModelShape) -> str:
 def _recompute_values(shape: ModelShape, setting: Setting, _: int) -> tuple[Value, ...]:
     """None, then one layer more at a time; last all of them, which alone goes with streamed layers.
 
+    Boundaries that are put away are those of recomputed layers: at least one there is.
+
     All may take more than all but the last: that one goes backward before anything else is rebuilt, so that
     keeping what it keeps saves its boundary where the logits are not the peak.
     """
-    return ("all",) if "layers" in setting.offload else ("none", *range(1, shape.layers), "all")
+    if "layers" in setting.offload:
+        return ("all",)
+    kept = () if "boundaries" in setting.offload else ("none",)
+    return (*kept, *range(1, shape.layers), "all")
 
 
 def _recompute_text(value: Value, shape: ModelShape) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -212,6 +213,11 @@ def _check_offload(setting: Setting) -> None:
             f"memory.offload = {beside}: a CPU's step lies on the host as it is.",
             cure="Leave them out of memory.offload; only boundaries can go elsewhere, to a file.",
         )
+    if "boundaries" in setting.offload and setting.recompute == "none":
+        raise BadRecipe(
+            "memory.offload: boundaries, with recompute = none: they are inputs of recomputed layers.",
+            cure="Set memory.recompute=all, or leave boundaries out of memory.offload.",
+        )
     if "layers" not in setting.offload:
         return
     if setting.recompute != "all":
@@ -262,6 +268,12 @@ def _offload_of(recipe: Recipe, device: Literal["cpu", "cuda"]) -> tuple[Part, .
     """What the recipe puts away; on a CPU the base lies on the host anyhow, which a run says."""
     asked = recipe.memory.offload if isinstance(recipe.memory.offload, tuple) else ()
     return tuple(part for part in asked if device == "cuda" or part == "boundaries")
+
+
+def not_offloaded(asked: object, kept: Sequence[str]) -> str | None:
+    """What `memory.offload` names and a CPU's step does not move, as a sentence; None if nothing."""
+    left = [part for part in asked if part not in kept] if isinstance(asked, tuple) else []
+    return f"memory.offload: on a CPU {' and '.join(left)} lie on the host as it is." if left else None
 
 
 def setting_of(

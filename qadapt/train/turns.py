@@ -14,6 +14,7 @@ from peft import PeftModel
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.engine.boundaries import offload_boundaries, offloads_boundaries
+from qadapt.engine.host import device_of
 from qadapt.engine.loss import head_of
 from qadapt.engine.recompute import recomputed_layers, set_recompute
 from qadapt.engine.tiles import can_tile, set_tiles, tiles_of
