@@ -34,6 +34,7 @@ from qadapt.plan.knobs import KNOBS, PLANNED
 from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import layer_bytes
+from qadapt.planning import ask
 from qadapt.run import train
 from qadapt.shape import find_config, find_shape
 from qadapt.train.dryrun import dry_run
@@ -189,6 +190,19 @@ def test_layers_that_cannot_be_streamed_are_refused(fields: dict[str, Any], said
     setting = dataclasses.replace(Setting(length=64, offload=("layers",)), **fields)
     with pytest.raises(BadRecipe, match=said):
         estimate_step(find_shape("Llama-3.1-8B"), setting)
+
+
+def test_boundaries_without_recomputation_are_refused_and_hold_a_plan_to_some() -> None:
+    shape, asked = find_shape("Llama-3.2-1B"), Setting(length=64, offload=("boundaries",))
+    with pytest.raises(BadRecipe, match="they are inputs of recomputed layers"):
+        estimate_step(shape, dataclasses.replace(asked, recompute="none"))
+    plan = fit(shape, asked, room=Room(80 * GIB), rows_per_step=1, free=PLANNED - {"offload"}, card=None)
+    assert plan.setting.recompute == 1
+
+
+def test_an_estimate_for_a_cpu_says_what_it_does_not_move() -> None:
+    question = ask("Llama-3.1-8B", ("memory.device=cpu", "memory.offload=[embeddings]"), card=None, vram=None)
+    assert question.answer().notes == ("memory.offload: on a CPU embeddings lie on the host as it is.",)
 
 
 def test_a_run_on_a_cpu_says_that_it_puts_nothing_on_the_host(tmp_path: Path, tiny_model: TinyModel) -> None:
