@@ -70,11 +70,10 @@ def on_host(offload: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_placeable(model: PreTrainedModel, offload: Sequence[str]) -> None:
-    """Refuses parts that this model cannot have on the host.
+    """Refuses parts that this model cannot have on the host, where a plan without its shape could not see it.
 
     Raises:
-        Unsupported: The table of the embeddings is the head's, too, or of an unknown kind; or layers in 8
-            bits are to be streamed.
+        Unsupported: The table of the embeddings is the head's, too, or of an unknown kind.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if "embeddings" in offload and embedding.weight is head.weight:
@@ -87,11 +86,8 @@ def check_placeable(model: PreTrainedModel, offload: Sequence[str]) -> None:
             f"memory.offload: this model's embeddings are of an unknown kind, {type(embedding).__name__}.",
             cure="Leave embeddings out of memory.offload.",
         )
-    if "layers" in offload and any(isinstance(module, Linear8bitLt) for module in model.modules()):
-        raise Unsupported(
-            "memory.offload: layers in 8 bits cannot be streamed.",
-            cure="Set model.quantization=nf4, or leave layers out of memory.offload.",
-        )
+    are_8_bit = any(isinstance(module, Linear8bitLt) for module in model.modules())
+    assert "layers" not in offload or not are_8_bit, "layers in 8 bits cannot be streamed"
 
 
 def place(model: PreTrainedModel, offload: Sequence[str], *, device: torch.device) -> None:

@@ -34,7 +34,7 @@ from qadapt.plan.activations import (
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes
 from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.categories import STATIC
-from qadapt.plan.host import pinned_parts, table_bytes
+from qadapt.plan.host import pinned_bytes, table_bytes
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
 from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes
@@ -161,7 +161,7 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
     peak = moments[peak_phase]
     context = card.context_bytes if card else CONTEXT_BYTES
     context_range = card.context_range_bytes if card else CONTEXT_RANGE_BYTES
-    pinned = sum(pinned_parts(shape, setting).values())
+    pinned = pinned_bytes(shape, setting)
     host = RUNTIME_BYTES[setting.device] + _loading_bytes(shape) + table_bytes(shape, setting) + pinned
     return Estimate(
         setting=setting,

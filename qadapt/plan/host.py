@@ -1,8 +1,7 @@
 """Bytes of a card's step that lie in the memory of the host beside it, and what crosses the bus for them.
 
-torch gives pinned memory in powers of two
-(`CachingHostAllocator.h`). Knows no speed (`speed.py`) and nothing of what the process takes besides.
-Legend: V vocabulary, D width.
+torch gives pinned memory in powers of two (`CachingHostAllocator.h`). Knows no speed (`speed.py`) and nothing
+of what the process takes besides. Legend: V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ def table_bytes(shape: ModelShape, setting: Setting) -> int:
     return shape.embedding_weights * setting.compute_bytes if "embeddings" in setting.offload else 0
 
 
-def pinned_parts(shape: ModelShape, setting: Setting) -> dict[str, int]:
-    """Pinned memory by what for."""
+def pinned_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Pinned memory, for streamed layers and for boundaries."""
     layers = shape.layers * _power_of_two(layer_bytes(shape, setting)) if "layers" in setting.offload else 0
-    return {"layers": layers, "boundaries": _boundary_parts_bytes(shape, setting)}
+    return layers + _boundary_parts_bytes(shape, setting)
 
 
 def streamed_bytes(shape: ModelShape, setting: Setting) -> int:
