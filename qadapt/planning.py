@@ -21,19 +21,12 @@ from qadapt.hardware.target import Target, find_target
 from qadapt.plan.answer import Answer
 from qadapt.plan.estimate import Estimate, disk_parts, estimate_step
 from qadapt.plan.fit import Plan, fit
-from qadapt.plan.inverse import ModelAnswer, Most, What, fitting_models, most
-from qadapt.plan.knobs import PLANNED
+from qadapt.plan.inverse import Freedom, ModelAnswer, Most, What, fitting_models, most
+from qadapt.plan.knobs import KNOBS, PLANNED
 from qadapt.plan.ladder import ladder
 from qadapt.plan.packing import unseen_rows_notes
 from qadapt.plan.room import Room
-from qadapt.plan.setting import (
-    Setting,
-    auto_dtypes,
-    check_numbers,
-    check_setting,
-    not_offloaded,
-    setting_of,
-)
+from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, check_setting, setting_of
 from qadapt.quiet import quiet_libraries
 from qadapt.shape import ModelConfig, ModelShape, find_config, known_shapes, shape_from_config
 from qadapt.units import parse_bytes
@@ -122,7 +115,8 @@ class Question:
             check_numbers(_Outline.of(self.config), setting)
         rows_per_step = max(self.rows_per_step, setting.rows) if self.rows_per_step else 0
         setting = dataclasses.replace(setting, accumulates=rows_per_step > setting.rows)
-        return dataclasses.replace(self, setting=setting, rows_per_step=rows_per_step)
+        free = self.free - {knob.name for knob in KNOBS if knob.field in step}
+        return dataclasses.replace(self, setting=setting, rows_per_step=rows_per_step, free=free)
 
     @property
     def name(self) -> str:
@@ -201,13 +195,8 @@ class Question:
         answer = dataclasses.replace(answer, notes=(*answer.notes, *self.notes))
         if answer.verdict == "fits" or self.shape is None:
             return answer
-        changes = ladder(
-            self.shape,
-            answer.estimate.setting,
-            room=answer.room,
-            rows_per_step=answer.rows_per_step,
-            card=self.target.card,
-        )
+        setting, rows, card = answer.estimate.setting, answer.rows_per_step, self.target.card
+        changes = ladder(self.shape, setting, room=answer.room, rows_per_step=rows, card=card)
         return dataclasses.replace(answer, changes=changes)
 
     def calibration(self) -> Calibration | None:
@@ -222,24 +211,18 @@ class Question:
         return Room(self.target.free_bytes, known.above if known else 0.0, self.target.host_bytes)
 
     def most(self, what: What) -> Most:
-        """The largest length, number of rows or rank that fits.
+        """The largest length, number of rows or rank that fits, the free knobs turned as a plan may.
 
         Raises:
             NoClosedForm: The model has no closed form.
         """
-        return most(
-            self.closed,
-            self.setting,
-            what=what,
-            room=self.room(),
-            rows_per_step=self.rows_per_step,
-            card=self.target.card,
-        )
+        freedom, card = Freedom(self.free, self.rows_per_step), self.target.card
+        return most(self.closed, self.setting, what=what, room=self.room(), freedom=freedom, card=card)
 
     def models(self) -> tuple[ModelAnswer, ...]:
         """Every known model with a closed form at this setting, the largest first."""
         card = self.target.card
-        return fitting_models(known_shapes(), self.setting, room=self.room(), card=card)
+        return fitting_models(known_shapes(), self.setting, room=self.room(), free=self.free, card=card)
 
     def plan(self) -> Plan:
         """The fastest setting of the free knobs that fits.
@@ -297,13 +280,13 @@ def ask(model: str, overrides: Sequence[str], *, card: str | None, vram: str | N
     if overrides:
         return _ask_overridden(model, overrides, card=card, vram=vram)
     setting, target = _usual(find_target(card, vram), length=min(2048, _Outline.of(config).context))
-    return Question(_shape_of(config), setting, target, 0, frozenset(), config)
+    return Question(_shape_of(config), setting, target, 0, PLANNED, config)
 
 
 def ask_models(*, card: str | None, vram: str | None) -> Question:
     """What `estimate --max model` asks without naming a model: usual settings."""
     setting, target = _usual(find_target(card, vram), length=2048)
-    return Question(None, setting, target, 0, frozenset())
+    return Question(None, setting, target, 0, PLANNED)
 
 
 def _usual(target: Target, *, length: int) -> tuple[Setting, Target]:
@@ -337,7 +320,7 @@ def ask_recipe(recipe: str, overrides: Sequence[str], *, card: str | None, vram:
     read = read_recipe(recipe, overrides)
     question = ask_of(read, card=card, vram=vram)
     notes = unseen_rows_notes(read.data.packing, question.shape, rows_per_step=question.rows_per_step)
-    return dataclasses.replace(question, notes=(*question.notes, *notes))
+    return dataclasses.replace(question, notes=notes)
 
 
 def _ask_overridden(model: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:
@@ -397,9 +380,7 @@ def ask_of(
     free = frozenset(name for name in PLANNED if wanted.get(name, "auto") == "auto")
     if config is not None and chosen is None:
         check_numbers(_Outline.of(config), setting)
-    left = not_offloaded(memory.offload, setting.offload)
-    notes = () if left is None else (left,)
-    return Question(chosen, setting, target, recipe.train.rows_per_step, free, config, notes)
+    return Question(chosen, setting, target, recipe.train.rows_per_step, free, config)
 
 
 def _is_recipe(name: str) -> bool:

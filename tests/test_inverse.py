@@ -7,9 +7,12 @@ import random
 
 import pytest
 
+from qadapt.errors import DoesNotFit
 from qadapt.hardware.cards import find_card
 from qadapt.plan.estimate import estimate_step
-from qadapt.plan.inverse import fitting_models, largest, most
+from qadapt.plan.fit import fit
+from qadapt.plan.inverse import Freedom, fitting_models, largest, most
+from qadapt.plan.knobs import PLANNED
 from qadapt.plan.room import Room
 from qadapt.plan.setting import MOST_ROWS, Setting
 from qadapt.shape import ModelShape, find_shape, known_shapes
@@ -92,7 +95,7 @@ def test_the_rank_ends_at_the_narrowest_adapted_layer() -> None:
 
 def test_rows_end_at_those_of_one_step() -> None:
     setting = Setting(length=64)
-    answer = most(SMALL, setting, what="rows", room=Room(80 * GIB), rows_per_step=12)
+    answer = most(SMALL, setting, what="rows", room=Room(80 * GIB), freedom=Freedom(rows_per_step=12))
     assert (answer.value, answer.estimate.setting.accumulates) == (12, False)
     assert most(SMALL, setting, what="rows", room=Room(10**15)).value == MOST_ROWS
 
@@ -134,3 +137,46 @@ def test_a_model_that_cannot_take_the_length_says_so() -> None:
     answers = fitting_models([find_shape("TinyLlama-1.1B-Chat-v1.0")], Setting(length=5000), room=Room(GIB))
     assert answers[0].estimate is None
     assert "above the context" in str(answers[0].refusal)
+
+
+def test_beyond_a_stop_it_may_fit_again() -> None:
+    assert largest(lambda n: n <= 3 or 8 <= n <= 9, 20, stops=(8, 16)) == 9
+    assert largest(lambda n: n <= 3 or 8 <= n <= 9, 20) == 3, "a control"
+    assert largest(lambda n: n <= 3, 20, stops=(8, 16, 64)) == 3
+
+
+@pytest.mark.parametrize(("name", "gib"), [("Llama-3.1-8B", 7.0), ("Llama-3.1-8B", 3.6), ("Gemma-2-2B", 3.0)])
+def test_the_longest_row_is_the_longest_that_a_plan_takes(name: str, gib: float) -> None:
+    shape, card, room = find_shape(name), find_card("RTX 4060 8GB"), Room(round(gib * GIB))
+    found = most(shape, Setting(), what="length", room=room, freedom=Freedom(PLANNED, 4), card=card)
+    assert found.value is not None and found.next_estimate is not None
+    plain = most(shape, Setting(), what="length", room=room, card=card).value or 0
+    assert found.value > plain, "knobs are turned"
+    planned = dataclasses.replace(Setting(), length=found.value)
+    assert fit(shape, planned, room=room, rows_per_step=4, free=PLANNED, card=card)
+    longer = dataclasses.replace(planned, length=found.value + 64)
+    with pytest.raises(DoesNotFit):
+        fit(shape, longer, room=room, rows_per_step=4, free=PLANNED, card=card)
+
+
+def test_a_host_without_room_shortens_the_row() -> None:
+    card, free = find_card("RTX 4060 8GB"), Freedom(PLANNED)
+    roomy, small = (
+        most(
+            LLAMA, Setting(), what="length", room=Room(6 * GIB, host_bytes=host), freedom=free, card=card
+        ).value
+        for host in (None, 6 * GIB)
+    )
+    assert roomy is not None and small is not None and small < roomy
+
+
+def test_the_largest_model_is_one_that_a_plan_takes() -> None:
+    card, room = find_card("RTX 4060 8GB"), Room(round(5.5 * GIB))
+    answers = {
+        free: fitting_models(known_shapes(), Setting(length=1024), room=room, free=free, card=card)
+        for free in (frozenset[str](), PLANNED)
+    }
+    plain, planned = (next(each for each in found if each.fits) for found in answers.values())
+    assert planned.shape.parameters > plain.shape.parameters
+    setting = Setting(length=1024)
+    assert fit(planned.shape, setting, room=room, rows_per_step=1, free=PLANNED, card=card)

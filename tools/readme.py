@@ -31,7 +31,7 @@ MODELS = (
     "Llama-3.1-8B",
     "Gemma-2-9B",
 )
-LENGTH = 16_384
+LENGTH = 131_072
 SUPERVISED_SHARE = 0.4
 """Answers are about this share of a conversation's tokens; only they reach the head."""
 

@@ -2,25 +2,40 @@
 
 By the closed form alone: whether there is room is asked at values that are halved between one that fits and
 one that does not. That is right because every moment of the estimate takes more bytes for more tokens or a
-higher rank (`tests/test_inverse.py` compares with asking every value). Knows no screen and no recipe file.
+higher rank (`tests/test_inverse.py` compares with asking every value), between the numbers of tokens at which
+a plan may cut feed-forward parts into more pieces. Knobs that are free are turned as a plan turns them, but
+only to the least memory (`least_way`): `fit` would find the fastest way, and take longer. Knows no screen and
+no recipe file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import Card
 from qadapt.plan.estimate import Estimate, estimate_step
+from qadapt.plan.knobs import KNOBS, LEAST_PLANNED_PIECE
 from qadapt.plan.room import Room
 from qadapt.plan.setting import MOST_ROWS, Setting, check_setting
 from qadapt.shape import ModelShape
 
 What = Literal["length", "rows", "rank"]
 """The field of a `Setting` that is asked for."""
+
+
+class Freedom(NamedTuple):
+    """What a plan may turn: knobs by name, and the rows of an optimizer step; 0: a forward pass is one."""
+
+    knobs: frozenset[str] = frozenset()
+    rows_per_step: int = 0
+
+
+HELD = Freedom()
+"""Nothing is turned."""
 
 
 class Ceiling(NamedTuple):
@@ -60,44 +75,101 @@ def most(
     *,
     what: What,
     room: Room,
-    rows_per_step: int = 0,
+    freedom: Freedom = HELD,
     card: Card | None = None,
 ) -> Most:
-    """The largest length, number of rows or rank that fits, all else as the setting has it.
+    """The largest length, number of rows or rank that fits, all else as the setting has it but free knobs.
 
     Args:
         shape: The model.
         setting: The step.
         what: The field to raise.
         room: What there is.
-        rows_per_step: Rows of one optimizer step; 0: one forward pass is a step.
+        freedom: What a plan may turn for it.
         card: Where it runs.
 
     Raises:
         BadRecipe: See `check_setting`.
     """
+    free, rows_per_step = freedom
+    if what == "rows":
+        free -= {"micro_batch"}
     check_setting(shape, _at(setting, what, 1, rows_per_step=rows_per_step))
     ceiling = _ceiling(shape, setting, what, rows_per_step)
 
     def estimate(value: int) -> Estimate:
-        return estimate_step(shape, _at(setting, what, value, rows_per_step=rows_per_step), card=card)
+        asked = _at(setting, what, value, rows_per_step=rows_per_step)
+        return least_way(shape, asked, room=room, freedom=Freedom(free, rows_per_step), card=card)
 
-    value = largest(lambda tried: room.holds(estimate(tried)), ceiling.value)
+    stops = _stops(setting, what) if "mlp_tiles" in free else ()
+    value = largest(lambda tried: room.holds(estimate(tried)), ceiling.value, stops=stops)
     has_next = value is not None and value < ceiling.value
     return Most(what, value, ceiling, estimate(value or 1), estimate((value or 1) + 1) if has_next else None)
 
 
-def largest(fits: Callable[[int], bool], ceiling: int) -> int | None:
+def least_way(
+    shape: ModelShape,
+    setting: Setting,
+    *,
+    room: Room,
+    freedom: Freedom,
+    card: Card | None = None,
+) -> Estimate:
+    """The step that fits with the fewest last resorts of a plan; if none does, the smallest the host holds.
+
+    Args:
+        shape: The model.
+        setting: Where the knobs that are not free stand.
+        room: What there is.
+        freedom: What may be turned.
+        card: Where it runs.
+    """
+    tried = []
+    for way in _ways(shape, setting, freedom):
+        estimate = estimate_step(shape, way, card=card)
+        if room.holds(estimate):
+            return estimate
+        tried.append(estimate)
+    return min(tried, key=lambda each: (not room.host_holds(each), each.needed_bytes))
+
+
+def _ways(shape: ModelShape, setting: Setting, freedom: Freedom) -> Iterator[Setting]:
+    """Every free knob at its least memory; of the last resorts each only after the ones before it."""
+    knobs = [knob for knob in KNOBS if knob.name in freedom.knobs]
+    rows_per_step = max(freedom.rows_per_step, setting.rows)
+    for knob in (knob for knob in knobs if not knob.last_resort):
+        least = knob.values(shape, setting, rows_per_step)[-1]
+        setting = knob.change(setting, least, rows_per_step=rows_per_step)
+    yield setting
+    for knob in (knob for knob in knobs if knob.last_resort):
+        values = [
+            each for each in knob.values(shape, setting, rows_per_step) if each != knob.value_of(setting)
+        ]
+        for value in values if knob.name == "offload" else values[-1:]:
+            changed = knob.change(setting, value, rows_per_step=rows_per_step)
+            yield changed
+        setting = changed if values else setting
+
+
+def _stops(setting: Setting, what: What) -> tuple[int, ...]:
+    """The values from which on feed-forward parts may be in more pieces, which take less memory."""
+    each = {"length": setting.rows, "rows": setting.length, "rank": 0}[what]
+    return tuple(-(-LEAST_PLANNED_PIECE * 4**power // each) for power in (1, 2, 3)) if each else ()
+
+
+def largest(fits: Callable[[int], bool], ceiling: int, *, stops: tuple[int, ...] = ()) -> int | None:
     """The largest of 1 to `ceiling` for which `fits` is true, if it is true up to there and false above.
 
     The ceiling is asked first: at the last number of rows the gradients need not wait, so that it may fit
-    where the one before does not.
+    where the one before does not. At a stop it may be true again, and so up to somewhere.
     """
     if fits(ceiling):
         return ceiling
-    if not fits(1):
+    starts = sorted({1, *(stop for stop in stops if 1 < stop < ceiling)}, reverse=True)
+    ends = [ceiling, *starts]
+    low, high = next(((start, end) for start, end in zip(starts, ends, strict=False) if fits(start)), (0, 0))
+    if not low:
         return None
-    low, high = 1, ceiling
     while high - low > 1:
         middle = (low + high) // 2
         if fits(middle):
@@ -127,24 +199,37 @@ class ModelAnswer:
 
 
 def fitting_models(
-    shapes: Iterable[ModelShape], setting: Setting, *, room: Room, card: Card | None = None
+    shapes: Iterable[ModelShape],
+    setting: Setting,
+    *,
+    room: Room,
+    free: frozenset[str] = frozenset(),
+    card: Card | None = None,
 ) -> tuple[ModelAnswer, ...]:
     """Every shape against a budget, the largest model first; models of one shape are one answer."""
     names: dict[ModelShape, list[str]] = {}
     for shape in shapes:
         names.setdefault(dataclasses.replace(shape, name=""), []).append(shape.name)
     answers = [
-        _model_answer(dataclasses.replace(key, name=first), tuple(others), setting, room=room, card=card)
+        _model_answer(
+            dataclasses.replace(key, name=first), tuple(others), setting, room=room, free=free, card=card
+        )
         for key, (first, *others) in names.items()
     ]
     return tuple(sorted(answers, key=lambda answer: -answer.shape.parameters))
 
 
 def _model_answer(
-    shape: ModelShape, same: tuple[str, ...], setting: Setting, *, room: Room, card: Card | None
+    shape: ModelShape,
+    same: tuple[str, ...],
+    setting: Setting,
+    *,
+    room: Room,
+    free: frozenset[str],
+    card: Card | None,
 ) -> ModelAnswer:
     try:
-        estimate = estimate_step(shape, setting, card=card)
+        estimate = least_way(shape, setting, room=room, freedom=Freedom(free, setting.rows), card=card)
     except BadRecipe as error:
         return ModelAnswer(shape, same, None, error.problem, fits=False)
     return ModelAnswer(shape, same, estimate, None, fits=room.holds(estimate))

@@ -91,6 +91,7 @@ class ModelsTable:
         table.add_column("model", overflow="fold")
         table.add_column("parameters", justify="right", no_wrap=True)
         table.add_column("needed, GiB", justify="right", no_wrap=True)
+        table.add_column("host, GiB", justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for answer in (*larger, *fitting[: 1 + _RUNNERS_UP]):
             estimate = answer.estimate
@@ -103,12 +104,15 @@ class ModelsTable:
                 answer.shape.name,
                 format_count(answer.shape.parameters),
                 needed,
+                f"{estimate.host_bytes / GIB:.1f}",
                 Text(*mark),
                 style="bold" if fitting and answer is fitting[0] else "",
             )
         return table
 
     def _notes(self, fitting: Sequence[ModelAnswer]) -> RenderResult:
+        if any(answer.estimate and answer.estimate.setting.offload for answer in fitting[: 1 + _RUNNERS_UP]):
+            yield Text("host: with what a plan puts there, as little as fits; slow over the bus", style="dim")
         more = len(fitting) - 1 - _RUNNERS_UP
         if more > 0:
             yield Text(f"and {more} smaller one{'s' if more > 1 else ''}", style="dim")

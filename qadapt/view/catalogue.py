@@ -13,7 +13,9 @@ from rich.table import Table
 
 from qadapt.architecture import size
 from qadapt.hardware.cards import Card
-from qadapt.plan.estimate import estimate_step
+from qadapt.plan.inverse import Freedom, least_way
+from qadapt.plan.knobs import PLANNED
+from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting, auto_dtypes
 from qadapt.shape import ModelConfig, ModelShape
 from qadapt.units import format_bytes, format_count
@@ -56,7 +58,7 @@ def catalogue_table(cards: Sequence[Card]) -> Table:
 
 @dataclass(frozen=True)
 class CardsTable:
-    """Cards against models: the longest row that fits, one row at a time, every layer recomputed."""
+    """Cards against models: the longest row that fits, one row at a time, by what a plan may turn."""
 
     models: tuple[str, ...]
     cards: tuple[str, ...]
@@ -85,7 +87,8 @@ def cards_table(
 ) -> CardsTable:
     """The longest row each card can train of each model, by halves from `length` down to 256 tokens.
 
-    NF4 with double quantization, rank 16 on all linear layers, one row at a time, nothing else on the card.
+    NF4 with double quantization, rank 16 on all linear layers, one row at a time, nothing else on the card,
+    and a host with room for what a plan puts there.
     """
     rows = tuple(tuple(_longest(model, card, length, supervised_share) for model in models) for card in cards)
     names = tuple(model.name.rpartition("/")[2] for model in models)
@@ -94,7 +97,7 @@ def cards_table(
 
 def _longest(shape: ModelShape, card: Card, length: int, supervised_share: float) -> int | None:
     compute_dtype, adapter_dtype = auto_dtypes("cuda", has_bf16=card.has_bf16)
-    tried = min(length, shape.context)
+    room, tried = Room(card.free_bytes("headless")), min(length, shape.context)
     while tried >= 256:
         setting = Setting(
             length=tried,
@@ -102,7 +105,7 @@ def _longest(shape: ModelShape, card: Card, length: int, supervised_share: float
             adapter_dtype=adapter_dtype,
             supervised_share=supervised_share,
         )
-        if estimate_step(shape, setting, card=card).fits(card.free_bytes("headless")):
+        if room.holds(least_way(shape, setting, room=room, freedom=Freedom(PLANNED, 1), card=card)):
             return tried
         tried //= 2
     return None

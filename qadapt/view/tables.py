@@ -163,7 +163,9 @@ def facts(answer: Answer, width: int, *, is_short: bool = False) -> Table:
         width: Columns there are.
         is_short: Leave out what the step takes besides the memory that the verdict is about.
     """
-    besides = () if is_short else (*_memory(answer), _disk(answer))
+    besides = () if is_short else _memory(answer)
+    if not is_short or answer.estimate.setting.offload:
+        besides = (*besides, _disk(answer))
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(width=9, no_wrap=True, style="dim")
     table.add_column(max_width=max(20, width - 11))
