@@ -26,7 +26,14 @@ from qadapt.plan.knobs import KNOBS, PLANNED
 from qadapt.plan.ladder import ladder
 from qadapt.plan.packing import unseen_rows_notes
 from qadapt.plan.room import Room
-from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, check_setting, setting_of
+from qadapt.plan.setting import (
+    Setting,
+    auto_dtypes,
+    check_numbers,
+    check_setting,
+    not_offloaded,
+    setting_of,
+)
 from qadapt.quiet import quiet_libraries
 from qadapt.shape import ModelConfig, ModelShape, find_config, known_shapes, shape_from_config
 from qadapt.units import parse_bytes
@@ -320,7 +327,7 @@ def ask_recipe(recipe: str, overrides: Sequence[str], *, card: str | None, vram:
     read = read_recipe(recipe, overrides)
     question = ask_of(read, card=card, vram=vram)
     notes = unseen_rows_notes(read.data.packing, question.shape, rows_per_step=question.rows_per_step)
-    return dataclasses.replace(question, notes=notes)
+    return dataclasses.replace(question, notes=(*question.notes, *notes))
 
 
 def _ask_overridden(model: str, overrides: Sequence[str], *, card: str | None, vram: str | None) -> Question:
@@ -380,7 +387,9 @@ def ask_of(
     free = frozenset(name for name in PLANNED if wanted.get(name, "auto") == "auto")
     if config is not None and chosen is None:
         check_numbers(_Outline.of(config), setting)
-    return Question(chosen, setting, target, recipe.train.rows_per_step, free, config)
+    left = not_offloaded(memory.offload, setting.offload)
+    notes = () if left is None else (left,)
+    return Question(chosen, setting, target, recipe.train.rows_per_step, free, config, notes)
 
 
 def _is_recipe(name: str) -> bool:
