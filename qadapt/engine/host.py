@@ -26,18 +26,12 @@ _ON_HOST: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 _IS_MAKING: ContextVar[bool] = ContextVar("is making host memory", default=False)
 
 
-def to_host(tensor: Tensor, *, pinned: bool = True) -> Tensor:
-    """A copy in host memory, complete when this returns; a CPU's tensor comes back itself.
-
-    Args:
-        tensor: On any device.
-        pinned: On CUDA: in memory that the card reaches by itself, as copies beside computing need.
-    """
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in ordinary host memory, complete when this returns; a CPU's tensor comes back itself."""
     if tensor.device.type == "cpu":
         return tensor
     if not tensor.is_meta:
-        host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=pinned)
-        return host.copy_(tensor)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
     return _made_on_host(
         lambda: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     )

@@ -18,10 +18,10 @@ from qadapt.engine.host import to_device, to_host
 
 def keep_on_host(embedding: nn.Embedding) -> None:
     """Moves a frozen table to the host, and looks up there from now on."""
-    embedding.weight.data = to_host(embedding.weight.data, pinned=False)
+    embedding.weight.data = to_host(embedding.weight.data)
     embedding.forward = partial(_look_up, embedding)  # type: ignore[method-assign]
 
 
 def _look_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    rows = functional.embedding(to_host(ids, pinned=False), embedding.weight)  # ids (B, T)
+    rows = functional.embedding(to_host(ids), embedding.weight)  # ids (B, T)
     return to_device(rows, ids.device)  # (B, T, D)
