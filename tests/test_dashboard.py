@@ -454,7 +454,7 @@ def test_plain_lines_say_what_care_was_taken():
         "step 42: update left out, nothing changed: row 17",
         "step 40: asked    Order 1: two loaves",
         '         now      {"items": 2}',
-        f"paused after step 42: {HEAT}",
+        f"paused after step 42, its memory kept: {HEAT}",
         "goes on after a pause of 5 min 00 s",
     ):
         assert line in lines, line
@@ -465,7 +465,7 @@ def test_plain_lines_say_what_care_was_taken():
 
 def test_quiet_still_says_why_nothing_moves():
     lines = printed([*run(done=42), *CARED, PAUSED], is_quiet=True)
-    assert f"paused after step 42: {HEAT}" in lines
+    assert f"paused after step 42, its memory kept: {HEAT}" in lines
     assert any("memory ran out" in line for line in lines)
     assert any("update left out" in line for line in lines)
     assert not any("asked" in line for line in lines)

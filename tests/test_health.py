@@ -24,7 +24,7 @@ from qadapt.events import CheckpointSaved, Event, RunFinished, StepDone, UpdateS
 from qadapt.model.load import load_base
 from qadapt.run import resume, train
 from qadapt.train.checkpoint import load_checkpoint, random_state
-from qadapt.train.gauges import History, clipped, dead, diverging, find_ill, learned, spike
+from qadapt.train.gauges import History, clipped, dead, diverging, find_ill, learned, spike, stuck
 from qadapt.train.health import Health
 from qadapt.train.movement import find_unmoved, fingerprints
 from qadapt.train.optimizer import make_optimizer
@@ -442,13 +442,14 @@ def test_a_loss_far_above_those_before_it_is_a_spike_and_noise_is_none() -> None
     assert false_alarms <= 8, "of 20,000 steps"
 
 
-def test_a_run_that_climbs_is_diverging_and_harder_rows_alone_are_not() -> None:
-    def after(pairs: list[tuple[float, float]]) -> History:
-        history = History()
-        for loss, norm in pairs:
-            history = history.after(loss, norm)
-        return history
+def after(pairs: list[tuple[float, float]]) -> History:
+    history = History()
+    for loss, norm in pairs:
+        history = history.after(loss, norm)
+    return history
 
+
+def test_a_run_that_climbs_is_diverging_and_harder_rows_alone_are_not() -> None:
     learning = [(2.0 - step / 100, 0.5) for step in range(100)]
     assert diverging(after(learning)) is None
     assert diverging(after(learning + [(1.6, 0.6)] * 40)) is None
@@ -457,6 +458,20 @@ def test_a_run_that_climbs_is_diverging_and_harder_rows_alone_are_not() -> None:
     assert note is not None
     assert "is 2.5 (its lowest was 1.17)" in note.message
     assert "learning_rate" in note.cure
+
+
+def test_a_run_that_left_its_low_without_a_gradient_to_lead_back_is_stuck() -> None:
+    learning = [(2.0 - step / 100, 0.5 + step % 5 / 10) for step in range(100)]
+    assert stuck(after(learning)) is None
+    assert stuck(after(learning + [(1.6, 0.8)] * 40)) is None, "harder rows"
+    note = stuck(after(learning + [(7.5, 0.1)] * 40))
+    assert note is not None
+    assert "is 7.5 (its lowest was 1.17), and the median gradient norm, 0.1, is the lowest" in note.message
+    assert "a tenth of train.learning_rate" in note.cure
+    at_once = [(2.0, 1.0)] * 8 + [(9.0, 0.3)] * 32
+    assert stuck(after(at_once)) is not None, "a rate far too high shows in the first window"
+    ill = dict(find_ill(after(at_once), clip_norm=1.0, trained_values=10))
+    assert [name for name, note in ill.items() if note] == ["stuck"], "one cause, one warning"
 
 
 def test_a_dead_gradient_a_learned_row_and_constant_clipping_are_told() -> None:

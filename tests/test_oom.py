@@ -175,6 +175,17 @@ def test_a_step_that_fits_on_no_rung_names_its_longest_row(stage: Callable[[Case
     assert all(parameter.grad is None for parameter in made.optimizer.parameters.values())
 
 
+def test_nothing_is_put_away_where_there_is_no_room_for_it(
+    stage: Callable[[Case], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage(Case("bf16", dtype=torch.bfloat16))
+    monkeypatch.setattr(turns, "free_bytes", lambda _: turns.SPARE_BYTES)
+    with pytest.raises(DoesNotFit):
+        made.once(RunsOut(5, again=True))
+    taken = [(rung.knob, rung.value) for rung in read_rungs(made.folder / FILE_NAME)]
+    assert taken == [("micro_batch", 2), ("micro_batch", 1), ("recompute", "all")]
+
+
 def test_rows_with_dropout_are_not_split_and_the_price_says_so(stage: Callable[[Case], Stage]) -> None:
     made = stage(Case("dropout", dropout=0.2))
     with pytest.raises(DoesNotFit) as error:
@@ -627,7 +638,7 @@ def test_an_adapter_is_loaded_as_its_run_was_in_the_end(
         seen.append(how)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(run_module, "load_base", too_large)
+    monkeypatch.setattr("qadapt.run.load_base", too_large)
     monkeypatch.setattr(run_module, "choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(DoesNotFit, match="does not fit the memory of cuda"):
         load("first", folder=str(run.parent))

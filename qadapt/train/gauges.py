@@ -7,6 +7,7 @@ move. Knows no tensors, no events.
 |---|---|---|
 | spike | loss > median + 8 robust sigmas, + half the median, + 0.1 | see `SPIKE_SIGMAS` |
 | diverging | median loss 1.25 times and median norm 3 times their lowest ones | the loss alone rises with harder rows, the norm alone with learning |
+| stuck | median loss 1.25 times its lowest one, median norm at its lowest | harder rows raise both; past what it can learn from, no gradient pulls back |
 | dead | 10 gradients in a row whose mean square is below Adam's epsilon | there it, not the gradient, sets the update |
 | learned | 16 losses in a row below 0.001 | one token in 1,000 is still unsure; nothing is left to learn |
 | clipped | 95 % of 50 norms above the clip, their median twice it | clipping is meant for the odd step |
@@ -27,6 +28,8 @@ SPIKE_SIGMAS = 8
 """Losses of steps are skewed. Of 50,000 log-normal ones 1 was a spike at sigma 0.1, 5 at 0.2, 17 at 0.3."""
 SPIKE_SHARE, SPIKE_NATS = 0.5, 0.1
 """Where the losses hardly differ, a spike is still at least this much above their median."""
+FIRST_STEPS = 8
+"""The lowest medians begin with that of so many steps: a learning rate far too high shows before `WINDOW`."""
 DIVERGING_LOSS, DIVERGING_NORM = 1.25, 3.0
 ADAM_EPSILON = 1e-8
 DEAD_STEPS, LEARNED_STEPS, LEARNED_NATS = 10, 16, 1e-3
@@ -56,7 +59,7 @@ class History:
     def after(self, loss: float, norm: float) -> History:
         """With one more step."""
         losses, norms = (*self.losses, loss)[-HISTORY:], (*self.norms, norm)[-HISTORY:]
-        if len(losses) < WINDOW:
+        if len(losses) < WINDOW and len(losses) != FIRST_STEPS:
             return History(losses, norms, self.lowest_loss, self.lowest_norm)
         return History(
             losses,
@@ -72,6 +75,7 @@ def find_ill(
     """Every gauge by name, with what is wrong or None."""
     yield "spike", spike(history.losses)
     yield "diverging", diverging(history)
+    yield "stuck", stuck(history)
     is_learned = learned(history.losses)
     yield "learned", is_learned
     yield "dead", None if is_learned else dead(history.norms, trained_values=trained_values)
@@ -96,17 +100,38 @@ def spike(losses: Sequence[float]) -> Note | None:
 
 def diverging(history: History) -> Note | None:
     """Whether loss and gradient norm both climb away from their lowest medians."""
-    if len(history.losses) < WINDOW:
-        return None
-    loss, norm = median(history.losses[-WINDOW:]), median(history.norms[-WINDOW:])
-    has_left = loss > DIVERGING_LOSS * history.lowest_loss + SPIKE_NATS
-    if not (has_left and norm > DIVERGING_NORM * history.lowest_norm):
+    loss, norm = _medians(history)
+    if not (_has_left(loss, history) and norm > DIVERGING_NORM * history.lowest_norm):
         return None
     return Note(
         f"The run climbs: over the last {WINDOW} steps the median loss is {loss:.3g} (its lowest was "
         f"{history.lowest_loss:.3g}), the median gradient norm {norm:.3g} ({history.lowest_norm:.3g}).",
         "Lower train.learning_rate, or lengthen train.warmup_steps; the best evaluation so far is kept.",
     )
+
+
+def stuck(history: History) -> Note | None:
+    """Whether the loss has left its lowest median and no gradient leads back: the rate is far too high."""
+    loss, norm = _medians(history)
+    if not (_has_left(loss, history) and norm <= history.lowest_norm):
+        return None
+    return Note(
+        f"The run is stuck: over the last {WINDOW} steps the median loss is {loss:.3g} (its lowest was "
+        f"{history.lowest_loss:.3g}), and the median gradient norm, {norm:.3g}, is the lowest of the run.",
+        "It will not come back by itself: start again with a tenth of train.learning_rate, or from a "
+        "checkpoint before the loss rose.",
+    )
+
+
+def _medians(history: History) -> tuple[float, float]:
+    """The running medians of loss and norm; zero before there is a window of them."""
+    if len(history.losses) < WINDOW:
+        return 0.0, 0.0
+    return median(history.losses[-WINDOW:]), median(history.norms[-WINDOW:])
+
+
+def _has_left(loss: float, history: History) -> bool:
+    return loss > DIVERGING_LOSS * history.lowest_loss + SPIKE_NATS
 
 
 def learned(losses: Sequence[float]) -> Note | None:

@@ -39,7 +39,7 @@ from qadapt.train.spill import Pace, renewing_cap, within_free_memory
 from qadapt.train.step import StepResult, apply_gradient, evaluate_loss, find_gradient
 
 MEMORY_EVERY = 50
-"""Steps from one whose memory is counted to the next: such a step takes about a sixth more time."""
+"""Steps from one whose memory is counted to the next: such a step takes about a quarter more time."""
 FIRST_SCALE = 2.0**16
 """Of an fp16 run's loss, as torch begins."""
 SAVE_SECONDS = 300

@@ -1,7 +1,7 @@
 """What a run takes, by category: some of its steps under the ledger, the peak of all of them by the device.
 
 On CUDA the peak is the allocator's own; on a CPU, whose allocator keeps no count, it is the ledger's, of the
-steps that were watched. A watched step takes about a sixth more time (135M, CPU; `tools/bench/overhead.py`)
+steps that were watched. A watched step takes about a quarter more time (135M, CPU; `tools/bench/overhead.py`)
 and no other number.
 """
 

@@ -122,7 +122,7 @@ class Ladder:
             "loss_chunk": Chunking(model, self._splitting, self._evaluating.splitting),
             "mlp_tiles": Tiling(model, self._splitting),
             "recompute": Recomputing(model, draws=draws),
-            "offload": PuttingAway(model),
+            "offload": PuttingAway(model, self._splitting),
         }
         self._optimizer = optimizer
         self._device = device_of(model)

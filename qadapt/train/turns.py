@@ -5,12 +5,16 @@ A turn changes how a step is computed and never what. It knows no other knob, no
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
+import psutil
 from peft import PeftModel
 
+from qadapt.cache import free_bytes
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.engine.boundaries import offload_boundaries, offloads_boundaries
@@ -18,6 +22,7 @@ from qadapt.engine.host import device_of
 from qadapt.engine.loss import head_of
 from qadapt.engine.recompute import recomputed_layers, set_recompute
 from qadapt.engine.tiles import can_tile, set_tiles, tiles_of
+from qadapt.units import GIB
 
 Value = int | str
 
@@ -25,6 +30,9 @@ LEAST_CHUNK = 32
 """Tokens at the head below which halving wins nothing worth a rung."""
 LEAST_PIECE = 256
 """Tokens of a feed-forward part at once where memory has run out; a plan stops earlier."""
+
+SPARE_BYTES = GIB
+"""Of the host's memory, or of a disk, that putting away leaves to others: a system without any stops all."""
 
 
 class Turn(Protocol):
@@ -122,13 +130,24 @@ class Tiling:
 class PuttingAway:
     """Inputs of recomputed layers in host memory, or, on a CPU, in a file."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, splitting: Splitting) -> None:
         self._base = model.get_base_model()
+        self._splitting = splitting
 
-    def next(self, _: Sequence[Tokens]) -> Value | None:
-        """`boundaries`, unless that is so, or no layer recomputes."""
+    def next(self, rows: Sequence[Tokens]) -> Value | None:
+        """`boundaries`, unless that is so, no layer recomputes, or there is no room for them."""
         recomputed, _layers = recomputed_layers(self._base)
-        return "boundaries" if recomputed and not offloads_boundaries(self._base) else None
+        if not recomputed or offloads_boundaries(self._base):
+            return None
+        most = max((batch.input_ids.numel() for batch in self._splitting.division(rows)), default=0)
+        width = self._base.config.get_text_config().hidden_size
+        needed = recomputed * most * width * self._base.dtype.itemsize
+        return "boundaries" if needed + SPARE_BYTES <= self._free_bytes() else None
+
+    def _free_bytes(self) -> int:
+        if device_of(self._base).type == "cpu":
+            return free_bytes(Path(tempfile.gettempdir()))
+        return psutil.virtual_memory().available
 
     def take(self, value: Value) -> None:
         """Has them put away from now on."""

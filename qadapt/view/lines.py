@@ -107,7 +107,7 @@ def _care(event: Event) -> str | None:
         case UpdateSkipped():
             return f"step {event.step:,}: update left out, nothing changed: {event.cause}"
         case Paused():
-            return f"paused after step {event.step:,}: {event.reason}"
+            return f"paused after step {event.step:,}, its memory kept: {event.reason}"
         case Continued():
             return f"goes on after a pause of {format_seconds(event.seconds)}"
         case Sampled():

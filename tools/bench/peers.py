@@ -1,6 +1,6 @@
 """qadapt beside TRL 1.16, LLaMA-Factory 0.9.5 and the plain PEFT loop: speed and memory, in one run.
 
-    python tools/bench/peers.py             about two hours on two quiet cores; goes on where it was cut off
+    python tools/bench/peers.py             about an hour on two quiet cores; goes on where it was cut off
     python tools/bench/peers.py --losses    our losses against the plain loop's, about half an hour
     python tools/bench/peers.py --conversations 8 --tune-steps 2 --repeats 1 --length 128     a trial
 
@@ -9,7 +9,7 @@ conversations cut to 512 tokens, answers learned, AdamW, the same rows in the sa
 tokens. Each side runs in a process of its own, the peers in environments of their own that the tool makes.
 Speed: real tokens per second, without a side's first step. Memory: the highest RssAnon of all its processes
 above the level after its imports, sampled 20 times a second, loading included. A peer runs at its defaults
-and at its best setting, which is looked for first: type, recompute, and how rows are laid, with few steps.
+and at its best setting, which is looked for first, with few steps: how rows are laid, type, recompute.
 All that is said is also kept: `outcomes.jsonl` in the folder of the task; `--fresh` forgets it. Exits with 1
 where a bar is missed. The machine must be left alone meanwhile. Linux only.
 """
@@ -24,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Generator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +113,19 @@ def make_task(arguments: argparse.Namespace, cache: Path) -> tuple[Task, Path]:
 
 
 def best_side(bench: Bench, name: str, *, steps: int) -> Side:
-    """The fastest setting of a peer."""
+    """The fastest setting of a peer: of ways to lay rows first, then with another type, then recomputing."""
     tried: dict[Side, Outcome] = {}
-    for dtype, is_recomputing, padding in product(("fp32", "bf16"), (False, True), PADDINGS[name]):
-        side = Side(name, "tried", dtype, is_recomputing, padding)
-        outcome = bench.outcome(side, repeat=0, steps=steps)
-        if outcome is not None:
-            tried[side] = outcome
-    return replace(max(tried, key=lambda side: tried[side].tokens_per_second), kind="best")
+
+    def try_out(*sides: Side) -> Side:
+        for side in sides:
+            outcome = bench.outcome(side, repeat=0, steps=steps)
+            if outcome is not None:
+                tried[side] = outcome
+        return max(tried, key=lambda side: tried[side].tokens_per_second)
+
+    best = try_out(*(Side(name, "tried", "fp32", False, padding) for padding in PADDINGS[name]))
+    best = try_out(replace(best, dtype="bf16"))
+    return replace(try_out(replace(best, is_recomputing=True)), kind="best")
 
 
 def compare(bench: Bench, *, tune_steps: int, repeats: int) -> bool:
@@ -181,8 +185,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_task_options(parser)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tune-steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tune-steps", type=int, default=2)
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--loss-steps", type=int, default=50)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of --losses")
