@@ -261,7 +261,7 @@ REFUSED_TENSORS = {
     "another rank": (lambda t: t.update({Q + "A.weight": torch.zeros(5, 64)}), BadExport, "says rank 4"),
     "more than pairs": (
         lambda t: t.update({Q + "magnitude_vector": torch.zeros(64)}),
-        Unsupported, f"holds {Q}magnitude_vector",
+        BadExport, r"has a magnitude of .*q_proj; .* use_dora = False",
     ),
     "nothing": (lambda t: t.clear(), BadExport, "is empty"),
     "overflow": (lambda t: t[Q + "A.weight"].fill_(1e7), BadExport, r"q_proj.weight reaches .*F16 ends"),
@@ -280,10 +280,10 @@ def test_adapter_that_would_merge_wrong_is_refused_by_name(tiny, tmp_path, llama
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_dora": True}, "use_dora = True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save = "),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication = "),
+        ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
     ],
 )

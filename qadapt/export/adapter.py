@@ -1,9 +1,10 @@
-"""A LoRA adapter on disk (a plain PEFT folder), read pair by pair for merging.
+"""An adapter on disk (a plain PEFT folder), read part by part for merging.
 
-The update of a weight is scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
-arXiv:2312.03732). Rows of new tokens (PEFT's `trainable_token_indices`) replace a table's own. What is in an
-adapter and cannot be merged here is refused by name: nothing is left out silently. Imports no PEFT: the
-folder is two files of published form.
+LoRA updates a weight by scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
+arXiv:2312.03732); DoRA then sets the lengths of its rows (arXiv:2402.09353); IA3 scales rows or columns
+(arXiv:2205.05638). Whole tensors (`modules_to_save`, trained biases) and rows of new tokens
+(`trainable_token_indices`) stand in place of the base's. `adapter_names.py` says what is what, `changes.py`
+computes. Imports no PEFT: the folder is two files of published form.
 
 Legend: O output rows, I input columns of the adapted weight, R rank, N new tokens, D width of a table.
 """
@@ -12,68 +13,53 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from qadapt.errors import BadExport, BadRun, Unsupported
-from qadapt.model.tensor_files import TensorReader
+from qadapt.export.adapter_names import AS_IT_IS, beyond_pairs, by_pattern, named_parts, refuse_unmerged
+from qadapt.export.changes import TokenRows, Update, stored_rows
+from qadapt.export.nf4 import Rows
+from qadapt.model.tensor_files import TensorReader, row_elements, rows_of
 from qadapt.model.tensor_values import tensor_of
 
-_PREFIX = "base_model.model."
-_PAIR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_ROWS = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-_MUST_BE_EMPTY = (
-    "use_dora", "modules_to_save", "lora_bias", "target_parameters", "layer_replication", "fan_in_fan_out",
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "monteclora_config", "velora_config",
-)  # fmt: skip
-_BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "true")
-"""Initializations that leave the base as it was; the others (PiSSA, OLoRA, LoftQ, ...) rewrite it."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of one weight: `scale` · B · A, in fp32."""
-
-    a: torch.Tensor  # (R, I)
-    b: torch.Tensor  # (O, R)
-    scale: float
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Rows that stand in place of a table's own: those of new tokens."""
-
-    ids: tuple[int, ...]
-    values: torch.Tensor  # (N, D), fp32
+_LOOK_ELEMENTS = 1 << 20
+"""Numbers that are looked at together."""
+_OF_TWO_RUNS = "Adapter file and configuration are of different runs; take both from one."
 
 
 class Adapter:
     """An open adapter folder. A context manager.
 
     Attributes:
-        weights: Names of the weights it updates, as they are named in the base.
-        rows: Names of the tables of which it has rows, as they are named in the base, and these rows.
+        weight: How much of it is merged; 1: as it was trained.
+        weights: Names of the weights it has a low-rank pair for, as they are named in the base.
+        rows: Names of the tables of which it has rows, and these rows.
+        whole: Names of the base's tensors that it has trained others for.
+        starts: Names of the base's tables in place of which it was trained on its own, such as resized ones.
+        given: Names of both, and their type and shape in the adapter.
+        scaled: Names of the weights whose rows or columns it scales (IA3).
+        directed: Names of those of `weights` whose rows or columns it gives a length (DoRA).
+        shifts: Names of the biases it adds to (`lora_bias`).
+        beyond_pairs: What it has besides low-rank pairs, in words; empty for LoRA and rsLoRA.
 
     Args:
         folder: A PEFT folder.
+        weight: How much of it is to be merged.
 
     Raises:
         BadRun: The folder holds no adapter, or a damaged one.
         BadExport: A number of the adapter is NaN or infinite, or the tensors contradict the configuration.
-        Unsupported: It holds something that is not merged here.
+        Unsupported: It holds something that is not merged here, or not with a weight.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, weight: float = 1.0) -> None:
+        self.folder, self.weight = folder, weight
         self._config = _read_config(folder)
-        _refuse_unsupported(self._config, folder)
+        refuse_unmerged(self._config, folder=folder)
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
             raise BadRun(
@@ -81,25 +67,60 @@ class Adapter:
             )
         self._reader = TensorReader([path])
         try:
-            self._modules = self._paired_modules()
+            self._named = named_parts(self._reader.entries, self._config, folder=folder)
+            self._check_ranks()
             self._check_numbers()
             self.rows = dict(self._token_rows())
-            self._check_rows()
         except BaseException:
             self._reader.close()
             raise
-        self.weights = tuple(f"{module}.weight" for module in self._modules)
+        pairs = {**self._named.having("A"), **self._named.having("table A")}
+        self.weights = tuple(f"{module}.weight" for module in pairs)
+        self._given = {**self._named.whole, **self._named.starts}
+        self.whole, self.starts = tuple(self._named.whole), tuple(self._named.starts)
+        self.given = {name: self._reader.entries[stored] for name, stored in self._given.items()}
+        self.scaled = tuple(f"{module}.weight" for module in self._named.having("scaling"))
+        self.directed = tuple(f"{module}.weight" for module in self._named.having("magnitude"))
+        self.shifts = tuple(f"{module}.bias" for module in self._named.having("shift"))
+        self.beyond_pairs = beyond_pairs(self._named, self._config)
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Names of all tensors that are not the base's afterwards, biases of IA3 left out."""
+        return frozenset((*self.weights, *self.rows, *self.given, *self.scaled, *self.shifts))
 
     def shape_of(self, weight: str) -> tuple[int, int]:
         """(O, I) that the update of a weight has."""
-        a, b = (self._reader.entries[name] for name in _names(weight.removesuffix(".weight")))
-        return b.shape[0], a.shape[1]
+        b, a = (self._reader.entries[name].shape for name in self._pair(weight))
+        return (a[1], b[0]) if self._is_table(weight) else (b[0], a[1])
 
     def update(self, weight: str) -> Update:
         """The update of a weight named in `weights`, read now."""
-        module = weight.removesuffix(".weight")
-        a, b = (self._tensor(name).float() for name in _names(module))
-        return Update(a, b, _scale(self._config, module, rank=a.shape[0]))
+        b, a = (self._tensor(name).float() for name in self._pair(weight))
+        module, is_table = weight.removesuffix(".weight"), self._is_table(weight)
+        magnitude = self._named.modules[module].get("magnitude")
+        scale = self._scale(module, rank=a.shape[0])
+        if is_table:
+            a, b = b.T.contiguous(), a.T.contiguous()
+        if magnitude is None:
+            return Update(a, b, scale)
+        lengths = self._tensor(magnitude).float().view((1, -1) if is_table else (-1, 1))
+        return Update(a, b, scale, magnitude=lengths)
+
+    def scaling(self, weight: str) -> torch.Tensor:
+        """(O, 1) or (1, I): what the rows or the columns of a weight named in `scaled` are multiplied by."""
+        return self._tensor(self._named.modules[weight.removesuffix(".weight")]["scaling"]).float()
+
+    def shift(self, bias: str) -> torch.Tensor:
+        """(O, 1): what is added to a bias named in `shifts`."""
+        module = bias.removesuffix(".bias")
+        parts = self._named.modules[module]
+        rank = self._reader.entries[parts["A"]].shape[0]
+        return self._tensor(parts["shift"]).float().view(-1, 1).mul_(self._scale(module, rank=rank))
+
+    def given_rows(self, name: str) -> Rows:
+        """The rows of what stands in place of a tensor named in `given`."""
+        return stored_rows(self._reader, self._given[name])
 
     def close(self) -> None:
         """Closes the file."""
@@ -108,84 +129,88 @@ class Adapter:
     def __enter__(self) -> Adapter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _is_table(self, weight: str) -> bool:
+        return "table A" in self._named.modules[weight.removesuffix(".weight")]
+
+    def _pair(self, weight: str) -> tuple[str, str]:
+        """Names of B and A in the file."""
+        parts = self._named.modules[weight.removesuffix(".weight")]
+        return (parts["table B"], parts["table A"]) if "table A" in parts else (parts["B"], parts["A"])
 
     def _tensor(self, name: str) -> torch.Tensor:
         entry = self._reader.entries[name]
         return tensor_of(self._reader.read(name), entry.dtype, entry.shape)
 
-    def _paired_modules(self) -> tuple[str, ...]:
-        modules: dict[str, set[str]] = {}
-        for name in self._reader.entries:
-            match = _PAIR.fullmatch(name)
-            if _ROWS.fullmatch(name):
-                continue
-            if match is None:
-                raise Unsupported(
-                    f"The adapter in {self.folder} holds {name}, which cannot be merged yet.",
-                    cure="Merged are LoRA pairs on linear layers; serve this one beside its base with PEFT.",
-                )
-            modules.setdefault(match["module"], set()).add(match["side"])
-        halves = [module for module, sides in modules.items() if len(sides) == 1]
-        if halves:
-            raise BadExport(
-                f"The adapter in {self.folder} has only one of the two matrices of {halves[0]}.",
-                cure="The adapter file is damaged; take it from a checkpoint of the run.",
-            )
-        if not modules:
-            raise BadExport(
-                f"The adapter in {self.folder} is empty.", cure="Give the folder of a finished run."
-            )
-        for module in modules:
-            self._check_rank(module)
-        return tuple(modules)
+    def _scale(self, module: str, *, rank: int) -> float:
+        alpha = by_pattern(self._config.get("alpha_pattern"), module, default=self._config["lora_alpha"])
+        return float(self.weight * alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
 
     def _token_rows(self) -> Iterator[tuple[str, TokenRows]]:
         asked = self._config.get("trainable_token_indices") or {}
         tables = asked if isinstance(asked, dict) else {"embed_tokens": asked}
-        for name, entry in self._reader.entries.items():
-            if (match := _ROWS.fullmatch(name)) is None:
-                continue
-            module = match["module"]
+        for module, name in self._named.having("rows").items():
+            shape = self._reader.entries[name].shape
             ids: list[int] = next((tables[each] for each in tables if f".{module}".endswith(f".{each}")), [])
-            if len(entry.shape) != 2 or entry.shape[0] != len(ids):
+            if len(shape) != 2 or shape[0] != len(ids):
                 raise BadExport(
-                    f"The adapter has {entry.shape} values for the rows {ids} of {module}.",
-                    cure="Adapter file and configuration are of different runs; take both from one.",
+                    f"The adapter has {shape} values for the rows {ids} of {module}.", cure=_OF_TWO_RUNS
                 )
             yield f"{module}.weight", TokenRows(tuple(ids), self._tensor(name).float())
 
-    def _check_rows(self) -> None:
-        asked = self._config.get("trainable_token_indices")
-        if asked and not self.rows:
-            raise BadExport(
-                f"The adapter in {self.folder} lacks the rows of its trainable_token_indices.",
-                cure="The adapter file is damaged; take it from a checkpoint of the run.",
-            )
-
-    def _check_rank(self, module: str) -> None:
-        a, b = (self._reader.entries[name].shape for name in _names(module))
-        rank = _by_pattern(self._config.get("rank_pattern"), module, default=self._config["r"])
-        if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
-            raise BadExport(
-                f"The adapter of {module} is {b} times {a}; adapter_config.json says rank {rank}.",
-                cure="Adapter file and configuration are of different runs; take both from one.",
-            )
+    def _check_ranks(self) -> None:
+        for module, parts in self._named.modules.items():
+            if not (pair := [parts[part] for part in ("B", "A", "table B", "table A") if part in parts]):
+                continue
+            b, a = (self._reader.entries[name].shape for name in pair)
+            rank = by_pattern(self._config.get("rank_pattern"), module, default=self._config["r"])
+            if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
+                raise BadExport(
+                    f"The adapter of {module} is {b} times {a}; adapter_config.json says rank {rank}.",
+                    cure=_OF_TWO_RUNS,
+                )
+            for part in {"magnitude", "shift"} & set(parts):
+                shape = self._reader.entries[parts[part]].shape
+                if math.prod(shape) != b[0]:
+                    raise BadExport(
+                        f"The {part} of {module} is {shape}; it has {b[0]} rows or columns.",
+                        cure=_OF_TWO_RUNS,
+                    )
 
     def _check_numbers(self) -> None:
-        for name in self._reader.entries:
-            if not self._tensor(name).isfinite().all():
-                raise BadExport(
-                    f"The adapter in {self.folder} has a NaN or infinite number in {name}.",
-                    cure="The training diverged: export an earlier checkpoint, or lower train.learning_rate.",
-                )
+        for name, entry in self._reader.entries.items():
+            rows, count = stored_rows(self._reader, name), rows_of(entry)
+            step = max(1, _LOOK_ELEMENTS // max(1, row_elements(entry)))
+            for first in range(0, count, step):
+                if not rows(first, min(first + step, count)).isfinite().all():
+                    raise BadExport(
+                        f"The adapter in {self.folder} has a NaN or infinite number in {name}.",
+                        cure="The training diverged: export an earlier checkpoint, "
+                        "or lower train.learning_rate.",
+                    )
 
 
-def _names(module: str) -> tuple[str, str]:
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+def refuse_in_a_mix(adapter: Adapter) -> None:
+    """Refuses an adapter that cannot be added to others, or with a weight.
+
+    Raises:
+        Unsupported: It has something that is not added to weights.
+    """
+    kept = {
+        "scales weights (IA3)": adapter.scaled,
+        "gives weights a length (DoRA)": adapter.directed,
+        "has rows of new tokens": adapter.rows,
+        "has tensors in place of the base's": adapter.given,
+    }
+    for words, names in kept.items():
+        if names:
+            raise Unsupported(
+                f"The adapter in {adapter.folder} {words}, {next(iter(names))} first: that is no sum, so it "
+                "cannot be merged together with others or with a weight.",
+                cure=f"Merge it alone. {AS_IT_IS}",
+            )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -199,31 +224,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("r", 0), int):
         raise BadRun(f"{path} is no configuration of an adapter.", cure="Take the file from the run again.")
     return config
-
-
-def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
-    asked = [f"{field} = {config[field]!r}" for field in _MUST_BE_EMPTY if config.get(field)]
-    if config.get("peft_type") != "LORA":
-        asked.insert(0, f"peft_type = {config.get('peft_type')!r}")
-    if config.get("bias", "none") != "none":
-        asked.append(f"bias = {config['bias']!r}")
-    if config.get("init_lora_weights", True) not in _BASE_KEEPING_STARTS:
-        asked.append(f"init_lora_weights = {config['init_lora_weights']!r}")
-    if asked:
-        raise Unsupported(
-            f"The adapter in {folder} has {', '.join(asked)}, which cannot be merged yet.",
-            cure="Merged are plain LoRA and rsLoRA; serve this adapter beside its base with PEFT.",
-        )
-
-
-def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
-    alpha = _by_pattern(config.get("alpha_pattern"), module, default=config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, *, default: float) -> float:
-    """The value of the first pattern that matches the end of a module's name, as PEFT reads them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

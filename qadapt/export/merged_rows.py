@@ -1,31 +1,31 @@
-"""The numbers of a merged model: W + scale · B · A in fp32, rounded once, in chunks of rows.
+"""The numbers of a merged model: what the run held of the base, changed by adapters, in fp32, rounded once.
 
-Rows of new tokens stand in place of a table's own, or after them.
+The base's tensor is the published one, or what the run held of it: rounded to the type it was loaded in, and
+through 4-bit or 8-bit storage where it was quantized. `changes.py` says what adapters make of it. A chunk of
+rows that fits the processor's cache goes through all of it: memory stays at a few chunks whatever the
+tensor's size.
 
-W is the published weight, or what the run held of it: rounded to the type it was loaded in, and through 4-bit
-or 8-bit storage where it was quantized. A chunk that fits the processor's cache goes through all of it before
-the next one is read: memory stays at a few chunks whatever the tensor's size.
-
-Legend: O output rows, I input columns of a weight, R rank.
+Legend: O output rows, I input columns of a weight.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from qadapt.errors import BadExport
-from qadapt.export.adapter import Adapter, TokenRows, Update
+from qadapt.export.adapter import Adapter
+from qadapt.export.changes import TokenRows, scaled, shifted, stored_rows, updated, with_token_rows
 from qadapt.export.int8 import int8_rows
 from qadapt.export.nf4 import Rows, dequantized_rows, row_grid
-from qadapt.export.threads import one_thread
+from qadapt.export.threads import in_order
 from qadapt.model.shards import TensorEntry
 from qadapt.model.tensor_files import TensorReader, row_elements, rows_of
-from qadapt.model.tensor_values import TORCH_DTYPES, bytes_of, tensor_of
+from qadapt.model.tensor_values import TORCH_DTYPES, bytes_of
 
 FLOATS = ("F32", "F16", "BF16")
 """Types of the tensors that are converted; any other is copied as it is."""
@@ -46,70 +46,112 @@ class BaseForm:
 
 
 class MergedRows:
-    """The merged tensors of a base and an adapter.
+    """The merged tensors of a base and its adapters; `merged_model.open_merged` puts them together.
 
     Args:
         reader: The base's files.
-        adapter: The adapter; each of its weights is in the base with the same shape.
+        adapters: They belong to this base. With more than one, each only adds to weights.
         base: How the run held the base; none: the published weights count.
         tokens: Tables by name, with rows that replace theirs or come after them.
+        given: Tensors by name that stand in place of the base's.
+        sources: Tensors that the base has under another name: an untied head begins as the embedding.
         chunk_bytes: Bytes of one chunk in fp32; at least 64 rows are taken together.
     """
 
     def __init__(
         self,
         reader: TensorReader,
-        adapter: Adapter,
+        adapters: Sequence[Adapter],
         *,
         base: BaseForm | None,
         tokens: Mapping[str, TokenRows],
+        given: Mapping[str, Rows],
+        sources: Mapping[str, str],
         chunk_bytes: int,
     ) -> None:
         self._reader = reader
-        self._adapter = adapter
-        self._adapted = frozenset(adapter.weights)
+        self._adapters = tuple(adapters)
         self._base = base
         self._tokens = tokens
+        self._given = given
+        self._sources = sources
         self._chunk_elements = chunk_bytes // 4
         names = "|".join(map(re.escape, base.quantized)) if base else ""
         self._quantized = re.compile(rf".*\.layers\.\d+\..*\.({names})\.weight") if names else None
-        self._buffer = memoryview(b"")
 
     def values(self, entry: TensorEntry) -> Iterator[memoryview]:
-        """The bytes of a merged tensor, chunk by chunk; each is valid until the next is asked for.
+        """The bytes of a merged tensor, chunk by chunk, each in memory of its own.
 
         Args:
-            entry: Name, type and shape of the tensor to write; longer than its source by rows of tokens.
+            entry: Name, type and shape of the tensor to write.
 
         Raises:
             BadExport: A number is not finite, or too large for the type.
         """
-        source = self._reader.entries[entry.name]
-        chunk = self._chunk_rows(source)
-        rows = self._base_rows(source, chunk)
-        update = self._adapter.update(entry.name) if entry.name in self._adapted else None
-        new = self._tokens.get(entry.name)
-        if new is not None:
-            rows = _with_token_rows(rows, rows_of(source), new)
-        for first in range(0, rows_of(entry), chunk):
-            last = min(first + chunk, rows_of(entry))
-            with one_thread():
-                merged = rows(first, last)
-                if entry.dtype in FLOATS:
-                    merged = merged.float()  # torch converts bf16 to fp16 many times faster by way of fp32
-                    if update is not None:
-                        merged = _updated(merged, update, first, last)
-                    _check_range(entry, merged)
-                    merged = merged.to(TORCH_DTYPES[entry.dtype])
-            yield bytes_of(merged)
+        rows, count, step = self.rounded(entry), rows_of(entry), self._chunk_rows(self._source(entry))
+
+        def piece(first: int) -> memoryview:
+            return bytes_of(rows(first, min(first + step, count)))
+
+        yield from in_order(partial(piece, first) for first in range(0, count, step))
+
+    def rounded(self, entry: TensorEntry) -> Rows:
+        """The rows of a merged tensor in its type; of a quantized one they begin at a multiple of `row_grid`.
+
+        Args:
+            entry: As `values` takes it.
+
+        Raises:
+            BadExport: When rows are asked for, as `values` does.
+        """
+        source = self._source(entry)
+        chunk_rows = self._chunk_rows(source)
+        rows = self._held_rows(entry.name, source, chunk_rows)
+        if entry.dtype not in FLOATS:
+            return rows
+        rows = self._changed(rows, entry, chunk_rows)
+
+        def rounded(first: int, last: int) -> torch.Tensor:
+            merged = rows(first, last).float()  # torch converts bf16 to fp16 far faster by way of fp32
+            _check_range(entry, merged)
+            return merged.to(TORCH_DTYPES[entry.dtype])
+
+        return rounded
+
+    def _source(self, entry: TensorEntry) -> TensorEntry:
+        """What the base has for a tensor."""
+        return self._reader.entries[self._sources.get(entry.name, entry.name)]
+
+    def _changed(self, rows: Rows, entry: TensorEntry, chunk_rows: int) -> Rows:
+        """The rows with what the adapters change."""
+        name, module = entry.name, entry.name.rpartition(".")[0]
+        updates = [adapter.update(name) for adapter in self._adapters if name in adapter.weights]
+        if updates:
+            rows = updated(rows, updates, count=rows_of(entry), chunk_rows=chunk_rows)
+        for adapter in self._adapters:
+            if f"{module}.weight" in adapter.scaled:
+                scaling = adapter.scaling(f"{module}.weight")
+                is_of_inputs = scaling.shape[-1] != 1 and name.endswith(".bias")
+                rows = rows if is_of_inputs else scaled(rows, scaling)
+            if name in adapter.shifts:
+                rows = shifted(rows, adapter.shift(name))
+        return rows
 
     def _chunk_rows(self, source: TensorEntry) -> int:
         columns = max(1, row_elements(source))
         grid = row_grid(columns)
         return max(1, self._chunk_elements // columns // grid) * grid
 
+    def _held_rows(self, name: str, source: TensorEntry, chunk_rows: int) -> Rows:
+        """The rows of the base's tensor, or of what stands in its place."""
+        if name in self._given:
+            return self._given[name]
+        rows = self._base_rows(source, chunk_rows)
+        new = self._tokens.get(name)
+        return rows if new is None else with_token_rows(rows, rows_of(source), new)
+
     def _base_rows(self, source: TensorEntry, chunk_rows: int) -> Rows:
-        rows = partial(self._source_rows, source)
+        rows = stored_rows(self._reader, source.name)
         if self._base is None or source.dtype not in FLOATS:
             return rows
         dtype = _LOAD_DTYPES[self._base.dtype]
@@ -124,36 +166,6 @@ class MergedRows:
             double_quant=self._base.double_quant,
             chunk_rows=chunk_rows,
         )
-
-    def _source_rows(self, source: TensorEntry, first: int, last: int) -> torch.Tensor:
-        columns = row_elements(source)
-        kind = TORCH_DTYPES[source.dtype]
-        needed = (last - first) * columns * kind.itemsize
-        if len(self._buffer) < needed:
-            self._buffer = memoryview(bytearray(needed))
-        data = self._reader.read_rows(source.name, self._buffer, first=first, last=last)
-        return tensor_of(data, source.dtype, (last - first, columns))
-
-
-def _with_token_rows(rows: Rows, count: int, new: TokenRows) -> Rows:
-    """The `count` rows of a table, in fp32, with rows of tokens; what is beyond both is zero."""
-
-    def replaced(first: int, last: int) -> torch.Tensor:
-        merged = torch.zeros(last - first, new.values.shape[1])
-        if first < count:
-            merged[: count - first] = rows(first, min(last, count))
-        for token, value in zip(new.ids, new.values, strict=True):
-            if first <= token < last:
-                merged[token - first] = value
-        return merged
-
-    return replaced
-
-
-def _updated(base: torch.Tensor, update: Update, first: int, last: int) -> torch.Tensor:
-    """The rows with their update, in fp32; in the order of PEFT, so that not even the last bit differs."""
-    change = (update.b[first:last] @ update.a).mul_(update.scale)  # (last - first, I)
-    return change.add_(base)
 
 
 def _check_range(entry: TensorEntry, merged: torch.Tensor) -> None:
