@@ -7,14 +7,16 @@ is written, so a file that was cut off is found by its length. Knows nothing of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from qadapt.durable import flush_file
 from qadapt.errors import BadModel
 
 _BYTES_OF = {
@@ -46,6 +48,16 @@ class TensorEntry:
     def size_bytes(self) -> int:
         """Bytes of its values."""
         return math.prod(self.shape) * _BYTES_OF[self.dtype]
+
+
+class Finished(Protocol):
+    """The files of a folder that are on the disk, whole."""
+
+    def has(self, name: str) -> bool:
+        """Whether a file is one of them."""
+
+    def add(self, name: str, sha256: str) -> None:
+        """A file has become one of them. Called by another thread, one file at a time."""
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -83,8 +95,9 @@ def write_shards(
     *,
     values: Callable[[TensorEntry], Iterable[memoryview]],
     shard_bytes: int,
+    finished: Finished | None = None,
 ) -> Iterator[TensorEntry]:
-    """Writes tensors one after the other, yielding each entry when it is on disk.
+    """Writes tensors one after the other, yielding each entry when it is written.
 
     One file `model.safetensors` if all fit in `shard_bytes`; otherwise numbered files and their index.
 
@@ -93,20 +106,24 @@ def write_shards(
         entries: All tensors, in the order they are written.
         values: The bytes of a tensor, in pieces, asked for when its turn comes.
         shard_bytes: The most a file holds, unless one tensor alone is larger.
+        finished: Files that are whole already and are not written again; it is told of each that becomes so.
     """
     groups = _groups(entries, shard_bytes)
     names = [SINGLE_NAME]
     if len(groups) > 1:
         names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
-    for name, group in zip(names, groups, strict=True):
-        with (folder / name).open("wb") as file:
-            file.write(header_bytes(group))
-            for entry in group:
-                written = sum(file.write(piece) for piece in values(entry))
-                assert written == entry.size_bytes, f"{entry.name}: {written} of {entry.size_bytes} bytes"
-                yield entry
-            file.flush()
-            os.fsync(file.fileno())
+    with ThreadPoolExecutor(1, "flushing") as apart:
+        flushing: Future[None] | None = None
+        for name, group in zip(names, groups, strict=True):
+            if finished is not None and finished.has(name):
+                yield from group
+                continue
+            sha256 = yield from _write_file(folder / name, group, values)
+            if flushing is not None:
+                flushing.result()
+            flushing = apart.submit(_finish, folder / name, sha256, finished)
+        if flushing is not None:
+            flushing.result()
     if len(groups) > 1:
         index = {
             "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},
@@ -115,6 +132,30 @@ def write_shards(
             },
         }
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_file(
+    path: Path, entries: Sequence[TensorEntry], values: Callable[[TensorEntry], Iterable[memoryview]]
+) -> Generator[TensorEntry, None, str]:
+    """Writes one file; its sha256."""
+    head = header_bytes(entries)
+    digest = hashlib.sha256(head)
+    with path.open("wb") as file:
+        file.write(head)
+        for entry in entries:
+            written = 0
+            for piece in values(entry):
+                written += file.write(piece)
+                digest.update(piece)
+            assert written == entry.size_bytes, f"{entry.name}: {written} of {entry.size_bytes} bytes"
+            yield entry
+    return digest.hexdigest()
+
+
+def _finish(path: Path, sha256: str, finished: Finished | None) -> None:
+    flush_file(path)
+    if finished is not None:
+        finished.add(path.name, sha256)
 
 
 def _groups(entries: Sequence[TensorEntry], shard_bytes: int) -> list[list[TensorEntry]]:

@@ -8,6 +8,7 @@ bytes, not numbers: `tensor_values.py` makes tensors of them. Standard library o
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ _READ_BYTES = 1 << 30
 
 
 class TensorReader:
-    """The tensors of some safetensors files, open for reading. A context manager.
+    """The tensors of some safetensors files, open for reading by any thread. A context manager.
 
     Attributes:
         entries: Name → type, shape and size, in the order in which the tensors lie in the files.
@@ -36,6 +37,7 @@ class TensorReader:
     def __init__(self, files: Iterable[Path]) -> None:
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, tuple[Any, int]] = {}
+        self._place = threading.Lock()
         with ExitStack() as stack:
             for path in files:
                 header = _header(path)
@@ -81,16 +83,14 @@ class TensorReader:
         assert 0 <= first <= last <= rows_of(entry)
         filled = buffer[: (last - first) * row_bytes]
         file, start = self._places[name]
-        file.seek(start + first * row_bytes)
-        done = 0
-        while done < len(filled):
-            count = file.readinto(filled[done : done + _READ_BYTES])
-            if not count:
-                raise BadModel(
-                    f"{file.name} ends inside the tensor {name}: the file was changed while it was read.",
-                    cure="Get the file again and leave it alone while qadapt reads it.",
-                )
-            done += count
+        with self._place:
+            file.seek(start + first * row_bytes)
+            is_whole = _fill(file, filled)
+        if not is_whole:
+            raise BadModel(
+                f"{file.name} ends inside the tensor {name}: the file was changed while it was read.",
+                cure="Get the file again and leave it alone while qadapt reads it.",
+            )
         return filled
 
     def read(self, name: str) -> memoryview:
@@ -107,6 +107,17 @@ class TensorReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _fill(file: Any, buffer: memoryview) -> bool:
+    """Reads from where a file stands; whether it had enough."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done : done + _READ_BYTES])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def open_model(folder: Path, *, name: str | None = None) -> TensorReader:
