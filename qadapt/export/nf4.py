@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from bitsandbytes.functional import (
@@ -24,7 +25,7 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
-from qadapt.export.threads import one_thread
+from qadapt.export.threads import in_order
 
 BLOCK = 64
 _SCALE_BLOCK = 256
@@ -32,7 +33,7 @@ _SMALLEST_SCALE = 1e-38
 """bitsandbytes' lowest scale of an incomplete last block."""
 
 Rows = Callable[[int, int], torch.Tensor]
-"""The rows from a first one up to, not including, a last one: (rows, I). The next call may reuse them."""
+"""The rows from a first one up to, not including, a last one: (rows, I); may be called by several threads."""
 
 
 def row_grid(columns: int) -> int:
@@ -75,13 +76,11 @@ def _stored_scales(
     rows: Rows, *, shape: tuple[int, int], dtype: torch.dtype, chunk_rows: int
 ) -> torch.Tensor:
     """The scales of all blocks after their own 8-bit round trip."""
-    with one_thread():
-        scales = torch.cat(
-            [
-                _scales(rows(first, min(first + chunk_rows, shape[0])).to(dtype))
-                for first in range(0, shape[0], chunk_rows)
-            ]
-        )
+
+    def of_chunk(first: int) -> torch.Tensor:
+        return _scales(rows(first, min(first + chunk_rows, shape[0])).to(dtype))
+
+    scales = torch.cat(list(in_order(partial(of_chunk, first) for first in range(0, shape[0], chunk_rows))))
     mean = scales.mean()
     codes, state = quantize_blockwise(scales - mean, blocksize=_SCALE_BLOCK)
     restored: torch.Tensor = dequantize_blockwise(codes, state)

@@ -1,54 +1,171 @@
-"""A new folder that appears whole or not at all.
+"""A new folder that appears whole or not at all, and that a second call goes on with if the first was killed.
 
-Everything is written into a hidden folder beside the target and renamed at the end (`durable.py`); whatever
-happens before leaves no trace, not even the folders it was to lie in. Knows nothing of models.
+Everything is written into a hidden folder beside the target and shown by one rename at the end
+(`durable.py`). An error or an interruption leaves no trace, not even the folders the target was to lie in. A
+killed process leaves its hidden folder: files that had reached the disk stand in a manifest with size and
+sha256, and are kept if the next call makes the same thing; the rest is cleared away. Knows nothing of models.
+
+```
+.<target>.partial/
+  manifest.json    what is made, as a hash, and the files of `made` that are whole
+  lock             held by the process that writes
+  made/            what becomes <target>
+```
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from qadapt.cache import output_errors, require_free
-from qadapt.durable import make_folder, whole_folder
+from qadapt.durable import make_folder, publish, write_whole
 from qadapt.errors import BadOutput
+from qadapt.units import MIB
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of a file that is whole."""
+
+    bytes: int
+    sha256: str
+
+
+class Building:
+    """The hidden folder, and those of its files that need not be made again.
+
+    Attributes:
+        path: Where to write.
+
+    Args:
+        place: The folder that holds it and its manifest; what does not belong there is cleared away.
+        identity: What is made, as a hash; files of an earlier call stay if theirs is the same, and not empty.
+    """
+
+    def __init__(self, place: Path, identity: str) -> None:
+        self.path = place / "made"
+        self._manifest, self._identity = place / "manifest.json", identity
+        self._files = self._noted() if identity else {}
+        make_folder(self.path)
+        for path in place.iterdir():
+            if path.name not in ("made", "manifest.json", "lock"):
+                _remove(path)
+        for path in self.path.iterdir():
+            facts = self._files.get(path.name)
+            if facts is None or not path.is_file() or path.stat().st_size != facts.bytes:
+                _remove(path)
+        self._files = {name: facts for name, facts in self._files.items() if (self.path / name).exists()}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the files that are there."""
+        return sum(facts.bytes for facts in self._files.values())
+
+    def has(self, name: str) -> bool:
+        """Whether a file is whole: read again and compared. A damaged one is removed."""
+        facts = self._files.get(name)
+        if facts is None:
+            return False
+        is_whole = sha256_of(self.path / name) == facts.sha256
+        if not is_whole:
+            del self._files[name]
+            _remove(self.path / name)
+        return is_whole
+
+    def add(self, name: str, sha256: str) -> None:
+        """Notes that a file has reached the disk."""
+        self._files[name] = _Facts((self.path / name).stat().st_size, sha256)
+        files = {each: asdict(facts) for each, facts in list(self._files.items())}
+        values = {"version": _VERSION, "identity": self._identity, "files": files}
+        write_whole(self._manifest, json.dumps(values, indent=2) + "\n")
+
+    def _noted(self) -> dict[str, _Facts]:
+        """What an earlier call noted, if it made the same; nothing if it cannot be read."""
+        try:
+            values = json.loads(self._manifest.read_text(encoding="utf-8"))
+            if (values["version"], values["identity"]) != (_VERSION, self._identity):
+                return {}
+            return {name: _Facts(**facts) for name, facts in values["files"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
 
 
 @contextmanager
-def new_folder(target: Path, *, needed_bytes: int) -> Iterator[Path]:
+def new_folder(target: Path, *, needed_bytes: int, identity: str = "") -> Iterator[Building]:
     """A folder to write into; it becomes `target` if the block ends well, and vanishes otherwise.
 
-    What an earlier call left behind because it was killed is cleared away first.
+    What an earlier call left behind because it was killed is gone on with, or cleared away.
 
     Args:
         target: The folder to be; it must not exist.
-        needed_bytes: What will be written, checked against the disk before the first byte.
+        needed_bytes: What the whole folder takes; less what is there already, it is checked against the disk
+            before the first byte.
+        identity: A hash of all that decides the bytes of the files; none: they are made anew.
 
     Raises:
-        BadOutput: The target exists, or the place is read-only.
+        BadOutput: The target exists, another process makes it, or the place is read-only.
         NoRoom: The place is too full.
     """
+    place = _place_of(target)
+    refuse_existing(target)
+    made = [folder for folder in (place, *target.parents) if not folder.exists()]
+    try:
+        with output_errors(target.parent):
+            _make(place)
+            with _alone(place):
+                refuse_existing(target)  # another process may have made it meanwhile
+                building = Building(place, identity)
+                require_free(  # where it refuses, what is kept stays
+                    target.parent,
+                    needed_bytes - building.kept_bytes,
+                    purpose=f"An export to {target.name}",
+                    or_else="give a folder on a larger one with --to",
+                )
+                try:
+                    yield building
+                    publish(building.path, target)
+                finally:
+                    shutil.rmtree(building.path, ignore_errors=True)
+    finally:
+        if not target.exists():
+            _remove_empty(made)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_existing(target: Path) -> None:
+    """Checks that there is nothing yet where a new folder is to be.
+
+    Raises:
+        BadOutput: There is.
+    """
     if target.exists():
+        shutil.rmtree(_place_of(target), ignore_errors=True)  # of a process that was killed after the rename
         raise BadOutput(
             f"{target} exists already; an export never overwrites.",
             cure="Give another folder with --to, or remove this one.",
         )
-    require_free(
-        target.parent,
-        needed_bytes,
-        purpose=f"An export to {target.name}",
-        or_else="give a folder on a larger one with --to",
-    )
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        with output_errors(target.parent):
-            _make(target.parent)
-            with whole_folder(target) as folder:
-                yield folder
-    finally:
-        if not target.exists():
-            _remove_empty(made)
+
+
+def _place_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _make(folder: Path) -> None:
@@ -56,14 +173,45 @@ def _make(folder: Path) -> None:
         make_folder(folder)
     except (FileExistsError, NotADirectoryError):
         raise BadOutput(
-            f"{folder} cannot hold a folder: a part of that path is a file.",
+            f"{folder.parent} cannot hold a folder: a part of that path is a file.",
             cure="Give another folder with --to.",
         ) from None
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Holds a hidden folder for this process; in the end it is gone if no file is in `made`.
+
+    Raises:
+        BadOutput: Another process holds it.
+    """
+    lock = FileLock(place / "lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadOutput(
+            f"Another process is exporting to {place.name.removeprefix('.').removesuffix('.partial')}.",
+            cure="Wait for its end, or give another folder with --to.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not any((place / "made").glob("*")):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _remove_empty(folders: list[Path]) -> None:
     """Removes folders, innermost first, as long as they are empty."""
     for folder in folders:
-        if not folder.is_dir() or any(folder.iterdir()):
-            return
-        folder.rmdir()
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                return
+            folder.rmdir()

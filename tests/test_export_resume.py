@@ -1,0 +1,249 @@
+"""An export that is killed at any moment: the target is absent or whole, and a second call goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import killed_export
+import pytest
+import torch
+from killed_export import Place
+
+from qadapt import cache
+from qadapt.errors import BadOutput, NoRoom
+from qadapt.events import Event, StageAdvanced
+from qadapt.export.staging import new_folder
+from qadapt.export.threads import in_order
+
+KEPT = "model-00001-of-"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A small base of some shards and its adapter, and an export that nobody disturbed."""
+    root = tmp_path_factory.mktemp("killed")
+    widths = killed_export.Widths(layers=2, width=256, mlp=704, kv=128, vocabulary=1000)
+    killed_export.make_model(root / "model", widths, layers=2)
+    killed_export.make_adapter(root / "adapter", widths, layers=2)
+    made = Place(root / "model", root / "adapter", root / "whole", shard_bytes=1_000_000)
+    export(made, made.target)
+    return made
+
+
+def export(place: Place, target: Path, **options: str) -> list[Event]:
+    return list(killed_export.export(replace(place, target=target), **options))
+
+
+def hidden(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def remains(place: Place, root: Path) -> list[Path]:
+    """Targets beside which lies what a process leaves that is killed after each step of an export."""
+    targets = []
+    at_work = replace(place, target=root / "killed" / "out")
+    for event in killed_export.export(at_work):
+        if isinstance(event, StageAdvanced):
+            target = root / f"{len(targets)}" / "out"
+            hidden(target).mkdir(parents=True)
+            if at_work.noted:  # a thread may be writing it
+                shutil.copyfile(hidden(at_work.target) / "manifest.json", hidden(target) / "manifest.json")
+            shutil.copytree(hidden(at_work.target) / "made", hidden(target) / "made")  # times, too
+            targets.append(target)
+    return targets
+
+
+@pytest.fixture
+def late(place: Place, tmp_path: Path) -> Path:
+    """A target of which a killed process has left all shards but the last."""
+    return remains(place, tmp_path)[-2]
+
+
+def test_export_has_several_files_and_twice_the_same_bytes(place, tmp_path):
+    export(place, tmp_path / "again")
+    assert files_of(tmp_path / "again") == place.files
+    assert len(list(place.target.glob("*.safetensors"))) > 3
+    assert not list(place.target.glob(".*"))
+
+
+def test_killed_after_any_tensor_it_goes_on_to_the_same_bytes(place, tmp_path):
+    targets = remains(place, tmp_path)
+    kept = 0
+    for target in random.Random(3).sample(targets, 8):
+        before = {path.name: path.stat() for path in (hidden(target) / "made").iterdir()}
+        noted = replace(place, target=target).noted
+        assert not target.exists()
+        export(place, target)
+        assert files_of(target) == place.files
+        assert [path.name for path in target.parent.iterdir()] == ["out"]
+        for name in noted:
+            assert (target / name).stat().st_mtime_ns == before[name].st_mtime_ns, "a whole shard stays"
+        kept += len(noted)
+    assert kept > 8
+
+
+def test_killed_at_drawn_moments_it_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(killed_export, "MOST_KILLS", 1)
+    killed = replace(place, target=tmp_path / "out")
+    kills, _ = killed_export.trial(killed, expected=place.files, seconds=0.2, draw=random.Random(5))
+    assert kills
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.unlink(),
+    ],
+    ids=["other bytes", "cut off", "missing"],
+)
+def test_damaged_shard_of_a_killed_export_is_written_anew(place, late, damage):
+    shard = next((hidden(late) / "made").glob(f"{KEPT}*"))
+    damage(shard)
+    export(place, late)
+    assert files_of(late) == place.files
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "identity": 0, "files": {}}']
+)
+def test_damaged_manifest_means_to_begin_anew(place, late, text):
+    (hidden(late) / "manifest.json").write_text(text, encoding="utf-8")
+    export(place, late)
+    assert files_of(late) == place.files
+
+
+def changed_base(place: Place, root: Path) -> Place:
+    shutil.copytree(place.model, root / "model")
+    path = next((root / "model").glob("*.safetensors"))
+    os.utime(path, ns=(1, 1))  # a file that was written anew, whatever it holds
+    return replace(place, model=root / "model")
+
+
+def changed_adapter(place: Place, root: Path) -> Place:
+    shutil.copytree(place.adapter, root / "adapter")
+    path = root / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    return replace(place, adapter=root / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (changed_base, {}),
+        (changed_adapter, {}),
+        (lambda place, root: place, {"base": "original"}),
+        (lambda place, root: place, {"form": "merged-bf16"}),
+    ],
+    ids=["base", "adapter", "on another base", "form"],
+)
+def test_nothing_is_kept_of_another_export(place, late, tmp_path, change: Callable[..., Place], options):
+    other = change(place, tmp_path)
+    export(other, late, **options)
+    export(other, tmp_path / "undisturbed", **options)
+    assert files_of(late) == files_of(tmp_path / "undisturbed")
+    if options or change is changed_adapter:
+        assert files_of(late) != place.files
+
+
+def test_what_does_not_belong_is_cleared(place, late):
+    (hidden(late) / "made" / "model-00099-of-00099.safetensors").write_bytes(b"x")
+    (hidden(late) / "made" / "folder").mkdir()
+    (hidden(late) / "old.safetensors").write_bytes(b"x")
+    export(place, late)
+    assert files_of(late) == place.files
+
+
+def test_room_for_what_is_there_already_is_not_asked_for(place, late, monkeypatch):
+    kept = sum(path.stat().st_size for path in (hidden(late) / "made").glob(f"{KEPT}*"))
+    needed = 32 * 2**20 + sum(path.stat().st_size for path in place.target.glob("*.safetensors"))
+    monkeypatch.setattr(cache, "free_bytes", lambda _: 64 * 2**20 + needed - kept)
+    export(place, late)
+    assert files_of(late) == place.files
+
+
+def test_lack_of_room_leaves_what_a_killed_export_has_made(place, late, monkeypatch):
+    made = files_of(hidden(late) / "made")
+    monkeypatch.setattr(cache, "free_bytes", lambda _: 40_000_000)
+    with pytest.raises(NoRoom):
+        export(place, late)
+    whole = replace(place, target=late).noted
+    assert files_of(hidden(late) / "made") == {name: made[name] for name in whole}
+
+
+def test_two_processes_do_not_make_the_same(tmp_path):
+    with new_folder(tmp_path / "out", needed_bytes=1) as building:
+        (building.path / "file").write_bytes(b"mine")
+        with (
+            pytest.raises(BadOutput, match="Another process is exporting to out"),
+            new_folder(tmp_path / "out", needed_bytes=1),
+        ):
+            pass
+    assert files_of(tmp_path / "out") == {"file": b"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_never_overwrites_what_appeared_meanwhile(tmp_path, monkeypatch):
+    """Another process had the folder, and has just finished."""
+    answers = iter([False])
+    exists = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda path: next(answers, True) if path.name == "out" else exists(path)
+    )
+    with pytest.raises(BadOutput, match="exists already"), new_folder(tmp_path / "out", needed_bytes=1):
+        pass
+
+
+def test_what_a_process_left_that_was_killed_after_the_rename_is_cleared(place, late):
+    (hidden(late) / "made").replace(late)
+    with pytest.raises(BadOutput, match="exists already"):
+        export(place, late)
+    assert [path.name for path in late.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_of_threads_come_in_order_and_their_number_stays(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    draw = random.Random(0)
+    sizes = [draw.randrange(1, 20_000) for _ in range(40)]
+    results = in_order(
+        lambda size=size: (size, torch.ones(size).sum(), torch.get_num_threads()) for size in sizes
+    )
+    found = [next(results)]
+    assert torch.get_num_threads() == threads
+    found += results
+    assert [size for size, *_ in found] == sizes
+    assert all(total == size and used == 1 for size, total, used in found)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_error_of_a_thread_is_raised_where_its_result_would_be(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    results = in_order(lambda value=value: 6 // value for value in (3, 2, 0, 1))
+    assert [next(results), next(results)] == [2, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+
+
+def test_merge_on_several_threads_is_that_on_one(place, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    export(place, tmp_path / "out")
+    torch.set_num_threads(before)
+    assert files_of(tmp_path / "out") == place.files
