@@ -300,20 +300,46 @@ def _rows_of_file(recipe: Recipe, contract: PromptContract, data: Path, *, conve
 
 
 def _held_out(recipe: Recipe, contract: PromptContract, *, fingerprint: str, conversations: int) -> Chosen:
-    reading, training, own = reading_of(recipe), training_sources(recipe), held_out_sources(recipe)
+    training, own = training_sources(recipe), held_out_sources(recipe)
     if not own and not recipe.data.held_out_fraction:
         raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
-    parts = [prepare_part(identify(sources), reading, contract) for sources in (training, own) if sources]
-    divided_rows = divided(recipe, parts, contract).rows
-    if divided_rows.fingerprint != fingerprint:
+    rows, parts = _rows_of_run(recipe, contract, fingerprint=fingerprint)
+    reader = reading_of(recipe).reader()
+    first = _conversations(own or training, reader, rows=rows.held_out, most=conversations)
+    return Chosen(rows.held_out, first, parts)
+
+
+def rows_to_prove(recipe: Recipe, contract: PromptContract, *, fingerprint: str) -> tuple[Chosen, bool]:
+    """The rows that a run held out, or those it trained on if there are none; whether they were held out.
+
+    Args:
+        recipe: The run's.
+        contract: How rows become tokens.
+        fingerprint: Of the rows that the run was made of.
+
+    Raises:
+        BadRun: The rows are others today.
+        BadData: A file or a row of it cannot be used.
+    """
+    rows, parts = _rows_of_run(recipe, contract, fingerprint=fingerprint)
+    are_held_out = len(rows.held_out) > 0
+    return Chosen(rows.held_out if are_held_out else rows.train, [], parts), are_held_out
+
+
+def _rows_of_run(
+    recipe: Recipe, contract: PromptContract, *, fingerprint: str
+) -> tuple[Rows, tuple[Part, ...]]:
+    """The rows that a run was made of, and the parts that hold their stores."""
+    reading, sources = reading_of(recipe), (training_sources(recipe), held_out_sources(recipe))
+    parts = [prepare_part(identify(each), reading, contract) for each in sources if each]
+    rows = divided(recipe, parts, contract).rows
+    if rows.fingerprint != fingerprint:
         raise BadRun(
             f"The rows are not those that the run {recipe.run.name} was made of: others would be held out, "
             "and some of them were trained on.",
             cure="Put the files of rows back as they were, or give a file of other rows with --data.",
         )
-    rows = divided_rows.held_out
-    first = _conversations(own or training, reading.reader(), rows=rows, most=conversations)
-    return Chosen(rows, first, tuple(parts))
+    return rows, tuple(parts)
 
 
 def _conversations(
