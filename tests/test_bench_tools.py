@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from conversations import usable, whole_rows
+from foreign import Heard, drawn_texts
+from gguf_foreign import Expected, is_enough
 from packing_speed import drawn_rows, two_ways
 from peer_table import MIB, Outcome, Outcomes, Side, faster, outcome_of, smaller, table, verdicts
 from roofline import adapted_layers, documents_of, group_of
@@ -19,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import collate, micro_batches, packed_batches
+from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import tokens_of
 from qadapt.model.load import load_base
 from qadapt.train.optimizer import make_optimizer
@@ -227,3 +232,38 @@ def test_causal_attention_needs_half_of_its_products() -> None:
 )
 def test_an_operation_is_counted_to_one_group(operation: str, group: str) -> None:
     assert group_of(operation) == group
+
+
+# A foreign program
+
+RIGHT = Expected(prompts=[[1]] * 20, answers=[[1, 2]] * 20, texts=["a", "b"], tokens=[[5], [6]])
+SAME = Heard(
+    answers=[[1, 2]] * 20, tokens=[[5], [6]], adds_bos=False, ends_known=[True], release="", warnings=[]
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "heard", "expected"),
+    [
+        ("gguf-q8_0", SAME, True),
+        ("gguf-q8_0", replace(SAME, answers=[*SAME.answers[:19], [1]]), True),
+        ("gguf-q8_0", replace(SAME, answers=[*SAME.answers[:18], [1], [1]]), False),
+        ("gguf-q4_0", replace(SAME, answers=[[1]] * 20), True),
+        ("gguf-q4_0", replace(SAME, tokens=[[5], [7]]), False),
+        ("gguf-f16", replace(SAME, adds_bos=True), False),
+        ("gguf-f16", replace(SAME, ends_known=[False]), False),
+    ],
+)
+def test_a_foreign_program_must_agree_in_answers_tokens_and_ends(
+    tiny_model: TinyModel, form: str, heard: Heard, expected: bool
+) -> None:
+    assert is_enough(form, heard, RIGHT, contract=load_contract(tiny_model("smollm2"))) is expected
+
+
+def test_texts_to_cut_are_in_the_form_that_the_tokenizer_asks_for(tiny_model: TinyModel) -> None:
+    plain, composing = (
+        drawn_texts(50, seed=3, tokenizer=load_contract(tiny_model(family)).tokenizer)
+        for family in ("llama", "qwen2")
+    )
+    assert plain != composing
+    assert [unicodedata.normalize("NFC", text) for text in plain] == composing
