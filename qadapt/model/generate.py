@@ -1,19 +1,58 @@
-"""Asks a model for text: greedy, in batches, the same for the base, a live adapter and a merged model.
+"""Asks a model for text: in batches or token by token, the same for the base, an adapter and a merged model.
 
-Knows tokens, not conversations (`data/prompt.py` renders those).
+One loop for both: the prompts go through the model once, then each token alone, with its cache of keys and
+values. What comes is the most likely token, or one drawn as asked; what a model's generation_config.json says
+of penalties and the like, which the library's own `generate` mixes in, plays no part. Knows tokens, not
+conversations (`data/prompt.py` renders those).
+
+Legend: B prompts, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import islice
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.errors import BadModel
+
+Choose = Callable[[Tensor], Tensor]
+"""The next tokens (B,) out of their scores (B, V)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: from their probabilities at a temperature, out of the likeliest.
+
+    Attributes:
+        temperature: Above 0.
+        top_p: The likeliest tokens that come to this share together are drawn from (arXiv:1904.09751).
+        generator: Where the draws come from, on the CPU: the same on every device.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Tokens (B,) drawn by their scores (B, V)."""
+        nothing = torch.empty(
+            len(scores), 0, dtype=torch.long
+        )  # the tokens so far, which decide nothing here
+        scores = scores - scores.amax(-1, keepdim=True)  # a low temperature would make them infinite
+        scores = TemperatureLogitsWarper(self.temperature)(nothing, scores)
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(nothing, scores)
+        return torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self.generator)[:, 0].to(
+            scores.device
+        )
 
 
 def generate(
@@ -39,13 +78,6 @@ def generate(
         OutOfMemoryError: A single prompt does not fit.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(end_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
     was_training = model.training
     model.eval()
     answers: dict[int, list[int]] = {}
@@ -53,9 +85,11 @@ def generate(
         while waiting := order[len(answers) :]:
             chosen = waiting[:batch]
             asked = [prompts[index] for index in chosen]
-            rows = attempt(partial(_answer_rows, model, asked, settings=settings, pad_id=pad_id))
+            rows = attempt(
+                partial(_answers, model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, pad_id=pad_id)
+            )
             if not isinstance(rows, RanOut):
-                answers.update(zip(chosen, (_until_end(row, end_ids) for row in rows), strict=True))
+                answers.update(zip(chosen, rows, strict=True))
                 continue
             if len(chosen) == 1:
                 raise torch.OutOfMemoryError(rows.said)
@@ -66,20 +100,98 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _answer_rows(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, settings: GenerationConfig, pad_id: int
-) -> list[list[int]]:
-    longest, device = max(map(len, prompts)), model.device  # the library's idea of it (`model/placement.py`)
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+def stream(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    sampling: Sampling | None = None,
+) -> Generator[int, None, None]:
+    """The answer to one prompt, token by token as they come, without its end token.
+
+    Whoever stops early closes it; until its end, the model is in evaluation mode.
+
+    Args:
+        model: As in `generate`.
+        prompt: Token ids.
+        max_new_tokens: Where the answer is cut off.
+        end_ids: Tokens that end it.
+        sampling: How tokens are drawn; None: greedy, as `generate` answers.
+
+    Raises:
+        BadModel: The scores are no numbers.
+        OutOfMemoryError: It does not fit.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        written = _written(model, [prompt], pad_id=0, choose=partial(_chosen, sampling or _likeliest))
+        for tokens in islice(written, max_new_tokens):
+            token = int(tokens)
+            if token in end_ids:
+                return
+            yield token
+    finally:
+        model.train(was_training)
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    return scores.argmax(-1)
+
+
+def _chosen(choose: Choose, scores: Tensor) -> Tensor:
+    """The next tokens, if there is anything to choose by."""
+    if not scores.amax(-1).isfinite().all():
+        raise BadModel(
+            "The model computes scores that are no numbers (NaN or infinite).",
+            cure="If it is an fp16 model, export it as merged-bf16: fp16 overflows above 65,504.",
         )
-    rows: list[list[int]] = output[:, longest:].tolist()
-    return rows
+    return choose(scores)
 
 
-def _until_end(row: Sequence[int], end_ids: frozenset[int]) -> list[int]:
-    ends = (index for index, token in enumerate(row) if token in end_ids)
-    return list(row[: next(chain(ends, [len(row)]))])
+def _written(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad_id: int, choose: Choose = _likeliest
+) -> Iterator[Tensor]:
+    """The tokens (B,) that follow the prompts, one after another, without end."""
+    longest, device = max(map(len, prompts)), device_of(model)
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids, mask, places = ids.to(device), mask.to(device), places.to(device)
+    cache = None
+    while True:
+        with torch.inference_mode():
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            tokens = choose(output.logits[:, -1].float())  # (B,)
+        cache = output.past_key_values
+        yield tokens
+        ids, places = tokens[:, None], places[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _answers(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    pad_id: int,
+) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    for tokens in islice(_written(model, prompts, pad_id=pad_id), max_new_tokens):
+        chosen = tokens.tolist()
+        unfinished = {row for row in unfinished if chosen[row] not in end_ids}
+        for row in unfinished:
+            answers[row].append(chosen[row])
+        if not unfinished:
+            break
+    return answers
