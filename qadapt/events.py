@@ -259,14 +259,35 @@ class RunFinished(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BasesCompared(Event):
+    """The held-out loss per learned token (nats) of merges on both bases, before either is written.
+
+    `low` to `high` is the 95 % interval of original less dequantized; `better` is the base with the lower
+    loss, the dequantized one where that may be chance; `base` is the one that is merged on.
+    """
+
+    losses: dict[str, float]
+    low: float
+    high: float
+    rows: int
+    tokens: int
+    better: str
+    base: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exported(Event):
-    """A merged model was written, whole."""
+    """A model or adapter was written, whole; `base` is empty for the adapter alone.
+
+    `notes` are what was found out about it, one sentence each.
+    """
 
     form: str
     base: str
     folder: str
     bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 EVENTS: dict[str, type[Event]] = {
@@ -274,7 +295,7 @@ EVENTS: dict[str, type[Event]] = {
     for kind in (
         RunStarted, StageStarted, StageAdvanced, Planned, DataReady, BaseLoaded, AdapterAttached, StepDone,
         MemoryMeasured, Evaluated, CheckpointSaved, Resumed, Warned, Rehearsed, Eased, UpdateSkipped, Paused,
-        Continued, Sampled, Stopped, RunFinished, Exported,
+        Continued, Sampled, Stopped, RunFinished, BasesCompared, Exported,
     )
 }  # fmt: skip
 
