@@ -24,7 +24,7 @@ from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadModel, BadOutput, NoRoom
 from qadapt.events import Evaluated, Event, Exported, StageAdvanced, StageStarted, StepDone
 from qadapt.export import merged_rows
-from qadapt.export.card import CardFacts, card_facts, card_text, licence_of
+from qadapt.export.card import CardFacts, Made, card_facts, card_text, licence_of
 from qadapt.export.merge import Writing, merge
 from qadapt.model.tensor_files import TensorReader, open_model
 from qadapt.model.tensor_values import bytes_of, tensor_of
@@ -86,7 +86,7 @@ def test_the_same_export_twice_is_the_same_bytes(parts, tmp_path):
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
 
 
-def test_card_tells_what_is_known_and_nothing_else(parts, tmp_path):
+def test_card_tells_what_is_known_and_nothing_else(parts):
     events = [
         StepDone(
             step=step, loss=3.0 / step, learning_rate=1e-3, gradient_norm=1.0, tokens=9, supervised_tokens=5,
@@ -96,15 +96,14 @@ def test_card_tells_what_is_known_and_nothing_else(parts, tmp_path):
     ]  # fmt: skip
     held_out = [Evaluated(step=s, loss=loss, is_best=True, seconds=1) for s, loss in ((2, 0.5), (3, 0.625))]
     facts = card_facts(FACTS, [*events, *held_out], recipe="train:\n  steps: 3\n", data=("orders.jsonl",))
-    export(parts, tmp_path / "out", card=facts)
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "base_model: org/base-1b\nlicense: apache-2.0\n" in card
+    card = card_text(facts.with_licence_of(parts[0]), Made("merged-fp16", "dequantized"))
+    assert "base_model: org/base-1b\n" in card and "\nlicense: apache-2.0\n" in card
     assert "at revision `abc123`" in card and "```yaml\ntrain:\n  steps: 3\n```" in card
     assert (
         "training rows of step 3: 1.0000" in card and "held-out rows after step 2, the best: 0.5000" in card
     )
     assert "merged-fp16" in card and "dequantized" in card and "`orders.jsonl`" in card
-    bare = card_text(CardFacts(), form="merged-bf16", base="original")
+    bare = card_text(CardFacts(), Made("merged-bf16", "original"))
     assert "None" not in bare and "icence" not in bare and "Recipe" not in bare and "base_model" not in bare
 
 
@@ -239,7 +238,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {bench!r})
-from export_memory import Peak, measured_merge
+from export_7b import Peak, measured_merge
 model, adapter, target = map(Path, sys.argv[1:4])
 print(measured_merge(model, adapter, target, base=sys.argv[4])["peak_bytes"])
 """
@@ -304,5 +303,5 @@ def test_command_shows_the_export_and_its_end(is_terminal):
     assert ("━" in text) == is_terminal
     assert result_values(exported) == {
         "schema": 1, "form": "merged-fp16", "base": "original", "folder": "runs/[a]/out", "bytes": 2048,
-        "seconds": 1.25,
+        "seconds": 1.25, "notes": [], "pushed": None,
     }  # fmt: skip

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from export_memory import random_pieces
+from export_7b import random_pieces
 from ledger_matrix import allocated_bytes
 from load_memory import Load, sampled_load
 
