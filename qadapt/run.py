@@ -13,28 +13,24 @@ import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
-from peft import PeftModel
 
 from qadapt import control
 from qadapt.adapters.facts import read_facts
-from qadapt.adapters.lora import load_lora, save_adapter
+from qadapt.adapters.lora import save_adapter
 from qadapt.cache import output_errors
-from qadapt.data.prompt import CONTRACT_FILE, PromptContract, saved_contract
-from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
-from qadapt.engine.tiles import set_tiles
-from qadapt.errors import BadRun, DoesNotFit
+from qadapt.data.prompt import CONTRACT_FILE, PromptContract
+from qadapt.errors import BadRun
 from qadapt.events import Event, Paused, RunFinished, StepDone, Stopped
 from qadapt.export.card import card_facts
 from qadapt.export.merge import Writing, merge
+from qadapt.loading import Tuned, load_run
 from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
-from qadapt.model.load import load_base
-from qadapt.model.placement import on_host
-from qadapt.model.precision import DTYPES, choose_device
+from qadapt.model.precision import choose_device
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.quiet import quiet_libraries
@@ -69,7 +65,6 @@ from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
 from qadapt.train.oom import FILE_NAME as RUNGS_FILE
-from qadapt.train.oom import read_rungs
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
@@ -300,14 +295,6 @@ def export(
     )
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A base with a trained adapter, and how it is talked to."""
-
-    model: PeftModel
-    contract: PromptContract
-
-
 def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
     """Loads base and adapter of a finished run, as they were trained, and placed as they were in the end.
 
@@ -316,30 +303,7 @@ def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
         DoesNotFit: Memory ran out.
     """
     quiet_libraries()
-    run = find_run(name, folder)
-    facts, plan = read_facts(run.adapter), read_plan(run.plan)
-    files = find_same_base(facts)
-    chosen = choose_device(device)
-    base = attempt(
-        lambda: load_base(
-            files.folder,
-            quantization=facts.quantization,
-            double_quant=facts.double_quant,
-            dtype=DTYPES[facts.load_dtype],
-            device=chosen,
-            offload=on_host(plan.offload) if chosen.type == "cuda" else (),
-        )
-    )
-    if isinstance(base, RanOut):
-        free_memory(chosen)
-        raise DoesNotFit(
-            f"The base of the run {name} does not fit the memory of {chosen}.",
-            cure="Close what else uses the memory; a run planned with memory.offload=[embeddings], or with "
-            "layers in it, too, is loaded that way.",
-        )
-    taken = (int(rung.value) for rung in read_rungs(run.path / RUNGS_FILE) if rung.knob == "mlp_tiles")
-    set_tiles(base, max((plan.mlp_tiles, *taken)))
-    return Tuned(load_lora(base, run.adapter), saved_contract(run.adapter, files.folder))
+    return load_run(find_run(name, folder), device=choose_device(device))
 
 
 def evaluate(

@@ -21,6 +21,7 @@ RUNGS = (
     {
         "run",
         "run_parts",
+        "loading",
         "resumption",
         "saved_states",
         "material",

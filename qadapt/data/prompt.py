@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date as day_of
 from functools import cached_property
 from pathlib import Path
@@ -151,6 +151,11 @@ class PromptContract:
         ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a raw text that the model is to go on with, begun as the tokenizer begins one."""
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text).ids
+        return ids
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's tokens, without special ones."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -238,11 +243,34 @@ def saved_contract(adapter: Path, folder: Path) -> PromptContract:
     Raises:
         BadRun: The file is missing or damaged, or the base's tokenizer is not what it was.
     """
-    path = adapter / CONTRACT_FILE
+    return _rebuilt(adapter / CONTRACT_FILE, folder, add_tokens)
+
+
+def exported_contract(folder: Path) -> PromptContract:
+    """The contract of an exported model: its run's, or one without `prompt.json` speaks for itself.
+
+    Raises:
+        BadRun: The file is damaged, or the tokenizer beside it is not what the run's was.
+        BadModel: As `load_contract`.
+    """
+    path = folder / CONTRACT_FILE
+    return _rebuilt(path, folder, _ids_of) if path.is_file() else load_contract(folder)
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> tuple[int, ...]:
+    """Ids of new tokens that are in a tokenizer already; one that lacks some is not the run's."""
+    known = tokenizer.backend_tokenizer.get_vocab() if names else {}
+    return tuple(known[name] for name in names if name in known)
+
+
+def _rebuilt(
+    path: Path, folder: Path, new_tokens: Callable[[PreTrainedTokenizerFast, Sequence[str]], tuple[int, ...]]
+) -> PromptContract:
+    """The contract of a `prompt.json`, with the tokenizer of a folder, against which it is held."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         tokenizer = read_tokenizer(folder)
-        new_ids = add_tokens(tokenizer, facts["new_tokens"])
+        new_ids = new_tokens(tokenizer, facts["new_tokens"])
         learn: Any = facts["learn"]
         rule: Learn = learn if isinstance(learn, str) else tuple(learn)  # type: ignore[assignment]
         contract = PromptContract(
@@ -257,7 +285,7 @@ def saved_contract(adapter: Path, folder: Path) -> PromptContract:
         changed = [name for name in now if now[name] != facts[name]]
     except BadRecipe as error:
         raise BadRun(
-            f"The base in {folder} is not what the adapter was trained on: {error.problem}",
+            f"The model in {folder} is not what the adapter was trained on: {error.problem}",
             cure="Put the files of its tokenizer back as they were.",
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -266,7 +294,7 @@ def saved_contract(adapter: Path, folder: Path) -> PromptContract:
         ) from None
     if changed:
         raise BadRun(
-            f"The base in {folder} is not what the adapter was trained on: {', '.join(changed)} changed.",
+            f"The model in {folder} is not what the adapter was trained on: {', '.join(changed)} changed.",
             cure="Put the files of its tokenizer back as they were.",
         )
     return contract

@@ -29,6 +29,8 @@ from qadapt.model.tensor_files import open_model
 
 NF4_BLOCK = 64
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_CONSTANTS = ("absmax", "quant_map", "quant_state.")
+"""What bitsandbytes stores of a 4-bit weight beside its values, by the beginnings of their names."""
 _COMPUTED_ANEW = re.compile(r"rotary_emb\.inv_freq$")
 """What old files hold besides the weights; the library computes it from the configuration."""
 _NAMED = 3
@@ -72,10 +74,7 @@ def load_base(
                 use_safetensors=True,
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadModel(
-            f"The model in {folder} cannot be loaded: {reason}", cure="Get the model again."
-        ) from None
+        raise _unloadable(folder, error) from None
     model.requires_grad_(False)
     if kept:
         place(model, kept, device=device)
@@ -84,6 +83,41 @@ def load_base(
     _check_widths(model, device)
     choose_attention(model, dtype=dtype, capability=capability_of(device))
     return model
+
+
+def load_stored(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model whose files hold 4-bit weights of bitsandbytes, as they are; to be asked, not trained.
+
+    Args:
+        folder: As `save_pretrained` or `qadapt export` writes it.
+        dtype: Type of products and of everything that is not quantized.
+        device: Where it lives.
+
+    Raises:
+        BadModel: The files do not make the model of their configuration.
+    """
+    try:
+        _check_tensors(folder, are_quantized=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _unloadable(folder, error) from None
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+    _keep_quantized_weights(model)
+    choose_attention(model, dtype=dtype, capability=capability_of(device))
+    return model
+
+
+def _unloadable(folder: Path, error: Exception) -> BadModel:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return BadModel(f"The model in {folder} cannot be loaded: {reason}", cure="Get the model again.")
 
 
 def _quantization_of(
@@ -105,18 +139,24 @@ def _quantization_of(
     return BitsAndBytesConfig(**values)
 
 
-def _check_tensors(folder: Path) -> None:
+def _check_tensors(folder: Path, *, are_quantized: bool = False) -> None:
     """Compares the tensors in the files with those of the configured model; reads headers only.
 
     A tied head may be in the files or not. All proven families are stored under their names in memory.
     """
     with open_model(folder) as reader:
         stored = {name: entry.shape for name, entry in reader.entries.items()}
+        packed = [name for name in stored if name.endswith(".weight") and reader.entries[name].dtype == "U8"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if missing := [name for name, _ in model.named_parameters() if name not in stored]:
         raise _wrong_tensors(folder, "lack tensors of the model in config.json", missing)
+    if are_quantized:  # shapes are those of packed values
+        constants = [f"{name}.{part}" for name in packed for part in _CONSTANTS]
+        if missing := [part for part in constants if not any(name.startswith(part) for name in stored)]:
+            raise _wrong_tensors(folder, "lack constants of 4-bit weights", missing)
+        return
     odd = [name for name in stored if name not in known and not _COMPUTED_ANEW.search(name)]
     if odd:
         raise _wrong_tensors(folder, "hold tensors that the model in config.json does not have", odd)

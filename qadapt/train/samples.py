@@ -127,5 +127,4 @@ def _prompt_ids(contract: PromptContract, prompt: str) -> list[int]:
     if contract.template is not None:
         turns = [{"role": "user", "content": prompt}]
         return contract.prompt_ids(turns, place=f"the sample prompt {prompt!r}")
-    ids: list[int] = contract.tokenizer.backend_tokenizer.encode(prompt).ids
-    return ids
+    return contract.text_ids(prompt)

@@ -1,0 +1,227 @@
+"""Loads whatever can be asked: a run, an adapter's folder, an exported model, a GGUF file.
+
+With an adapter, the base is held as it was trained on. An exported model computes in its own type, or in the
+one that the device is good at. Each comes with its prompt contract. Knows no conversation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from qadapt.adapters.facts import read_facts
+from qadapt.adapters.lora import load_lora
+from qadapt.cache import ignore
+from qadapt.data.prompt import CONTRACT_FILE, PromptContract, exported_contract, load_contract, saved_contract
+from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.engine.tiles import set_tiles
+from qadapt.errors import BadModel, DoesNotFit
+from qadapt.model.folder import read_config, weight_files
+from qadapt.model.load import load_base, load_stored
+from qadapt.model.placement import on_host
+from qadapt.model.precision import DTYPES, choose_compute_dtype, choose_device
+from qadapt.model.source import find_model
+from qadapt.run_folder import RunFolder
+from qadapt.run_parts import find_same_base
+from qadapt.serve.partner import Partner
+from qadapt.stage import Report
+from qadapt.train.oom import FILE_NAME as RUNGS_FILE
+from qadapt.train.oom import read_rungs
+from qadapt.train.stored_plan import read_plan
+
+_STORED = {"float16": "fp16", "float32": "fp32"}
+"""By their names in config.json, the types that products may have, too, if the device is good at them."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base with a trained adapter, and how it is talked to."""
+
+    model: PeftModel
+    contract: PromptContract
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is talked to: a model, how it is asked, and what it is, in words."""
+
+    model: PreTrainedModel | PeftModel
+    contract: PromptContract
+    said: str
+
+
+def load_partner(partner: Partner, report: Report = ignore) -> Loaded:
+    """Loads whom to talk to onto the best device there is.
+
+    Args:
+        partner: See `serve/partner.py`.
+        report: Told of progress, where a base must be fetched or a file converted.
+
+    Raises:
+        BadRun: An adapter's base or tokenizer is not what it was.
+        BadModel: An exported model is not whole, or cannot be read.
+        DoesNotFit: Memory ran out.
+    """
+    device = choose_device("auto")
+    if partner.kind == "gguf":
+        return _load_gguf(partner.path, device, report)
+    if partner.kind == "model":
+        return _load_exported(partner.path, device)
+    if partner.kind == "run":
+        run = RunFolder(partner.path)
+        return _said(load_run(run, device=device, report=report), run.adapter, name=run.name, device=device)
+    tuned = load_tuned(partner.path, device=device, report=report)
+    return _said(tuned, partner.path, name=partner.path.name, device=device)
+
+
+def load_run(run: RunFolder, *, device: torch.device, report: Report = ignore) -> Tuned:
+    """Base and adapter of a finished run, as they were trained, and placed as they were in the end.
+
+    Raises:
+        BadRun: It has no adapter yet, or its base or tokenizer changed.
+        DoesNotFit: Memory ran out.
+    """
+    read_facts(run.adapter)
+    plan = read_plan(run.plan)
+    taken = (int(rung.value) for rung in read_rungs(run.path / RUNGS_FILE) if rung.knob == "mlp_tiles")
+    return load_tuned(
+        run.adapter,
+        device=device,
+        offload=on_host(plan.offload),
+        tiles=max((plan.mlp_tiles, *taken)),
+        report=report,
+    )
+
+
+def load_tuned(
+    adapter: Path,
+    *,
+    device: torch.device,
+    offload: Sequence[str] = (),
+    tiles: int = 1,
+    report: Report = ignore,
+) -> Tuned:
+    """A base with the adapter of a folder, as it was trained.
+
+    Args:
+        adapter: A PEFT folder that qadapt wrote.
+        device: Where it computes.
+        offload: What of the base stays on the host beside a card.
+        tiles: Pieces in which the feed-forward layers compute.
+        report: Told of progress, where the base must be fetched.
+
+    Raises:
+        BadRun: There is no adapter, or its base or tokenizer is not what it was.
+        DoesNotFit: Memory ran out.
+    """
+    facts = read_facts(adapter)
+    files = find_same_base(facts, report)
+
+    def load() -> PreTrainedModel:
+        return load_base(
+            files.folder,
+            quantization=facts.quantization,
+            double_quant=facts.double_quant,
+            dtype=DTYPES[facts.load_dtype],
+            device=device,
+            offload=offload if device.type == "cuda" else (),
+        )
+
+    base = _if_it_fits(load, f"The base {facts.base} of the adapter in {adapter}", device)
+    set_tiles(base, tiles)
+    return Tuned(load_lora(base, adapter), saved_contract(adapter, files.folder))
+
+
+def _said(tuned: Tuned, adapter: Path, *, name: str, device: torch.device) -> Loaded:
+    facts = read_facts(adapter)
+    held = {"nf4": " in 4 bits", "int8": " in 8 bits", "none": ""}[facts.quantization]
+    said = f"{facts.base}{held} with the adapter of {name}, on {device.type} ({facts.load_dtype})"
+    return Loaded(tuned.model, tuned.contract, said)
+
+
+def _load_exported(folder: Path, device: torch.device) -> Loaded:
+    config = read_config(folder, name=str(folder))
+    quantization, dtype = config.get("quantization_config"), _dtype_of(config, device)
+    _check_loadable(config, folder)
+    weight_files(folder, name=str(folder))
+    stored = str(config.get("dtype", config.get("torch_dtype"))) if quantization is None else "4 bits"
+    contract = exported_contract(folder)
+
+    def load() -> PreTrainedModel:
+        if quantization is None:
+            return _plain(folder, dtype=dtype, device=device)
+        return load_stored(folder, dtype=DTYPES[dtype], device=device)
+
+    model = _if_it_fits(load, f"The model in {folder}", device)
+    said = f"the exported model {folder.resolve().name} ({stored}), on {device.type} ({dtype})"
+    return Loaded(model, contract, said)
+
+
+def _load_gguf(path: Path, device: torch.device, report: Report) -> Loaded:
+    files = find_model(str(path), report=report)
+    dtype = _dtype_of(read_config(files.folder, name=path.name), device)
+    contract = load_contract(files.folder, date=_day_of(path.parent))
+    model = _if_it_fits(
+        lambda: _plain(files.folder, dtype=dtype, device=device), f"The model in {path}", device
+    )
+    said = f"{path.name}, its weights converted to 16 bits in the cache, on {device.type} ({dtype})"
+    return Loaded(model, contract, said)
+
+
+def _plain(folder: Path, *, dtype: str, device: torch.device) -> PreTrainedModel:
+    return load_base(folder, quantization="none", double_quant=False, dtype=DTYPES[dtype], device=device)
+
+
+def _if_it_fits(load: Callable[[], PreTrainedModel], what: str, device: torch.device) -> PreTrainedModel:
+    loaded = attempt(load)
+    if not isinstance(loaded, RanOut):
+        return loaded
+    free_memory(device)
+    raise DoesNotFit(
+        f"{what} does not fit the memory of {device}.",
+        cure="Close what else uses the memory. A run planned with memory.offload=[embeddings], or with "
+        "layers in it, too, is loaded that way; a run in 4 bits needs a quarter of its merged model.",
+    )
+
+
+def _dtype_of(config: Mapping[str, Any], device: torch.device) -> str:
+    """The type products are computed in: what is stored where the device is good at it, else the table's."""
+    stored = _STORED.get(str(config.get("dtype", config.get("torch_dtype"))), "auto")
+    is_own = stored == "fp32" or device.type == "cuda"
+    return choose_compute_dtype(stored if is_own else "auto", device)
+
+
+def _check_loadable(config: Mapping[str, Any], folder: Path) -> None:
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise BadModel(
+            f"{folder} needs Python code from its repository (auto_map in config.json), which is never run.",
+            cure="Give a model whose architecture transformers knows itself.",
+        )
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    if quantization.get("quant_method") != "bitsandbytes" or not quantization.get("load_in_4bit"):
+        method = quantization.get("quant_method", "unknown method")
+        raise BadModel(
+            f"{folder} is quantized in a way that is not loaded here ({method}).",
+            cure="Loaded are 4 bits of bitsandbytes (bnb-4bit), merged models, GGUF files and adapters.",
+        )
+
+
+def _day_of(folder: Path) -> str | None:
+    """The day that an exported model's template prints, if its prompt contract lies beside it."""
+    path = folder / CONTRACT_FILE
+    if not path.is_file():
+        return None
+    try:
+        day: str | None = json.loads(path.read_text(encoding="utf-8"))["date"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise BadModel(f"{path} is no prompt contract: {error}.", cure="Export it again.") from None
+    return day
