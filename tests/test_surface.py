@@ -34,6 +34,7 @@ COMMANDS = {
     "watch": "run --folder --once --json",
     "evaluate": "run --data --answers --longest --folder --json",
     "export": "run --form --base --to --folder --json",
+    "chat": "what --prompt --system --beside --temperature --top-p --seed --longest --folder --json",
     "recipes": "name --schema --json",
     "doctor": "--json --selftest",
 }

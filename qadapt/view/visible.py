@@ -68,6 +68,13 @@ def visible(text: str, *, starts: bool = False, ends: bool = False, signs: Signs
             yield from _named(part, signs)
 
 
+def printable(text: str, *, signs: Signs = SIGNS) -> str:
+    """The text as it is, tabs and line ends too; what would steer a terminal or print nothing is a sign."""
+    return "".join(
+        signs.named(f"{ord(each):02x}") if each not in "\n\t" and _is_hidden(each) else each for each in text
+    )
+
+
 def one_line(text: str, *, signs: Signs = SIGNS) -> str:
     """The text on one line, with signs for what would not print."""
     return "".join(part for part, is_sign in visible(text, signs=signs) if is_sign or part != "\n")
@@ -77,10 +84,14 @@ def _named(text: str, signs: Signs) -> Iterator[Part]:
     """A word; its characters that print nothing or steer are named."""
     start = 0
     for place, character in enumerate(text):
-        if unicodedata.category(character) in _HIDDEN_KINDS and character not in _JOINERS:
+        if _is_hidden(character):
             if start < place:
                 yield text[start:place], False
             yield signs.named(f"{ord(character):02x}"), True
             start = place + 1
     if start < len(text):
         yield text[start:], False
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN_KINDS and character not in _JOINERS
