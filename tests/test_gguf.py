@@ -19,7 +19,7 @@ from transformers.utils import logging
 from qadapt.errors import BadModel, QadaptError, Unsupported
 from qadapt.model import gguf_source
 from qadapt.model.gguf_config import llama3_divisors
-from qadapt.model.gguf_source import row_order
+from qadapt.model.gguf_layout import row_order
 from qadapt.model.source import find_model
 
 

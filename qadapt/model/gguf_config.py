@@ -23,7 +23,8 @@ GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures in GGUF's words; mistral models are `llama` there."""
 
 _LLAMA3_ORIGINAL_CONTEXT = 8192
-_GEMMA2_27B_LAYERS = 46
+GEMMA2_27B_LAYERS = 46
+"""By which llama.cpp tells the largest gemma2, whose attention is scaled otherwise."""
 _PROBE = "The 3 kä\n  cats: \u4f60\u597d, don't!"
 _CURE = "Get a GGUF file with its tokenizer, or give the model's safetensors folder."
 
@@ -86,8 +87,9 @@ def _complete(config: PretrainedConfig, reader: gguf.GGUFReader, path: Path) -> 
     elif family == "gemma2":
         config.attn_logit_softcapping = known["gemma2.attn_logit_softcapping"]
         config.final_logit_softcapping = known["gemma2.final_logit_softcapping"]
-        if config.num_hidden_layers == _GEMMA2_27B_LAYERS:  # as llama.cpp tells it: the file does not
-            config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+        is_largest = config.num_hidden_layers == GEMMA2_27B_LAYERS  # as llama.cpp tells it: the file does not
+        scale = config.hidden_size // config.num_attention_heads if is_largest else config.head_dim
+        config.query_pre_attn_scalar = scale
     elif family == "phi3":
         window = known.get("phi3.attention.sliding_window", 0)
         config.sliding_window = window or None
@@ -138,13 +140,29 @@ def _llama3_rope(stored: list[float], *, theta: float, path: Path) -> dict[str, 
     }  # fmt: skip
 
 
-def llama3_divisors(head_width: int, *, theta: float, factor: float) -> list[float]:
-    """What each rotary frequency of a Llama 3.1 model is divided by (transformers' `llama3` rope)."""
+def llama3_divisors(
+    head_width: int,
+    *,
+    theta: float,
+    factor: float,
+    low: float = 1.0,
+    high: float = 4.0,
+    context: int = _LLAMA3_ORIGINAL_CONTEXT,
+) -> list[float]:
+    """What each rotary frequency of a Llama 3.1 model is divided by (transformers' `llama3` rope).
+
+    Args:
+        head_width: Values of a head that are rotated.
+        theta: Base of the frequencies.
+        factor: Divisor of the lowest frequencies.
+        low: Turns in the original context below which a frequency is divided by all of `factor`.
+        high: Turns from which it is not divided.
+        context: Tokens of the original context.
+    """
     divisors = []
     for index in range(head_width // 2):
-        wavelength = 2 * math.pi * theta ** (2 * index / head_width)
-        smooth = (_LLAMA3_ORIGINAL_CONTEXT / wavelength - 1.0) / (4.0 - 1.0)
-        smooth = min(max(smooth, 0.0), 1.0)
+        turns = context / (2 * math.pi * theta ** (2 * index / head_width))
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         divisors.append(1 / ((1 - smooth) / factor + smooth))
     return divisors
 

@@ -2,10 +2,8 @@
 
 transformers reads GGUF but not together with bitsandbytes, and dequantizes a whole model at once; so a file
 is converted once into safetensors in the cache and everything else loads from there. Configuration and
-tokenizer are read by transformers itself; the tensor names come from the `gguf` package. What llama.cpp's
-converter does to the values is undone here: it interleaves the rotary halves of each head of q and k (llama),
-and stores gemma's norm weights plus one.
-https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py
+tokenizer are read by transformers itself. Where a tensor lies, and what llama.cpp's converter did to its
+values, stands in `gguf_layout.py`; here it is undone.
 
 All tensors are written in one 16-bit type, which is also the `dtype` of config.json. It is float16: quantized
 blocks have float16 scales, so float16 (11 bits) keeps more of block values than bfloat16 (8 bits). A file
@@ -18,20 +16,21 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qadapt.cache import ignore, output_errors, require_free, staged
 from qadapt.errors import BadModel, Unsupported
 from qadapt.model.gguf_config import GGUF_FAMILIES, read_gguf_config, scalars, write_config, write_tokenizer
+from qadapt.model.gguf_layout import GgufLayout, row_order
 from qadapt.model.shards import TensorEntry, write_shards
 from qadapt.stage import Report
 
 if TYPE_CHECKING:
     import gguf
-    import numpy as np
     from transformers import PretrainedConfig
 
 _SHARD_BYTES = 2 * 1024**3
@@ -40,6 +39,7 @@ _READ_BYTES = 4 * 1024**2
 _READABLE = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
+_NOT_QUANTIZED = ("F32", "F16", "BF16")
 _CONVERTER_VERSION = 1
 _NOT_WEIGHTS = ("rope_freqs.weight",)
 
@@ -151,6 +151,19 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     return reader
 
 
+def stored_type(path: Path) -> str | None:
+    """The type that most values of a GGUF file have, if it is a quantized one.
+
+    Raises:
+        BadModel: See `open_gguf`; so too the others.
+    """
+    counts: Counter[str] = Counter()
+    for tensor in open_gguf(path).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    [(name, _)] = counts.most_common(1)
+    return None if name in _NOT_QUANTIZED else name
+
+
 def _convert(reader: gguf.GGUFReader, path: Path, *, folder: Path, report: Report) -> None:
     size = path.stat().st_size
     report(f"reading the configuration in {path.name}", 0, size)
@@ -173,26 +186,26 @@ def _convert(reader: gguf.GGUFReader, path: Path, *, folder: Path, report: Repor
 def _sources(
     reader: gguf.GGUFReader, path: Path, *, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[_Source]:
-    import gguf
-
     family = scalars(reader)["general.architecture"]
-    names = gguf.get_tensor_name_map(_architecture(family), config.num_hidden_layers)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    layout = GgufLayout(
+        family,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+    )
     tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name not in _NOT_WEIGHTS}
     sources = []
     for name, shape in shapes.items():
-        stem, _, suffix = name.rpartition(".")
-        stored = f"{names.get_name(stem)}.{suffix}"
-        tensor = tensors.pop(stored, None)
+        stored = layout.stored(name)
+        tensor = tensors.pop(stored.name, None) if stored else None
         found = "missing" if tensor is None else tuple(reversed(tensor.shape.tolist()))
-        if found != shape:
+        if stored is None or found != shape:
+            place = stored.name if stored else name
             raise BadModel(
-                f"{path.name}: the tensor {stored} is {found}; {shape} is needed for {name}.",
+                f"{path.name}: the tensor {place} is {found}; {shape} is needed for {name}.",
                 cure="The file contradicts itself; get another, or give the model's safetensors folder.",
             )
-        interleaved = heads.get(stored.split(".")[-2]) if family == "llama" else None
-        is_plus_one = family == "gemma2" and stored.endswith("norm.weight")
-        sources.append(_Source(name, shape, tensor, interleaved, is_plus_one))
+        sources.append(_Source(name, shape, tensor, stored.interleaved_heads, stored.is_plus_one))
     if tensors:
         raise Unsupported(
             f"{path.name} holds tensors that a {family} model does not have: "
@@ -200,12 +213,6 @@ def _sources(
             cure="Give the model's 16-bit safetensors folder.",
         )
     return sources
-
-
-def _architecture(family: str) -> int:
-    import gguf
-
-    return next(int(arch) for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
 
 
 def _write_weights(
@@ -246,16 +253,3 @@ def _sixteen_bit(source: _Source, dtype: str, *, file_name: str) -> Iterator[mem
             raise _FloatOverflow
         rounded = torch.from_numpy(exact).to(torch.float16 if dtype == "F16" else torch.bfloat16)
         yield rounded.view(torch.uint8).numpy().reshape(-1).data
-
-
-def row_order(rows: int, interleaved_heads: int | None) -> np.ndarray[Any, Any]:
-    """Row i of the tensor for transformers is row `order[i]` of the stored one.
-
-    llama.cpp rotates neighbours (0, 1), (2, 3), ... where transformers rotates the two halves of a head.
-    """
-    import numpy as np
-
-    order: np.ndarray[Any, Any] = np.arange(rows)
-    if interleaved_heads is not None:
-        order = order.reshape(interleaved_heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    return order
