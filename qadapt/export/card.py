@@ -1,14 +1,18 @@
-"""The card of an exported model: what it was made from, how, and what was measured. Only what is known."""
+"""The card of an export: what it was made from, how, and what was measured. Only what is known.
+
+Written as Markdown with the front matter that model hubs read. It names files, never folders of this machine.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qadapt.adapters.facts import AdapterFacts
-from qadapt.events import Evaluated, Event, StepDone
+from qadapt.events import BasesCompared, Evaluated, Event, MemoryMeasured, Planned, RunStarted, StepDone
+from qadapt.units import format_bytes
 
 _BASE_WORDS = {
     "dequantized": "the weights of the base as the adapter saw them in training, dequantized",
@@ -18,9 +22,19 @@ _BASE_WORDS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card can tell beyond the merge itself; what is empty is left out.
+    """What a card can tell about a run; what is empty is left out.
 
-    `losses` are mean losses per supervised token, by what they were measured on.
+    Attributes:
+        model: The base: a hub id, an alias, or the name of its folder or file.
+        revision: Its commit on a hub.
+        licence: Its licence.
+        recipe: The recipe as text.
+        data: Names of the training data.
+        data_hash: Of the prepared rows.
+        losses: Mean losses per supervised token, by what they were measured on.
+        predicted_peak_bytes: Of a step, by the plan; 0: not known. So too the next.
+        measured_peak_bytes: Of the whole run.
+        device: What it ran on.
     """
 
     model: str = ""
@@ -28,15 +42,43 @@ class CardFacts:
     licence: str | None = None
     recipe: str = ""
     data: tuple[str, ...] = ()
+    data_hash: str = ""
     losses: Mapping[str, float] = field(default_factory=dict)
+    predicted_peak_bytes: int = 0
+    measured_peak_bytes: int = 0
+    device: str = ""
 
     def with_licence_of(self, model_folder: Path) -> CardFacts:
         """The same with the licence that the base's own card names, unless one is given."""
         return replace(self, licence=self.licence or licence_of(model_folder))
 
 
+@dataclass(frozen=True)
+class Made:
+    """What was made of a run, and what was found out about it.
+
+    Attributes:
+        form: The form, such as `merged-fp16`.
+        base: Weights it was merged on, `dequantized` or `original`; empty for an adapter alone.
+        file: Name of the one file to use, for forms that have one.
+        findings: One sentence each: which base is better, what the proof compared.
+        is_proven: Whether it was proven.
+    """
+
+    form: str
+    base: str = ""
+    file: str = ""
+    findings: Sequence[str] = ()
+    is_proven: bool = True
+
+
 def card_facts(
-    facts: AdapterFacts, events: Iterable[Event], *, recipe: str, data: tuple[str, ...] = ()
+    facts: AdapterFacts,
+    events: Iterable[Event],
+    *,
+    recipe: str,
+    data: tuple[str, ...] = (),
+    data_hash: str = "",
 ) -> CardFacts:
     """What a card tells about a finished run.
 
@@ -45,21 +87,43 @@ def card_facts(
         events: The run's events that count (`view.journal.effective`).
         recipe: The recipe as text.
         data: Names of the training data.
+        data_hash: Of the prepared rows.
     """
     trained: dict[int, float] = {}
     held_out: dict[int, float] = {}
+    name = (
+        facts.base if facts.revision else Path(facts.base).name
+    )  # a folder of this machine says nothing elsewhere
+    card = CardFacts(name, facts.revision, recipe=recipe, data=data, data_hash=data_hash)
     for event in events:
-        if isinstance(event, StepDone):
-            trained[event.step] = event.loss
-        elif isinstance(event, Evaluated):
-            held_out[event.step] = event.loss
+        match event:
+            case StepDone():
+                trained[event.step] = event.loss
+            case Evaluated():
+                held_out[event.step] = event.loss
+            case RunStarted():
+                card = replace(card, device=event.device)
+            case Planned():
+                card = replace(card, predicted_peak_bytes=event.predicted_peak_bytes)
+            case MemoryMeasured():
+                card = replace(card, measured_peak_bytes=event.peak_bytes)
     losses = {}
     if trained:
         losses[f"training rows of step {max(trained)}"] = trained[max(trained)]
     if held_out:
         best = min(held_out, key=held_out.__getitem__)
         losses[f"held-out rows after step {best}, the best"] = held_out[best]
-    return CardFacts(facts.base, facts.revision, recipe=recipe, data=data, losses=losses)
+    return replace(card, losses=losses)
+
+
+def comparison(found: BasesCompared) -> str:
+    """How the merges on both bases compare, as a sentence."""
+    first, second = (f"{found.losses[base]:.4f} on the {base} base" for base in ("dequantized", "original"))
+    return (
+        f"Held-out loss per learned token: {first}, {second}; the difference is between {found.low:+.4f} and "
+        f"{found.high:+.4f} (95 %, {found.rows:,} rows, {found.tokens:,} tokens). Better: {found.better}; "
+        f"merged on: {found.base}."
+    )
 
 
 def licence_of(model_folder: Path) -> str | None:
@@ -73,47 +137,117 @@ def licence_of(model_folder: Path) -> str | None:
     return line[1] if line else None
 
 
-def card_text(facts: CardFacts, *, form: str, base: str) -> str:
-    """The card as Markdown with the front matter that model hubs read.
+def card_text(facts: CardFacts, made: Made) -> str:
+    """The card as Markdown.
 
     Args:
-        facts: What is known.
-        form: Form of the merged weights, such as `merged-fp16`.
-        base: Weights they were merged on, `dequantized` or `original`.
+        facts: What is known of the run.
+        made: What was made of it.
     """
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if facts.model:
-        front.append(f"base_model: {facts.model}")
+    kind = _KINDS[made.form.partition("-")[0] if made.form != "gguf-lora" else made.form]
+    front = ["---", f"library_name: {kind.library}", "pipeline_tag: text-generation"]
+    if facts.revision:  # only what is on a hub can be linked to
+        front += [f"base_model: {facts.model}", f"base_model_relation: {kind.relation}"]
     if facts.licence:
         front.append(f"license: {facts.licence}")
     front += ["tags:", "- qlora", "- qadapt", "---", ""]
-    return "\n".join([*front, *_body(facts, form=form, base=base)]) + "\n"
+    return "\n".join([*front, *_body(facts, made, kind)]) + "\n"
 
 
-def _body(facts: CardFacts, *, form: str, base: str) -> list[str]:
+def _body(facts: CardFacts, made: Made, kind: _Kind) -> list[str]:
     name = f"`{facts.model}`" if facts.model else "a base model"
     at = f" at revision `{facts.revision}`" if facts.revision else ""
     lines = [
         f"# A fine-tuned {facts.model or 'model'}",
         "",
-        f"Made from {name}{at} by low-rank adaptation; the adapter is merged into the weights.",
+        f"Made from {name}{at} by low-rank adaptation; {kind.what}.",
         "",
-        f"* Form: {form}; every weight computed in fp32 and rounded once.",
-        f"* Merged on {_BASE_WORDS[base]}.",
+        f"* Form: {made.form}; {kind.numbers}.",
     ]
+    if made.base:
+        lines.append(f"* Merged on {_BASE_WORDS[made.base]}.")
     lines += [f"* Trained on `{source}`." for source in facts.data]
+    if facts.data_hash:
+        lines.append(f"* The rows as tokens have the hash `{facts.data_hash}`.")
     lines += [f"* Loss per supervised token, {what}: {loss:.4f}." for what, loss in facts.losses.items()]
+    lines += _memory(facts)
     if facts.licence:
         lines.append(f"* Licence of the base: {facts.licence}.")
-    lines += ["", "## Use", "", "```python", *_USE.splitlines(), "```"]
+    lines += ["", "## Proof", "", *_proof(made)]
+    lines += [
+        "",
+        "## Use",
+        "",
+        *kind.use.format(base=facts.model or "the base model", file=made.file).splitlines(),
+    ]
     if facts.recipe:
         lines += ["", "## Recipe", "", "```yaml", *facts.recipe.strip().splitlines(), "```"]
     return lines
 
 
-_USE = """\
+def _memory(facts: CardFacts) -> list[str]:
+    known = {"predicted": facts.predicted_peak_bytes, "measured": facts.measured_peak_bytes}
+    said = [f"{format_bytes(count)} {word}" for word, count in known.items() if count]
+    where = f" on {facts.device}" if facts.device else ""
+    return [f"* Memory of a step{where}: {', '.join(said)}."] if said else []
+
+
+def _proof(made: Made) -> list[str]:
+    found = [f"* {finding}" for finding in made.findings]
+    return found if made.is_proven else [*found, "None: this export was made with `--no-proof`."]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a card says of all exports of a kind."""
+
+    library: str
+    relation: str
+    what: str
+    numbers: str
+    use: str
+
+
+_TRANSFORMERS = """\
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this card lies
 model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)"""
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+_BITSANDBYTES = f"{_TRANSFORMERS}\n\nIt needs `bitsandbytes`; the quantization stands in config.json."
+_PEFT = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this card lies
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained("{base}")  # from the folder, if it holds one
+```
+
+With vLLM: `vllm serve {base} --enable-lora --lora-modules tuned=.`"""
+_GGUF = """\
+With llama.cpp: `llama-cli -m {file} -cnv`. With Ollama: `ollama create tuned -f Modelfile`, then
+`ollama run tuned`."""
+_GGUF_LORA = "With llama.cpp: `llama-cli -m BASE.gguf --lora {file} -cnv`, BASE.gguf being the base as GGUF."
+_MERGED = "the adapter is merged into the weights"
+_KINDS = {
+    "merged": _Kind(
+        "transformers", "finetune", _MERGED, "every weight computed in fp32 and rounded once", _TRANSFORMERS
+    ),
+    "bnb": _Kind(
+        "transformers",
+        "quantized",
+        f"{_MERGED}, and these are quantized anew",
+        "linear layers in NF4 with double quantization, all else in 16 bits",
+        _BITSANDBYTES,
+    ),
+    "gguf": _Kind("gguf", "quantized", _MERGED, "every weight computed in fp32 and stored once", _GGUF),
+    "gguf-lora": _Kind("gguf", "adapter", "this is the adapter alone", "the numbers of the run", _GGUF_LORA),
+    "adapter": _Kind(
+        "peft", "adapter", "this is the adapter alone", "the numbers of the run, unchanged", _PEFT
+    ),
+}
