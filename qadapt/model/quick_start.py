@@ -41,6 +41,11 @@ class PackagedModel:
         """The file's own name."""
         return Path(self.member).name
 
+    @property
+    def stored_type(self) -> str:
+        """Type of its quantized weights, which the file is named by."""
+        return Path(self.member).stem.rpartition(".")[2]
+
 
 SMOLLM2 = PackagedModel(
     alias="smollm2-135m",

@@ -16,7 +16,7 @@ from pathlib import Path
 from qadapt.cache import cache_folder, ignore
 from qadapt.errors import BadModel
 from qadapt.model.folder import checked_folder
-from qadapt.model.gguf_source import converted_once, folder_from_gguf
+from qadapt.model.gguf_source import converted_once, folder_from_gguf, stored_type
 from qadapt.model.quick_start import SMOLLM2, PackagedModel, kept_file, packaged_file
 from qadapt.stage import Report
 
@@ -117,6 +117,24 @@ def is_here(source: str, *, revision: str | None = None, cache: Path | None = No
     from qadapt.model.hub import is_kept
 
     return is_kept(source, revision=revision, cache=cache)
+
+
+def quantized_type_of(source: str) -> str | None:
+    """The type of most weights of a source that is quantized itself, such as `Q4_1`; None for 16 bits and more.
+
+    Only a GGUF file can be: other quantized models are refused when they are looked for.
+
+    Args:
+        source: As `find_model` takes it.
+
+    Raises:
+        BadModel: The file cannot be read.
+    """
+    if source.lower() == SMOLLM2.alias:
+        return SMOLLM2.stored_type
+    place = Path(source).expanduser()
+    is_gguf = place.is_file() and place.suffix.lower() == ".gguf"
+    return stored_type(place) if is_gguf else None
 
 
 def _packaged_folder(model: PackagedModel, *, cache: Path, report: Report) -> Path:
