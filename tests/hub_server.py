@@ -2,9 +2,10 @@
 
 Model info with files and sizes, files by commit with ETag and X-Repo-Commit, weights behind a redirect to
 another host name with their sha256 as X-Linked-Etag, ranges; and gates and connections that break off. Data
-sets are listed as a tree, too.
+sets are listed as a tree, too. Models can be pushed, every file within the commit itself.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -31,6 +32,7 @@ class Repository:
     """Sizes that the listing states instead of the true ones."""
     served: dict[str, bytes] = field(default_factory=dict)
     """Bytes that are sent instead of the true ones."""
+    is_private: bool = False
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.datasets: dict[str, Repository] = {}
         self.requests: list[Request] = []
+        self.write_status = 200
+        """With another status whoever wants to write is refused."""
         self.is_stopped = False
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.hub = self
@@ -91,6 +95,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        self.hub.requests.append(Request("POST", path, None, self.headers.get("Authorization")))
+        if path == "/api/validate-yaml":
+            self.answer({"warnings": [], "errors": []})
+        elif path == "/api/repos/create" or re.fullmatch(
+            r"/api/models/[^/]+/[^/]+/(preupload|commit)/main", path
+        ):
+            self.written(path, asked)
+        else:
+            self.asked(asked)
+
+    def asked(self, asked: bytes) -> None:
         if match := re.fullmatch(rf"/api/{_DATASET}/paths-info/(.+)", self.path):
             paths = json.loads(asked)["paths"]
             self.tree(
@@ -98,6 +114,34 @@ class _Handler(BaseHTTPRequestHandler):
             )
         else:
             self.refuse(404, "EntryNotFound")
+
+    def written(self, path: str, asked: bytes) -> None:
+        """What a push asks for: a repository, how each file is to be sent, and the commit with the files."""
+        if self.hub.write_status != 200:
+            self.refuse(self.hub.write_status, "")
+        elif path == "/api/repos/create":
+            values = json.loads(asked)
+            name = f"{values['organization']}/{values['name']}"
+            is_private = values.get("visibility") == "private"
+            if name in self.hub.repositories:
+                self.answer({"url": f"{self.hub.endpoint}/{name}"}, status=409)
+            else:
+                self.hub.repositories[name] = Repository({}, is_private=is_private)
+                self.answer({"url": f"{self.hub.endpoint}/{name}", "name": name, "private": is_private})
+        elif path.endswith("/preupload/main"):
+            files = [file["path"] for file in json.loads(asked)["files"]]
+            modes = [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            self.answer({"files": modes})
+        else:
+            name = "/".join(path.split("/")[3:5])
+            for line in map(json.loads, asked.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.hub.repositories[name].files[line["value"]["path"]] = content
+            self.answer({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def answer(self, values: object, *, status: int = 200) -> None:
+        self.send(status, {"Content-Type": "application/json"}, json.dumps(values).encode())
 
     def log_message(self, format: str, *args: object) -> None:
         pass
