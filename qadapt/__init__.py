@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qadapt.exporting import export as export
     from qadapt.planning import estimate as estimate
     from qadapt.planning import plan as plan
-    from qadapt.run import export as export
     from qadapt.run import load as load
     from qadapt.run import train as train
 
@@ -25,7 +25,7 @@ __all__ = ["estimate", "export", "load", "plan", "train"]
 
 _HOMES = {
     "estimate": "qadapt.planning",
-    "export": "qadapt.run",
+    "export": "qadapt.exporting",
     "load": "qadapt.run",
     "plan": "qadapt.planning",
     "train": "qadapt.run",

@@ -25,6 +25,11 @@ RowFormat = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text", "preference",
 ]  # fmt: skip
 Role = Literal["system", "user", "assistant", "tool"]
+Form = Literal[
+    "merged-fp16", "merged-bf16", "merged-fp32", "bnb-4bit", "adapter", "gguf-lora",
+    "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0",
+    "gguf-q3_k_m", "gguf-q4_k_s", "gguf-q4_k_m", "gguf-q5_k_m", "gguf-q6_k",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -217,10 +222,10 @@ class MemorySection(Section):
 class ExportSection(Section):
     """The model that comes out."""
 
-    form: Literal["merged-fp16", "merged-bf16", "merged-fp32"] = "merged-fp16"
-    """Type of the merged weights."""
-    base: Literal["dequantized", "original"] = "dequantized"
-    """Merge onto the quantized weights as the adapter saw them, or onto the original ones."""
+    form: Form = "merged-fp16"
+    """What is written: a merged model, one in 4 bits, a GGUF file, or the adapter alone."""
+    base: Literal["dequantized", "original", "auto"] = "dequantized"
+    """Merge onto the quantized weights as the adapter saw them, the original ones, or the better of both."""
     shard: str = "2GiB"
     """Largest size of one output file."""
 

@@ -1,10 +1,10 @@
-"""The composition root: a recipe in, an exported model out. Read this file first.
+"""The composition root: a recipe in, an adapter out. Read this file first.
 
-    recipe ─► base files ─► rows ─► plan ─► 4-bit base ─► adapter ─► steps ─► adapter folder ─► export
+    recipe ─► base files ─► rows ─► plan ─► 4-bit base ─► adapter ─► steps ─► adapter folder
 
-`train`, `resume` and `export` are generators of events; whoever iterates shows or keeps them. The recipe
-stops at `run_parts.py`: what is called below takes flat arguments. The functions here are qadapt's Python
-surface, too (`qadapt.train`, ...).
+`train` and `resume` are generators of events; whoever iterates shows or keeps them. The recipe stops at
+`run_parts.py`: what is called below takes flat arguments. The functions here are qadapt's Python surface, too
+(`qadapt.train`, ...). What becomes of the adapter is in `exporting.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ import psutil
 import torch
 
 from qadapt import control
-from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import save_adapter
 from qadapt.cache import output_errors
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract
 from qadapt.errors import BadRun
 from qadapt.events import Event, Paused, RunFinished, StepDone, Stopped
-from qadapt.export.card import card_facts
-from qadapt.export.merge import Writing, merge
 from qadapt.loading import Tuned, load_run
 from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
 from qadapt.model.precision import choose_device
@@ -39,7 +36,6 @@ from qadapt.recipe_file import dump_yaml, read_recipe
 from qadapt.resumption import (
     Consent,
     Earlier,
-    check_finished,
     has_begun,
     plan_anew,
     recipe_never_begun,
@@ -49,7 +45,6 @@ from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, work
 from qadapt.run_parts import (
     adapt,
     adapter_facts,
-    find_same_base,
     holding_card,
     loop_settings,
     make_plan,
@@ -60,7 +55,6 @@ from qadapt.run_parts import (
     store,
 )
 from qadapt.saved_states import go_to_best, restore
-from qadapt.stage import with_progress
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
@@ -68,7 +62,6 @@ from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
-from qadapt.units import parse_bytes
 from qadapt.view.journal import Journal, effective, read_events
 
 
@@ -254,45 +247,6 @@ def _remember(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, m
     """Keeps what the plan's setting took; where memory ran out it took at least what was measured."""
     if not loop.ladder.is_taken or measured_bytes > plan.predicted_peak_bytes:
         remember_peak(recipe, plan, run, measured_bytes=measured_bytes)
-
-
-def export(
-    name: str,
-    *,
-    form: str | None = None,
-    base: str | None = None,
-    to: Path | None = None,
-    folder: str = "runs",
-) -> Iterator[Event]:
-    """Writes the merged model of a finished run; `form` and `base` default to the recipe's `export` section.
-
-    Raises:
-        BadRun: There is no such run, or it has no adapter yet.
-        BadExport: The merged numbers would not be the trained ones (an overflow in fp16, say).
-        BadOutput: The target exists or cannot be written.
-    """
-    quiet_libraries()
-    run = find_run(name, folder)
-    facts = read_facts(run.adapter)
-    check_finished(run, Earlier(effective(read_events(run.path))))
-    recipe = read_recipe(str(run.recipe))
-    section = recipe.export
-    files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
-    chosen = form or section.form
-    card = card_facts(
-        facts,
-        effective(read_events(run.path)),
-        recipe=run.recipe.read_text(encoding="utf-8"),
-        data=tuple(Path(source.path).name for source in recipe.data.sources),
-    )
-    yield from merge(
-        model_folder=files.folder,
-        adapter_folder=run.adapter,
-        target=to or run.export(chosen),
-        form=chosen,
-        base=base or section.base,
-        writing=Writing(shard_bytes=parse_bytes(section.shard), card=card),
-    )
 
 
 def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:

@@ -32,11 +32,12 @@ from qadapt.events import (
     StepDone,
     Warned,
 )
+from qadapt.exporting import export
 from qadapt.hardware.claims import SharedCard
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
 from qadapt.resumption import TakenUp, plan_anew
-from qadapt.run import export, resume, train
+from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
 from qadapt.train.checkpoint import Checkpoint, find_checkpoints
 from qadapt.train.loop import Loop

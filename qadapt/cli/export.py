@@ -1,4 +1,4 @@
-"""`qadapt export`: the merged model of a finished run as a folder that plain transformers loads."""
+"""`qadapt export`: a finished run as a model, a GGUF file or an adapter, proven; and onto a hub."""
 
 from __future__ import annotations
 
@@ -10,50 +10,106 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
-    from qadapt.events import Event, Exported
+    from qadapt.events import Event, Exported, StageAdvanced
+    from qadapt.export.hub import HubTarget
 
 
 def export(
     run: Annotated[str, typer.Argument(help="Name of the run, or the path of its folder.")],
     form: Annotated[
         str | None,
-        typer.Option(help="merged-fp16, merged-bf16 or merged-fp32; default: the recipe's export.form."),
+        typer.Option(
+            help="merged-fp16, -bf16, -fp32: a whole model; bnb-4bit: one in 4 bits; gguf-q8_0, -f16, -bf16, "
+            "-q4_0, -q4_1, -q5_0, -q5_1, and -q4_k_m with llama.cpp installed; adapter or gguf-lora: the "
+            "adapter alone. Default: the recipe's export.form."
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Weights to merge on: dequantized (what was trained on) or original."),
+        typer.Option(
+            help="Weights to merge on: dequantized (what was trained on), original, or auto (what answers "
+            "held-out rows better)."
+        ),
     ] = None,
     to: Annotated[
         Path | None, typer.Option(help="The folder to be; default: export/<form> in the run's folder.")
     ] = None,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Do not compare it with the model that was trained.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Then push it to this repository, owner/name, as `hf auth login` allows."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a new repository is private.")
+    ] = False,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
-    """Merges a run's adapter into its base and writes the model: all of it, or nothing.
+    """Makes a model of a run, compares it with what was trained, and writes it: all of it, or nothing.
 
-    Examples: `qadapt export my-run`, `qadapt export my-run --form merged-bf16 --to models/mine`.
+    Examples: `qadapt export my-run`, `qadapt export my-run --form gguf-q8_0`, `qadapt export my-run --form
+    merged-bf16 --base auto --to models/mine`, `qadapt export my-run --form adapter --push me/mine --private`.
     """
     import json as json_text
 
     from qadapt.cli.screen import console
-    from qadapt.run import export as export_run
+    from qadapt.exporting import export as export_run
 
-    events = export_run(run, form=form, base=base, to=to, folder=folder)
-    exported = show_export(events, console=console(is_quiet=json))
+    screen = console(is_quiet=json)
+    target = _hub_target(push, is_private=private)
+    events = export_run(run, form=form, base=base, to=to, folder=folder, proof=not no_proof)
+    exported = show_export(events, console=screen)
+    pushed = None if target is None else _push(exported, target, console=screen)
     if json:
-        typer.echo(json_text.dumps(result_values(exported), indent=2))
+        typer.echo(json_text.dumps(result_values(exported, pushed=pushed), indent=2))
 
 
-def result_values(exported: Exported) -> dict[str, str | int | float]:
-    """What `--json` prints: `schema` 1, form, base, folder, bytes, seconds."""
+def _hub_target(push: str | None, *, is_private: bool) -> HubTarget | None:
+    """Where to push to, checked before anything is made."""
+    from qadapt.errors import BadRecipe
+
+    if push is None:
+        if is_private:
+            raise BadRecipe(
+                "--private says how to push, and nothing is pushed.", cure="Add --push owner/name."
+            )
+        return None
+    from qadapt.export.hub import HubTarget, check_target
+
+    target = HubTarget(push, is_private=is_private)
+    check_target(target)
+    return target
+
+
+def _push(exported: Exported, target: HubTarget, *, console: Console) -> str:
+    from qadapt.export.hub import push_folder
+
+    console.print(f"pushing to {target.name}", markup=False)
+    address = push_folder(Path(exported.folder), target, message=f"Add {exported.form}")
+    console.print(f"pushed: {address}", markup=False, soft_wrap=True)
+    return address
+
+
+def result_values(exported: Exported, *, pushed: str | None = None) -> dict[str, object]:
+    """What `--json` prints: `schema` 1, form, base, folder, bytes, seconds, notes, pushed.
+
+    Args:
+        exported: The end of an export.
+        pushed: The commit's address on a hub.
+    """
     return {
         "schema": 1,
         "form": exported.form,
-        "base": exported.base,
+        "base": exported.base or None,
         "folder": exported.folder,
         "bytes": exported.bytes,
         "seconds": round(exported.seconds, 3),
+        "notes": list(exported.notes),
+        "pushed": pushed,
     }
 
 
@@ -64,28 +120,41 @@ def show_export(events: Iterable[Event], *, console: Console) -> Exported:
         events: An export, whose last event is `Exported`.
         console: Where to draw.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qadapt.events import Exported, StageAdvanced, StageStarted, Warned
     from qadapt.units import format_bytes, format_seconds
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     exported: Exported | None = None
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        tasks = {}
+        tasks: dict[str, TaskID] = {}
         for event in events:
             if isinstance(event, StageStarted):
                 console.print(event.stage)
             elif isinstance(event, StageAdvanced):
-                if event.stage not in tasks:
-                    tasks[event.stage] = bars.add_task(event.stage, total=event.total)
-                bars.update(tasks[event.stage], completed=event.done, total=event.total)
+                _advance(bars, tasks, event)
             elif isinstance(event, Warned):
                 console.print(f"{event.message} {event.cure}", markup=False)
             elif isinstance(event, Exported):
                 exported = event
     assert exported is not None, "an export ends with Exported or an error"
+    for note in exported.notes:
+        console.print(note, markup=False, highlight=False)
     size, took = format_bytes(exported.bytes), format_seconds(exported.seconds)
-    words = f"{exported.form} on the {exported.base} base: {size} in {took}, {exported.folder}"
+    on = f" on the {exported.base} base" if exported.base else ""
+    words = f"{exported.form}{on}: {size} in {took}, {exported.folder}"
     console.print(words, markup=False, highlight=False, soft_wrap=True)
     return exported
+
+
+def _advance(bars: Progress, tasks: dict[str, TaskID], event: StageAdvanced) -> None:
+    from qadapt.units import format_bytes
+
+    if event.unit == "bytes":
+        count = f"{format_bytes(event.done)} of {format_bytes(event.total)}"
+    else:
+        count = f"{event.done:,} of {event.total:,} {event.unit}"
+    if event.stage not in tasks:
+        tasks[event.stage] = bars.add_task(event.stage, total=event.total, count=count)
+    bars.update(tasks[event.stage], completed=event.done, total=event.total, count=count)

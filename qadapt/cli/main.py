@@ -21,6 +21,7 @@ from qadapt.cli.pause import pause, save
 from qadapt.cli.recipes import recipes
 from qadapt.cli.screen import error_console
 from qadapt.cli.train import resume, train
+from qadapt.cli.verify import verify
 from qadapt.cli.watch import watch
 from qadapt.errors import QadaptError
 from qadapt.quiet import quiet_libraries
@@ -36,7 +37,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (estimate, plan, train, resume, pause, save, watch, evaluate, export, chat, recipes, doctor):
+for command in (
+    estimate, plan, train, resume, pause, save, watch, evaluate, export, verify, chat, recipes, doctor,
+):  # fmt: skip
     app.command()(command)
 app.add_typer(data)
 

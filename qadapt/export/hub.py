@@ -118,7 +118,13 @@ def _hub_errors(folder: Path, target: HubTarget) -> Iterator[None]:
             f"The hub took no files for {target.name} from this account or token.",
             cure=f"Log in anew with `hf auth login`, with a token that may write. {again}",
         ) from None
-    except (httpx2.TransportError, OfflineModeIsEnabled, ConnectionError, TimeoutError, RuntimeError) as error:
+    except (
+        httpx2.TransportError,
+        OfflineModeIsEnabled,
+        ConnectionError,
+        TimeoutError,
+        RuntimeError,
+    ) as error:
         raise HubRefused(
             f"{target.name} cannot be pushed: the hub is out of reach ({type(error).__name__}).",
             cure=f"Connect to the network. {again}",

@@ -26,9 +26,10 @@ import torch
 
 from qadapt import control
 from qadapt.events import Event, Paused, Resumed, RunFinished, StepDone, Stopped, Warned
+from qadapt.exporting import export
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
-from qadapt.run import export, resume, train
+from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
 from qadapt.train import loop, oom
 from qadapt.train.step import find_gradient
@@ -60,7 +61,7 @@ def carry_on(folder: Path, inputs: Path) -> None:
         else:  # it never began
             shutil.rmtree(run.path, ignore_errors=True)
             exhaust(train(recipe_for(inputs)), run)
-    exhaust(export("killed", folder=str(run.path.parent.relative_to(folder))))
+    exhaust(export("killed", folder=str(run.path.parent.relative_to(folder)), proof=False))
 
 
 def exhaust(events: Iterable[Event], run: RunFolder | None = None) -> None:

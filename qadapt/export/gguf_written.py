@@ -1,0 +1,82 @@
+"""The tensors of a GGUF file as a model folder has them: what a proof compares with the exact ones.
+
+Read by the `gguf` package and undone by `model/gguf_layout.py`, a range of rows at a time. Writes nothing.
+
+Legend: O rows, I elements of a row; a vector has O rows of one element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from qadapt.export.gguf_metadata import read_architecture
+from qadapt.export.gguf_types import allowed_error
+from qadapt.export.tensor_fault import MISSING, UNEXPECTED, Fault
+from qadapt.model.gguf_layout import Stored, row_order
+from qadapt.model.shards import TensorEntry
+from qadapt.model.tensor_files import rows_of
+
+_PLUS_ONE_ROUNDING = 2.0**-23
+"""What adding 1 and taking it away again costs a float32, relative to the sum."""
+
+
+class GgufWritten:
+    """The tensors of a GGUF file under their names in transformers, in float32 (`stored_tensors.Written`).
+
+    Attributes:
+        entries: Name → type and shape.
+        faults: Tensors that are missing in the file, or that it should not have.
+
+    Args:
+        path: The file.
+        described: A folder with the model's config.json.
+        names: Names of the tensors that the model should have.
+
+    Raises:
+        BadModel: The configuration cannot be read.
+        Unsupported: It is of an architecture that is not written.
+    """
+
+    def __init__(self, path: Path, *, described: Path, names: Iterable[str]) -> None:
+        architecture = read_architecture(described)
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        left = set(tensors) - set(architecture.tensors)
+        self.entries: dict[str, TensorEntry] = {}
+        self._places: dict[str, tuple[Stored, gguf.ReaderTensor]] = {}
+        faults = []
+        for name in names:
+            source = (
+                "model.embed_tokens.weight" if architecture.is_tied and name == "lm_head.weight" else name
+            )
+            stored = architecture.layout.stored(source)
+            if stored is None or stored.name not in tensors:
+                faults.append(Fault(name, MISSING))
+                continue
+            tensor = tensors[stored.name]
+            left.discard(stored.name)
+            self._places[name] = (stored, tensor)
+            self.entries[name] = TensorEntry(name, "F32", tuple(reversed(tensor.shape.tolist())))
+        self.faults = (*faults, *(Fault(name, UNEXPECTED) for name in sorted(left)))
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """(last - first, I) rows of a tensor, dequantized."""
+        stored, tensor = self._places[name]
+        order = row_order(rows_of(self.entries[name]), stored.interleaved_heads)[first:last]
+        exact = gguf.quants.dequantize(tensor.data[order], tensor.tensor_type) - np.float32(
+            stored.is_plus_one
+        )
+        return torch.from_numpy(exact.reshape(last - first, -1))
+
+    def bound(self, name: str, exact: torch.Tensor, first: int) -> torch.Tensor | None:
+        """The most that each number may differ from the exact one; None: by one rounding to float32."""
+        stored, tensor = self._places[name]
+        if stored.is_plus_one:
+            return (exact.abs() + 1) * _PLUS_ONE_ROUNDING
+        if tensor.tensor_type.name == "F32":
+            return None
+        return torch.from_numpy(allowed_error(exact.double().numpy(), tensor.tensor_type.name))

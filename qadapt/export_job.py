@@ -1,0 +1,76 @@
+"""What an export is made from: a finished run, read and checked, and what its card may tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qadapt.adapters.facts import AdapterFacts
+from qadapt.data.prompt import PromptContract, saved_contract
+from qadapt.export.card import CardFacts, card_facts
+from qadapt.model.source import ModelFiles
+from qadapt.recipe import Recipe
+from qadapt.recipe_file import dump_yaml
+from qadapt.run_folder import RunFolder
+from qadapt.train.stored_plan import StoredPlan, read_plan
+from qadapt.view.journal import effective, read_events
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported, in which form, to where."""
+
+    run: RunFolder
+    recipe: Recipe
+    facts: AdapterFacts
+    files: ModelFiles
+    form: str
+    target: Path
+
+    @cached_property
+    def plan(self) -> StoredPlan:
+        """How the run was placed, and what it was made of."""
+        return read_plan(self.run.plan)
+
+    @cached_property
+    def contract(self) -> PromptContract:
+        """How its prompts were made."""
+        return saved_contract(self.run.adapter, self.files.folder)
+
+    @property
+    def gguf_name(self) -> str:
+        """Name of the one file of a GGUF form."""
+        return f"{self.run.name}-{self.form.removeprefix('gguf-').upper()}.gguf"
+
+    @cached_property
+    def card(self) -> CardFacts:
+        """What a card tells about the run; it names no folder of this machine."""
+        card = card_facts(
+            self.facts,
+            effective(read_events(self.run.path)),
+            recipe=dump_yaml(_shareable(self.recipe, is_hub_model=self.facts.revision is not None)),
+            data=tuple(_shown(source.path) for source in self.recipe.data.sources),
+            data_hash=self.plan.ingredients.rows,
+        )
+        return card.with_licence_of(self.files.folder)
+
+
+def _shareable(recipe: Recipe, *, is_hub_model: bool) -> Recipe:
+    data, model = recipe.data, recipe.model
+    sources = tuple(source.model_copy(update={"path": _shown(source.path)}) for source in data.sources)
+    held_out = None if data.held_out is None else _shown(data.held_out)
+    shown = {"sources": sources, "held_out": held_out, "template": Path(data.template).name}
+    source = model.source if is_hub_model else Path(model.source).name
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update=shown),
+            "model": model.model_copy(update={"source": source}),
+            "run": recipe.run.model_copy(update={"folder": "runs"}),
+        }
+    )
+
+
+def _shown(path: str) -> str:
+    """A source of rows without the folders it lies in."""
+    return path if path.startswith(("hub:", "split:")) else Path(path).name
