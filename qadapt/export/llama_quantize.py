@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gguf
 
+from qadapt.cache import require_free
 from qadapt.errors import BadExport, Unsupported
 from qadapt.events import Event, StageAdvanced, StageStarted
 
@@ -30,6 +31,7 @@ _PROGRAM = "llama-quantize"
 _BUILD = re.compile(r"(?:\bversion:|\bbuild(?:\s*[=:])?)\s*b?(\d+)")
 _TENSOR = re.compile(r"\[\s*(\d+)\s*/\s*(\d+)\s*\]")
 _SECONDS = 30
+_ELSEWHERE = "give a folder on a larger one with --to"
 _HOW_TO_GET = (
     "Install llama.cpp (`brew install llama.cpp`, `winget install llama.cpp`, or a release from "
     "https://github.com/ggml-org/llama.cpp/releases) so that `llama-quantize` is on the PATH; "
@@ -89,8 +91,10 @@ def quantize_gguf(source: Path, target: Path, *, kind: str, program: Path) -> It
 
     Raises:
         BadExport: The program failed, or made something else.
+        NoRoom: The disk is too full for a second file.
     """
     yield StageStarted(stage=STAGE)
+    require_free(target.parent, source.stat().st_size, purpose=target.name, or_else=_ELSEWHERE)
     last = ""
     with subprocess.Popen(
         [str(program), str(source), str(target), kind], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
