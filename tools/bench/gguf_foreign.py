@@ -17,6 +17,7 @@ Needs node and npm. Forms of fewer bits are shown without a bar: their numbers a
 from __future__ import annotations
 
 import argparse
+import itertools
 import operator
 import subprocess
 import sys
@@ -34,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import demo_task
 
 from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.export.ollama import adds_bos, modelfile, prompt
+from qadapt.export.ollama import adds_bos, modelfile
+from qadapt.export.ollama import prompt as ollama_prompt
 from qadapt.quiet import quiet_libraries
 
 MAX_NEW_TOKENS = 48
@@ -58,7 +60,7 @@ def expected(merged: Path, contract: PromptContract, *, rows: list[demo_task.Row
     answers = plain_answers(merged, prompts, end_ids=sorted(contract.end_ids), pad_id=contract.pad_id)
     template = modelfile(contract, "model.gguf").template
     assert template is not None, "Ollama can write the demo's prompts"
-    asked = [prompt(template, demo_task.prompt(row)) for row in rows]
+    asked = [ollama_prompt(template, demo_task.prompt(row)) for row in rows]
     drawn = drawn_texts(max(texts - len(asked), 0), seed=0, tokenizer=contract.tokenizer)
     first = int(adds_bos(contract))  # a runtime puts it before a prompt, not into a text
     tokens = [ids[first:] for ids in prompts]
@@ -69,23 +71,24 @@ def expected(merged: Path, contract: PromptContract, *, rows: list[demo_task.Row
 def plain_answers(
     folder: Path, prompts: Sequence[Sequence[int]], *, end_ids: Sequence[int], pad_id: int
 ) -> list[list[int]]:
-    """The greedy answers of plain transformers, each prompt alone so that nothing is padded."""
+    """The greedy answers of plain transformers, all prompts at once, filled up on the left."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = []
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
-        for ids in prompts:
-            given = torch.tensor([list(ids)])
-            output = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
-                do_sample=False,
-                max_new_tokens=MAX_NEW_TOKENS,
-                eos_token_id=list(end_ids),
-                pad_token_id=pad_id,
-            )
-            answer = output[0, given.shape[1] :].tolist()
-            answers.append([token for token in answer if token not in end_ids])
-    return answers
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=list(end_ids),
+            pad_token_id=pad_id,
+        )
+    written = (
+        itertools.takewhile(lambda token: token not in end_ids, row) for row in output[:, longest:].tolist()
+    )
+    return [list(answer) for answer in written]
 
 
 def exported(run: Path, form: str) -> Path:
