@@ -159,6 +159,8 @@ def _check_choices(form: str, base: str | None) -> None:
                 f"The form {form} is the adapter alone: it is merged on no base ({base!r}).",
                 cure="Leave --base out, or choose a merged form.",
             )
+    if form in K_FORMS:
+        find_llama_quantize()  # before anything is measured
 
 
 def _check_known(what: str, choice: str, choices: Sequence[str]) -> None:

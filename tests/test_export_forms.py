@@ -372,6 +372,12 @@ def test_auto_says_what_both_bases_lose_and_takes_one(runs, tmp_path):
     assert note in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+def test_k_quants_without_llama_quantize_are_refused_before_anything_is_done(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unsupported, match="llama-quantize"):
+        next(export("first", folder=str(runs), to=tmp_path / "out", form="gguf-q4_k_m"))
+
+
 def test_run_that_is_not_finished_is_refused(runs, tmp_path):
     adapter_copy(runs, tmp_path / "runs")
     journal = tmp_path / "runs" / "first" / "events.jsonl"

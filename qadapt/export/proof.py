@@ -106,8 +106,10 @@ class Proof:
         """What was found, for people: one sentence each."""
         said = []
         if self.tensors is not None:
+            is_merged = self.made_of.form.startswith("merged-")
+            held = "to one rounding" if is_merged else "as near as the type of each can hold"
             said.append(
-                f"All {self.tensors.tensors:,} tensors as written are what base and adapter make, "
+                f"All {self.tensors.tensors:,} tensors as written are what base and adapter make, {held}, "
                 "computed a second time in another way."
             )
         if self.prompt is not None:
