@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -29,9 +30,11 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def make_family(folder: Path, family: str) -> Path:
-    """Writes a whole folder of a random model, tied as the published ones of its architecture are."""
+    """Writes a whole folder of a random model, tied as the published ones are, its biases not zero."""
     if family not in _TOKENIZER_OF:
-        return make_tiny_model(folder, family)
+        make_tiny_model(folder, family)
+        _fill_biases(folder / "model.safetensors")
+        return folder
     make_tiny_model(folder, _TOKENIZER_OF[family])
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     same = {field: values[field] for field in _SAME if field in values}
@@ -42,3 +45,13 @@ def make_family(folder: Path, family: str) -> Path:
     model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+def _fill_biases(path: Path) -> None:
+    """Numbers in place of the zeros that biases start with."""
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    save_file(tensors, path, {"format": "pt"})

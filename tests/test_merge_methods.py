@@ -26,7 +26,7 @@ from test_merge import (
     merged,
     tensors_of,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from qadapt.adapters.facts import write_facts
 from qadapt.errors import BadExport, BadRecipe, BadRun, QadaptError, Unsupported
@@ -179,6 +179,18 @@ def test_tied_head_is_untied_when_one_table_alone_is_adapted(tiny, tmp_path, fam
     assert torch.allclose(logits(load(tmp_path / "out")), live, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "smollm3"])
+def test_tie_that_config_does_not_mention_is_that_of_the_architecture(tiny, tmp_path, family):
+    adapt(load(tiny(family)), lora(family, "lm_head"), tmp_path / "adapter")
+    shutil.copytree(tiny(family), tmp_path / "model")
+    values = config_of(tiny(family))
+    del values["tie_word_embeddings"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    is_tied = AutoConfig.from_pretrained(tmp_path / "model").tie_word_embeddings
+    with open_merged(tmp_path / "model", tmp_path / "adapter", base="original") as model:
+        assert model.changed_config == ({"tie_word_embeddings": False} if is_tied else {})
+
+
 def with_head(folder: Path, target: Path) -> Path:
     """The same tied model with its head in the files, too, as some are published."""
     shutil.copytree(folder, target)
@@ -270,6 +282,18 @@ def test_bias_of_an_adapter_needs_one_in_the_base(tiny, tmp_path):
     with pytest.raises(Unsupported, match=r"a bias for .*_proj\.bias, and the base none") as refused:
         merged(tiny("llama"), tmp_path / "adapter", tmp_path / "out", base="original")
     assert "--form adapter" in refused.value.cure
+
+
+def test_scaling_of_inputs_leaves_the_bias_and_that_of_outputs_does_not(tiny, tmp_path):
+    config = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=["k_proj"])
+    adapt(load(tiny("qwen2")), config, tmp_path / "adapter")
+    exact, start = reference(tiny("qwen2"), tmp_path / "adapter"), tensors_of(tiny("qwen2"))
+    merged(tiny("qwen2"), tmp_path / "adapter", tmp_path / "out", base="original", writing=UGLY)
+    for name, value in tensors_of(tmp_path / "out").items():
+        assert_one_rounding(value, exact[name], name)
+        assert torch.equal(value, start[name].half()) != name.endswith(
+            ("k_proj.weight", "v_proj.weight", "v_proj.bias")
+        )
 
 
 def two_adapters(tiny: Callable[[str], Path], root: Path, *more: str, **options: Any) -> None:
