@@ -53,6 +53,7 @@ class HeldBase:
         levels = get_4bit_type("nf4", device="cpu")
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2)
         self._pairs = pairs.view(torch.float64).view(-1)  # two numbers are moved as one
+        self._largest_of = lru_cache(maxsize=2)(self._block_magnitudes)
         self._scales_of = lru_cache(maxsize=4)(self._computed_scales)
 
     @property
@@ -121,21 +122,21 @@ class HeldBase:
 
     def _computed_scales(self, name: str, nudge: int) -> Tensor:
         """The scales of all blocks of a tensor after their own 8-bit round trip."""
-        assert self._facts is not None
-        entry, dtype = self._stored.entries[name], _DTYPES[self._facts.load_dtype]
-        step = max(1, _PASS_ELEMENTS // row_elements(entry) // _BLOCK) * _BLOCK  # whole blocks whatever I is
-        largest = torch.cat(
-            [
-                _largest(self.published(name, first, min(first + step, rows_of(entry))).to(dtype))
-                for first in range(0, rows_of(entry), step)
-            ]
-        )
+        largest = self._largest_of(name)
         mean = largest.mean()
         for _ in range(abs(nudge)):
             mean = torch.nextafter(mean, mean.new_tensor(float("inf") * nudge))
         codes, state = quantize_blockwise(largest - mean, blocksize=_SCALE_BLOCK)
         restored: Tensor = dequantize_blockwise(codes, state) + mean
         return restored
+
+    def _block_magnitudes(self, name: str) -> Tensor:
+        """The largest magnitude of each block of a tensor, in fp32."""
+        assert self._facts is not None
+        entry, dtype = self._stored.entries[name], _DTYPES[self._facts.load_dtype]
+        step = max(1, _PASS_ELEMENTS // row_elements(entry) // _BLOCK) * _BLOCK  # whole blocks whatever I is
+        ends = ((first, min(first + step, rows_of(entry))) for first in range(0, rows_of(entry), step))
+        return torch.cat([_largest(self.published(name, *span).to(dtype)) for span in ends])
 
 
 def _largest(values: Tensor) -> Tensor:
