@@ -48,8 +48,8 @@ from qadapt.stage import Report, with_progress
 from qadapt.train.stored_plan import read_plan
 
 MOST_ROWS, MOST_TOKENS, FEWEST_TOKENS = 64, 8192, 512
-CPU_WORK = 10**12
-"""Weights times tokens that a CPU is asked for: about half a minute."""
+CPU_WORK = 3 * 10**11
+"""Weights times tokens that a CPU is asked for: some ten seconds for each of the two models."""
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
