@@ -8,9 +8,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import huggingface_hub.constants
 import pytest
 import torch
 from gguf_files import write_gguf
+from hub_server import running_hub
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -406,6 +408,23 @@ def test_command_exports_without_a_proof_and_pushes_nothing(runs, tmp_path, caps
     assert (said["form"], said["base"], said["notes"], said["pushed"]) == ("adapter", None, [], None)
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
         assert len(list(file.keys())) == 2 * 7 * 2
+
+
+def test_command_pushes_the_whole_folder_after_the_export(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    words = ["export", "first", "--folder", str(runs), "--form", "adapter", "--to", str(tmp_path / "out")]
+    with running_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        assert run([*words, "--push", "me/mine", "--private"]) == 0
+    pushed = hub.repositories["me/mine"]
+    assert pushed.is_private
+    assert pushed.files == {
+        name: (tmp_path / "out" / name).read_bytes() for name in names_in(tmp_path / "out")
+    }
+    said = capsys.readouterr()
+    assert f"pushed: {hub.endpoint}/me/mine/commit/" in said.out
+    assert "hf_secret" not in said.out + said.err
 
 
 CARD = """\
