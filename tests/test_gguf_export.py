@@ -20,10 +20,11 @@ from test_gguf_tokenizer import pieces
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
-from qadapt.errors import BadExport, NoRoom, QadaptError, Unsupported
+from qadapt.errors import BadExport, BadModel, NoRoom, QadaptError, Unsupported
 from qadapt.events import Event, StageAdvanced, StageStarted, Warned
 from qadapt.export import gguf_file
 from qadapt.export.gguf import About, write_gguf
+from qadapt.export.gguf_front import read_front
 from qadapt.export.gguf_metadata import read_architecture
 from qadapt.export.gguf_types import GGUF_FORMS, allowed_error, quantized
 from qadapt.export.gguf_written import GgufWritten
@@ -430,3 +431,24 @@ def test_whether_texts_begin_with_bos_may_be_given(tiny_model: TinyModel, tmp_pa
     for adds in (True, False):
         written(tiny_model("llama"), tmp_path / "t.gguf", about=replace(ABOUT, adds_bos=adds))
         assert fields(tmp_path / "t.gguf")["tokenizer.ggml.add_bos_token"] is adds
+
+
+def test_front_of_a_file_is_what_the_package_reads(tiny_model: TinyModel, tmp_path):
+    written(tiny_model("llama"), tmp_path / "t.gguf", kind="Q5_0")
+    front, theirs = read_front(tmp_path / "t.gguf"), fields(tmp_path / "t.gguf")
+    assert {key: value for key, value in theirs.items() if not key.startswith("GGUF.")} == front.values
+    read = tensors_of(tmp_path / "t.gguf")
+    assert list(front.tensors) == list(read)
+    for name, place in front.tensors.items():
+        assert (place.kind, place.start) == (read[name].tensor_type.name, read[name].data_offset)
+        assert place.shape == tuple(reversed(read[name].shape.tolist()))
+        assert place.size_bytes == read[name].n_bytes
+
+
+@pytest.mark.parametrize("length", [0, 3, 30, 5_000, -200])
+def test_file_that_is_cut_off_is_no_gguf(length, tiny_model: TinyModel, tmp_path):
+    written(tiny_model("llama"), tmp_path / "t.gguf")
+    path = tmp_path / "t.gguf"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(BadModel, match="no whole GGUF file"):
+        read_front(path)

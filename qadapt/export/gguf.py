@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from qadapt.errors import Unsupported
 from qadapt.events import Event, StageStarted, Warned
-from qadapt.export.gguf_file import STAGE, FileTensor, Value, write_file
+from qadapt.export.gguf_file import STAGE, FileTensor, write_file
+from qadapt.export.gguf_front import Value
 from qadapt.export.gguf_metadata import Architecture, general_values, read_architecture
 from qadapt.export.gguf_tokenizer import read_vocabulary
 from qadapt.export.gguf_types import BLOCK, is_quantized, quantized

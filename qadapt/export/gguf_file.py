@@ -1,7 +1,7 @@
 """One GGUF file, written front to back and read again: metadata and tensor table first, then the tensors.
 
-The `gguf` package writes and reads all but the tensors themselves, which it would want whole; here they come
-in pieces, each tensor beginning at a multiple of 32 bytes. The format:
+The `gguf` package writes all but the tensors themselves, which it would want whole; here they come in pieces,
+each tensor beginning at a multiple of 32 bytes. `gguf_front.py` reads it again. The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Knows no models.
 """
 
@@ -16,16 +16,14 @@ from typing import BinaryIO
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
 from qadapt.cache import output_errors, require_free
 from qadapt.errors import BadExport
 from qadapt.events import Event, StageAdvanced
+from qadapt.export.gguf_front import Place, Value, read_front
 from qadapt.export.gguf_types import ggml_type, stored_bytes
 from qadapt.units import MIB
 
-Value = bool | int | float | str | Sequence[str] | Sequence[int] | Sequence[float]
-"""A value of the metadata; a whole number is stored as uint32, a real one as float32."""
 STAGE = "writing GGUF"
 _METADATA_BYTES = 64 * MIB
 _READ_BYTES = 4 * MIB
@@ -136,20 +134,15 @@ def _align(file: BinaryIO) -> None:
 def _read_back(
     target: Path, tensors: Sequence[FileTensor], *, hashes: Sequence[str], values: Mapping[str, Value]
 ) -> None:
-    reader = gguf.GGUFReader(target)
-    wrong = [key for key, value in values.items() if not _is_kept(reader, key, value)]
-    found = [
-        (tensor.name, tuple(reversed(tensor.shape.tolist())), tensor.tensor_type.name)
-        for tensor in reader.tensors
-    ]
+    front = read_front(target)
+    wrong = [key for key, value in values.items() if not _is_kept(front.values.get(key), value)]
+    found = [(name, place.shape, place.kind) for name, place in front.tensors.items()]
     if found != [(tensor.name, tensor.shape, tensor.kind) for tensor in tensors]:
         wrong.append("the table of tensors")
     else:
-        wrong += [
-            tensor.name
-            for tensor, want in zip(reader.tensors, hashes, strict=True)
-            if _hash(tensor.data) != want
-        ]
+        with target.open("rb") as file:
+            places = zip(front.tensors.items(), hashes, strict=True)
+            wrong += [name for (name, place), want in places if _hash(file, place) != want]
     if wrong:
         raise BadExport(
             f"{target.name} is not what was written: {wrong[0]} and {len(wrong) - 1} more differ.",
@@ -157,18 +150,17 @@ def _read_back(
         )
 
 
-def _is_kept(reader: gguf.GGUFReader, key: str, value: Value) -> bool:
-    field = reader.get_field(key)
-    if field is None:
-        return value in ("", [])  # the format has no empty values
-    found = field.contents()
+def _is_kept(found: Value | None, value: Value) -> bool:
+    if found is None:
+        return value in ("", [])  # the package writes no empty values
     if isinstance(value, float):
-        return bool(np.float32(value) == np.float32(found))
-    return bool(found == (value if isinstance(value, (bool, int, str)) else list(value)))
+        return isinstance(found, float) and bool(np.float32(value) == np.float32(found))
+    return found == (value if isinstance(value, (bool, int, str)) else list(value))
 
 
-def _hash(data: npt.NDArray[np.generic]) -> str:
-    digest, flat = hashlib.sha256(), data.reshape(-1).view(np.uint8)
-    for first in range(0, len(flat), _READ_BYTES):
-        digest.update(flat[first : first + _READ_BYTES].data)
+def _hash(file: BinaryIO, place: Place) -> str:
+    digest = hashlib.sha256()
+    file.seek(place.start)
+    for first in range(0, place.size_bytes, _READ_BYTES):
+        digest.update(file.read(min(_READ_BYTES, place.size_bytes - first)))
     return digest.hexdigest()

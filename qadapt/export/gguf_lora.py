@@ -23,7 +23,8 @@ from qadapt.errors import Unsupported
 from qadapt.events import Event, StageStarted
 from qadapt.export.adapter import Adapter
 from qadapt.export.gguf import About
-from qadapt.export.gguf_file import STAGE, FileTensor, Value, write_file
+from qadapt.export.gguf_file import STAGE, FileTensor, write_file
+from qadapt.export.gguf_front import Value
 from qadapt.export.gguf_metadata import Architecture, general_values, read_architecture
 from qadapt.model.gguf_layout import Stored, row_order
 

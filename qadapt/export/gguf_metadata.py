@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qadapt.errors import BadModel, Unsupported
 from qadapt.events import Warned
-from qadapt.export.gguf_file import Value
+from qadapt.export.gguf_front import Value
 from qadapt.model.gguf_config import GEMMA2_27B_LAYERS, llama3_divisors
 from qadapt.model.gguf_layout import ARCHITECTURES, GgufLayout
 

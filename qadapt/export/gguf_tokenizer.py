@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from qadapt.data.rendering.tokenizer import declared_ends, read_tokenizer, starts_with_bos
 from qadapt.errors import BadExport, Unsupported
 from qadapt.events import Warned
-from qadapt.export.gguf_file import Value
+from qadapt.export.gguf_front import Value
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,6 +1,7 @@
 """The tensors of a GGUF file as a model folder has them: what a proof compares with the exact ones.
 
-Read by the `gguf` package and undone by `model/gguf_layout.py`, a range of rows at a time. Writes nothing.
+Dequantized by the `gguf` package and undone by `model/gguf_layout.py`, a range of rows at a time. Writes
+nothing.
 
 Legend: O rows, I elements of a row; a vector has O rows of one element.
 """
@@ -14,8 +15,9 @@ import gguf
 import numpy as np
 import torch
 
+from qadapt.export.gguf_front import Place, read_front
 from qadapt.export.gguf_metadata import read_architecture
-from qadapt.export.gguf_types import allowed_error
+from qadapt.export.gguf_types import allowed_error, ggml_type
 from qadapt.export.tensor_fault import MISSING, UNEXPECTED, Fault
 from qadapt.model.gguf_layout import Stored, row_order
 from qadapt.model.shards import TensorEntry
@@ -38,16 +40,16 @@ class GgufWritten:
         names: Names of the tensors that the model should have.
 
     Raises:
-        BadModel: The configuration cannot be read.
+        BadModel: File or configuration cannot be read.
         Unsupported: It is of an architecture that is not written.
     """
 
     def __init__(self, path: Path, *, described: Path, names: Iterable[str]) -> None:
         architecture = read_architecture(described)
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        self._path, tensors = path, read_front(path).tensors
         left = set(tensors) - set(architecture.tensors)
         self.entries: dict[str, TensorEntry] = {}
-        self._places: dict[str, tuple[Stored, gguf.ReaderTensor]] = {}
+        self._places: dict[str, tuple[Stored, Place]] = {}
         faults = []
         for name in names:
             source = (
@@ -57,26 +59,27 @@ class GgufWritten:
             if stored is None or stored.name not in tensors:
                 faults.append(Fault(name, MISSING))
                 continue
-            tensor = tensors[stored.name]
             left.discard(stored.name)
-            self._places[name] = (stored, tensor)
-            self.entries[name] = TensorEntry(name, "F32", tuple(reversed(tensor.shape.tolist())))
+            self._places[name] = (stored, tensors[stored.name])
+            self.entries[name] = TensorEntry(name, "F32", tensors[stored.name].shape)
         self.faults = (*faults, *(Fault(name, UNEXPECTED) for name in sorted(left)))
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """(last - first, I) rows of a tensor, dequantized."""
-        stored, tensor = self._places[name]
-        order = row_order(rows_of(self.entries[name]), stored.interleaved_heads)[first:last]
-        exact = gguf.quants.dequantize(tensor.data[order], tensor.tensor_type) - np.float32(
-            stored.is_plus_one
-        )
+        stored, place = self._places[name]
+        count = rows_of(self.entries[name])
+        order = row_order(count, stored.interleaved_heads)[first:last]
+        shape = (count, place.size_bytes // count)
+        held = np.memmap(self._path, dtype=np.uint8, mode="r", offset=place.start, shape=shape)[order]
+        exact = gguf.quants.dequantize(np.asarray(held), ggml_type(place.kind))
+        exact = exact - np.float32(stored.is_plus_one)
         return torch.from_numpy(exact.reshape(last - first, -1))
 
     def bound(self, name: str, exact: torch.Tensor, first: int) -> torch.Tensor | None:
         """The most that each number may differ from the exact one; None: by one rounding to float32."""
-        stored, tensor = self._places[name]
+        stored, place = self._places[name]
         if stored.is_plus_one:
             return (exact.abs() + 1) * _PLUS_ONE_ROUNDING
-        if tensor.tensor_type.name == "F32":
+        if place.kind == "F32":
             return None
-        return torch.from_numpy(allowed_error(exact.double().numpy(), tensor.tensor_type.name))
+        return torch.from_numpy(allowed_error(exact.double().numpy(), place.kind))

@@ -13,11 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
-
 from qadapt.cache import require_free
-from qadapt.errors import BadExport, Unsupported
+from qadapt.errors import BadExport, BadModel, Unsupported
 from qadapt.events import Event, StageAdvanced, StageStarted
+from qadapt.export.gguf_front import read_front
 
 K_FORMS = {
     "gguf-q3_k_m": "Q3_K_M", "gguf-q4_k_s": "Q4_K_S", "gguf-q4_k_m": "Q4_K_M", "gguf-q5_k_m": "Q5_K_M",
@@ -120,16 +119,13 @@ def quantize_gguf(source: Path, target: Path, *, kind: str, program: Path) -> It
 def _check_made(source: Path, target: Path, program: Path) -> None:
     """The same tensors, whatever their types, and the same metadata but for type and file."""
     try:
-        made, given = (gguf.GGUFReader(path) for path in (target, source))
-        tables = [
-            sorted((tensor.name, tuple(tensor.shape.tolist())) for tensor in reader.tensors)
-            for reader in (made, given)
-        ]
-        lost = sorted(set(given.fields) - set(made.fields))
-    except (OSError, ValueError, IndexError, KeyError) as error:
+        made, given = read_front(target), read_front(source)
+    except BadModel as error:
         raise BadExport(
-            f"What {program.name} wrote cannot be read: {error}", cure="Export with --form gguf-q8_0."
+            f"What {program.name} wrote cannot be read: {error.problem}", cure="Export with --form gguf-q8_0."
         ) from None
+    tables = [sorted((name, place.shape) for name, place in front.tensors.items()) for front in (made, given)]
+    lost = sorted(set(given.values) - set(made.values))
     if tables[0] != tables[1] or lost:
         raise BadExport(
             f"What {program.name} wrote lacks {lost[0] if lost else 'tensors of the model'}.",
