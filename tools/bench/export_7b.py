@@ -31,6 +31,7 @@ from host_memory import Peak
 
 from qadapt.model.shards import TensorEntry, write_shards
 from qadapt.model.tensor_values import bytes_of
+from qadapt.quiet import quiet_libraries
 from qadapt.units import GIB, MIB, format_bytes
 
 RANK, SHARD_BYTES = 16, 5 * GIB
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    quiet_libraries()
     if options.one:
         print(json.dumps(one(*options.one)))
         return

@@ -26,6 +26,7 @@ import torch
 from export_7b import Widths, make_adapter, make_model
 
 from qadapt.events import Event
+from qadapt.quiet import quiet_libraries
 from qadapt.units import KIB
 
 SMALL = Widths(layers=8, width=512, mlp=1408, kv=256, vocabulary=4000)
@@ -121,11 +122,13 @@ def main() -> None:
     if options.child:
         *folders, shard_bytes, threads = options.child
         torch.set_num_threads(int(threads))
+        quiet_libraries()
         import qadapt.export.merge  # noqa: F401 (what takes seconds, before anything is timed)
 
         print("ready", flush=True)
         exhaust(export(Place(*map(Path, folders), shard_bytes=int(shard_bytes))))
         return
+    quiet_libraries()
     draw, kills, kept = random.Random(options.seed), 0, 0
     with tempfile.TemporaryDirectory() as name:
         place = make(Path(name))
