@@ -372,3 +372,22 @@ def test_a_literal_comes_out_as_it_went_in(text: str) -> None:
     assert render(literal(text) + "{{ .System }}" + literal(text), VALUES) == f"{text}s{text}"
     (read,) = (value for _, value in read_modelfile(f'TEMPLATE """{literal(text)}"""\n'))
     assert render(read, VALUES) == text
+
+
+def test_a_blank_that_only_a_texts_beginning_gets_is_not_taken_for_the_runtimes(
+    contract_of: Contract, tmp_path: Path
+) -> None:
+    """Ours puts one before a text that no special token opens; llama.cpp, told to put none, does not."""
+    folder = write_family("zephyr", tmp_path)
+    facts = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    facts["normalizer"] = None
+    facts["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(facts), encoding="utf-8")
+    made = modelfile(load_contract(folder), "model.gguf")
+    assert made.template is None
+    assert "became other tokens" in made.warnings[0].message

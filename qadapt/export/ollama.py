@@ -158,11 +158,17 @@ def _conversations(contents: Iterable[tuple[str, ...]], *, has_system: bool) -> 
 
 
 def _is_same(contract: PromptContract, template: str, turns: Turns) -> bool:
-    """Whether Ollama asks what the contract asks, token for token."""
-    ids = contract.tokenizer.backend_tokenizer.encode(prompt(template, turns), add_special_tokens=False).ids
-    if adds_bos(contract):
-        ids = [contract.tokenizer.bos_token_id, *ids]
-    return ids == _prompt_ids(contract, turns)
+    """Whether Ollama asks what the contract asks, token for token.
+
+    llama.cpp cuts a text as if a special token stood before it, whether one is added or not.
+    """
+    tokenizer = contract.tokenizer
+    before = tokenizer.bos_token or tokenizer.eos_token or ""
+    ids = tokenizer.backend_tokenizer.encode(
+        f"{before}{prompt(template, turns)}", add_special_tokens=False
+    ).ids
+    skipped = 1 if before and not adds_bos(contract) else 0
+    return ids[skipped:] == _prompt_ids(contract, turns)
 
 
 def _prompt_ids(contract: PromptContract, turns: Turns) -> list[int] | None:
