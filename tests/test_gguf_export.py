@@ -271,7 +271,8 @@ def test_phi_3_with_long_positions_has_both_tables_of_factors(tiny_model: TinyMo
         tmp_path / "model", "phi3", tiny_model("phi3"), rope_parameters=rope,
         original_max_position_embeddings=128, sliding_window=None,
     )  # fmt: skip
-    written(model, tmp_path / "t.gguf")
+    [warned] = [each for each in written(model, tmp_path / "t.gguf") if isinstance(each, Warned)]
+    assert "beyond 128 tokens" in warned.message and "at most 128 tokens" in warned.cure
     tensors, values = tensors_of(tmp_path / "t.gguf"), fields(tmp_path / "t.gguf")
     assert tensors["rope_factors_long.weight"].data.tolist() == rope["long_factor"]
     assert tensors["rope_factors_short.weight"].data.tolist() == rope["short_factor"]

@@ -11,7 +11,7 @@ description of the format, https://github.com/ggml-org/ggml/blob/master/docs/ggu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,21 @@ def _windows(layers: int, *, full_every: int) -> list[str]:
 
 
 def _warnings(config: PretrainedConfig, name: str) -> tuple[Warned, ...]:
+    return (*_window_warnings(config, name), *_longrope_warnings(config))
+
+
+def _longrope_warnings(config: PretrainedConfig) -> Iterator[Warned]:
+    parameters = config.rope_parameters
+    if parameters.get("rope_type") == "longrope":
+        context = (config.to_dict() | dict(parameters))["original_max_position_embeddings"]
+        yield Warned(
+            message=f"The model turns positions otherwise for prompts beyond {context:,} tokens; llama.cpp does "
+            "so for every prompt once it is opened with a longer context.",
+            cure=f"Open it with at most {context:,} tokens (`-c`, `num_ctx`) unless prompts are longer.",
+        )
+
+
+def _window_warnings(config: PretrainedConfig, name: str) -> tuple[Warned, ...]:
     known = config.to_dict()
     window = known.get("sliding_window") if known.get("use_sliding_window", True) else None
     if name in _FULL_EVERY or not window or window >= config.max_position_embeddings:
