@@ -252,8 +252,8 @@ def _longrope_warnings(config: PretrainedConfig) -> Iterator[Warned]:
     if parameters.get("rope_type") == "longrope":
         context = (config.to_dict() | dict(parameters))["original_max_position_embeddings"]
         yield Warned(
-            message=f"The model turns positions otherwise for prompts beyond {context:,} tokens; llama.cpp does "
-            "so for every prompt once it is opened with a longer context.",
+            message=f"The model turns positions otherwise in prompts beyond {context:,} tokens; llama.cpp "
+            "does so in every prompt once it is opened with a longer context.",
             cure=f"Open it with at most {context:,} tokens (`-c`, `num_ctx`) unless prompts are longer.",
         )
 
