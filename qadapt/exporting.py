@@ -145,6 +145,12 @@ class Finish:
         if self._is_proven:
             proof = yield from prove_export(folder, job.run, form=job.form, base=self.base, files=job.files)
             self.findings += proof.sentences()
+            if (lost := proof.deviation) is not None:
+                yield Warned(
+                    message=lost,
+                    cure="Choose a form with more bits (gguf-q8_0, merged-fp16), or the adapter beside its "
+                    "base (--form adapter).",
+                )
         file = next((path.name for path in folder.glob("*.gguf")), "")
         made = Made(job.form, self.base, file, self.findings, is_proven=self._is_proven)
         (folder / "README.md").write_text(card_text(job.card, made), encoding="utf-8")

@@ -257,6 +257,16 @@ def test_what_must_hold_is_this(changes, said):
     json.dumps(proof.values(), allow_nan=False)
 
 
+def test_a_form_of_few_bits_that_lost_something_says_how_much():
+    lossy = replace(GOOD, mean_divergence=0.3, same_choice=0.81)
+    said = a_proof(lossy, form="bnb-4bit").deviation
+    assert said is not None
+    assert "0.300 nats per token" in said and "81.0%" in said
+    assert not a_proof(lossy, form="bnb-4bit").faults, "it is what was asked for, and told"
+    assert a_proof(GOOD, form="gguf-q8_0").deviation is None
+    assert a_proof(replace(GOOD, mean_divergence=NAN), form="gguf-q4_0").deviation is not None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_of_an_export_is_that_of_the_run(tmp_path, tiny_model, family):
     folder = tiny_model(family)

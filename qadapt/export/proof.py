@@ -102,6 +102,25 @@ class Proof:
             said = "; ".join(sentence for sentence, _ in found)
             raise BadExport(f"The export is not the model that was trained: {said}.", cure=found[0][1])
 
+    @property
+    def deviation(self) -> str | None:
+        """What a form that rounds to fewer bits lost of what was trained, in a sentence; None if little.
+
+        An adapter's update may be smaller than the steps that 4 bits have: then rounding takes it back.
+        """
+        found = self.behaviour
+        if (
+            found is None
+            or self.made_of.form.startswith("merged-")
+            or found.mean_divergence <= MOST_DIVERGENCE
+        ):
+            return None
+        return (
+            f"Rounded to {self.made_of.form}, the model diverges from the live one by "
+            f"{found.mean_divergence:.3f} nats per token and chooses as it does at {found.same_choice:.1%} "
+            "of them: a part of what was trained is lost."
+        )
+
     def sentences(self) -> tuple[str, ...]:
         """What was found, for people: one sentence each."""
         said = []
