@@ -120,7 +120,7 @@ def is_here(source: str, *, revision: str | None = None, cache: Path | None = No
 
 
 def quantized_type_of(source: str) -> str | None:
-    """The type of most weights of a source that is quantized itself, such as `Q4_1`; None for 16 bits and more.
+    """The type of most weights of a source that is itself quantized, such as `Q4_1`; None from 16 bits on.
 
     Only a GGUF file can be: other quantized models are refused when they are looked for.
 
