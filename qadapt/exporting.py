@@ -98,6 +98,8 @@ def export(
     _check_choices(chosen, base)
     target = to or run.export(chosen)
     refuse_existing(target)
+    if chosen in K_FORMS:
+        find_llama_quantize()  # before anything is measured
     files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
     job = Job(run, recipe, facts, files, chosen, target)
     finish = Finish(job, is_proven=proof)
@@ -165,8 +167,6 @@ def _check_choices(form: str, base: str | None) -> None:
                 f"The form {form} is the adapter alone: it is merged on no base ({base!r}).",
                 cure="Leave --base out, or choose a merged form.",
             )
-    if form in K_FORMS:
-        find_llama_quantize()  # before anything is measured
 
 
 def _check_known(what: str, choice: str, choices: Sequence[str]) -> None:
