@@ -434,7 +434,10 @@ def test_a_loss_far_above_those_before_it_is_a_spike_and_noise_is_none() -> None
     note = spike([2.0, 2.1, 1.9] * 10 + [6.0])
     assert note is not None
     assert "jumped to 6" in note.message
-    assert spike([1.0] * 10 + [50.0]) is None, "too few to compare with"
+    assert spike([1.0] * 10 + [3.9]) is None, "too few to compare with"
+    exploded = spike([2.7, 2.9, 88.0])
+    assert exploded is not None
+    assert "from 2.7 to 88 within 3 steps" in exploded.message and "a tenth" in exploded.cure
     assert spike([0.001] * 30 + [0.05]) is None
     draw = random.Random(0)
     noise = [draw.lognormvariate(0.0, 0.3) for _ in range(20_000)]

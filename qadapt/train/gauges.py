@@ -5,7 +5,7 @@ move. Knows no tensors, no events.
 
 | gauge | ill when | why this limit |
 |---|---|---|
-| spike | loss > median + 8 robust sigmas, + half the median, + 0.1 | see `SPIKE_SIGMAS` |
+| spike | loss > median + 8 robust sigmas, + half the median, + 0.1; in the first 16 steps > 3 times the first + 1 | see `SPIKE_SIGMAS`, `EXPLODED_TIMES` |
 | diverging | median loss 1.25 times and median norm 3 times their lowest ones | the loss alone rises with harder rows, the norm alone with learning |
 | stuck | median loss 1.25 times its lowest one, median norm at its lowest | harder rows raise both; past what it can learn from, no gradient pulls back |
 | dead | 10 gradients in a row whose mean square is below Adam's epsilon | there it, not the gradient, sets the update |
@@ -28,6 +28,8 @@ SPIKE_SIGMAS = 8
 """Losses of steps are skewed. Of 50,000 log-normal ones 1 was a spike at sigma 0.1, 5 at 0.2, 17 at 0.3."""
 SPIKE_SHARE, SPIKE_NATS = 0.5, 0.1
 """Where the losses hardly differ, a spike is still at least this much above their median."""
+EXPLODED_TIMES, EXPLODED_NATS = 3.0, 1.0
+"""Before there are enough steps for a median; a first step of few rows may be low by chance."""
 FIRST_STEPS = 8
 """The lowest medians begin with that of so many steps: a learning rate far too high shows before `WINDOW`."""
 DIVERGING_LOSS, DIVERGING_NORM = 1.25, 3.0
@@ -86,7 +88,7 @@ def spike(losses: Sequence[float]) -> Note | None:
     """Whether the last loss stands far above those before it."""
     before = losses[:-1][-WINDOW:]
     if len(before) < WINDOW // 2:
-        return None
+        return _exploded(losses)
     middle = median(before)
     sigma = 1.4826 * median(abs(loss - middle) for loss in before)  # of a normal distribution
     if losses[-1] <= middle + max(SPIKE_SIGMAS * sigma, SPIKE_SHARE * middle, SPIKE_NATS):
@@ -95,6 +97,16 @@ def spike(losses: Sequence[float]) -> Note | None:
         f"The loss jumped to {losses[-1]:.3g}; the median of the {len(before)} steps before is {middle:.3g}.",
         "One odd row does no harm. If it comes again and again, look at the rows (qadapt data preview) or "
         "lower train.learning_rate.",
+    )
+
+
+def _exploded(losses: Sequence[float]) -> Note | None:
+    """Whether the loss of a run that has only begun is far above its first one."""
+    if losses[-1] <= EXPLODED_TIMES * losses[0] + EXPLODED_NATS:
+        return None
+    return Note(
+        f"The loss jumped from {losses[0]:.3g} to {losses[-1]:.3g} within {len(losses)} steps.",
+        "Stop, and start again with a tenth of train.learning_rate or a longer train.warmup_steps.",
     )
 
 
