@@ -28,6 +28,8 @@ from qadapt.units import format_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The system's words for a full disk: no room, a quota, or the largest file it allows."""
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""And for a place where nothing can be made."""
 _SPARE_BYTES = 64 * 1024**2
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -79,7 +81,7 @@ def output_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise NoRoom(f"The disk of {folder} is full.", cure="Free space there, then try again.") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in REFUSED:
             raise BadOutput(
                 f"{folder} cannot be written: {error.strerror}.",
                 cure="Make it writable for this user, or choose another folder.",

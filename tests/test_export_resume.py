@@ -16,7 +16,10 @@ from killed_export import Place
 from qadapt import cache
 from qadapt.errors import BadOutput, NoRoom
 from qadapt.events import Event, StageAdvanced
-from qadapt.export.staging import new_folder
+from qadapt.export import staging
+from qadapt.export.merge import Writing
+from qadapt.export.quantized import quantize
+from qadapt.export.staging import new_folder, refuse_existing
 from qadapt.export.threads import in_order
 
 KEPT = "model-00001-of-"
@@ -88,6 +91,25 @@ def test_killed_after_any_tensor_it_goes_on_to_the_same_bytes(place, tmp_path):
             assert (target / name).stat().st_mtime_ns == before[name].st_mtime_ns, "a whole shard stays"
         kept += len(noted)
     assert kept > 8
+
+
+def test_killed_export_in_4_bits_goes_on_to_the_same_bytes(place, tmp_path):
+    parts = {"model_folder": place.model, "adapter_folder": place.adapter, "base": "dequantized"}
+    options = {**parts, "load_dtype": "bf16", "writing": Writing(shard_bytes=300_000)}
+    list(quantize(target=tmp_path / "whole", **options))
+    killed, target = replace(place, target=tmp_path / "killed"), tmp_path / "out"
+    events = quantize(target=killed.target, **options)
+    while len(killed.noted) < 2:
+        next(events)
+    hidden(target).mkdir()
+    shutil.copyfile(hidden(killed.target) / "manifest.json", hidden(target) / "manifest.json")
+    shutil.copytree(hidden(killed.target) / "made", hidden(target) / "made")
+    events.close()
+    kept = {path.name: path.stat().st_mtime_ns for path in (hidden(target) / "made").iterdir()}
+    noted = replace(place, target=target).noted
+    list(quantize(target=target, **options))
+    assert files_of(target) == files_of(tmp_path / "whole")
+    assert all((target / name).stat().st_mtime_ns == kept[name] for name in noted)
 
 
 def test_killed_at_drawn_moments_it_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
@@ -195,15 +217,54 @@ def test_two_processes_do_not_make_the_same(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_export_never_overwrites_what_appeared_meanwhile(tmp_path, monkeypatch):
+def test_export_never_overwrites_what_appeared_before_its_turn(tmp_path, monkeypatch):
     """Another process had the folder, and has just finished."""
-    answers = iter([False])
-    exists = Path.exists
-    monkeypatch.setattr(
-        Path, "exists", lambda path: next(answers, True) if path.name == "out" else exists(path)
-    )
+
+    class SlowLock(staging.FileLock):
+        def acquire(self, **options: float) -> object:
+            (tmp_path / "out").mkdir()
+            return super().acquire(**options)
+
+    monkeypatch.setattr(staging, "FileLock", SlowLock)
     with pytest.raises(BadOutput, match="exists already"), new_folder(tmp_path / "out", needed_bytes=1):
-        pass
+        pytest.fail("it began to write")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_never_overwrites_what_appeared_while_it_was_written(tmp_path):
+    with (
+        pytest.raises(BadOutput, match="exists already"),
+        new_folder(tmp_path / "out", needed_bytes=1) as building,
+    ):
+        (building.path / "file").write_bytes(b"mine")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_bytes(b"somebody's")
+    assert files_of(tmp_path / "out") == {"file": b"somebody's"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_asking_for_a_target_that_exists_disturbs_no_process_at_work_beside_it(tmp_path):
+    with pytest.raises(BadOutput), new_folder(tmp_path / "out", needed_bytes=1) as building:
+        (building.path / "file").write_bytes(b"mine")
+        (tmp_path / "out").mkdir()
+        with pytest.raises(BadOutput, match="exists already"):
+            refuse_existing(tmp_path / "out")
+        assert files_of(building.path) == {"file": b"mine"}
+
+
+def test_link_to_nothing_is_no_free_place(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(BadOutput, match="exists already"), new_folder(tmp_path / "out", needed_bytes=1):
+        pytest.fail("it began to write")
+
+
+def test_name_that_no_disk_takes_is_said(tmp_path):
+    with (
+        pytest.raises(BadOutput, match="cannot be written"),
+        new_folder(tmp_path / ("x" * 300), needed_bytes=1),
+    ):
+        pytest.fail("it began to write")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_process_left_that_was_killed_after_the_rename_is_cleared(place, late):

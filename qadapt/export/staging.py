@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,17 +114,17 @@ def new_folder(target: Path, *, needed_bytes: int, identity: str = "") -> Iterat
         identity: A hash of all that decides the bytes of the files; none: they are made anew.
 
     Raises:
-        BadOutput: The target exists, another process makes it, or the place is read-only.
+        BadOutput: The target exists, or appeared meanwhile; another process makes it; the place is read-only.
         NoRoom: The place is too full.
     """
-    place = _place_of(target)
+    place, made = _place_of(target), list[Path]()
     refuse_existing(target)
-    made = [folder for folder in (place, *target.parents) if not folder.exists()]
     try:
         with output_errors(target.parent):
+            made += (folder for folder in (place, *target.parents) if not folder.exists())
             _make(place)
             with _alone(place):
-                refuse_existing(target)  # another process may have made it meanwhile
+                _refuse(target)  # another process may have made it meanwhile
                 building = Building(place, identity)
                 require_free(  # where it refuses, what is kept stays
                     target.parent,
@@ -133,11 +134,12 @@ def new_folder(target: Path, *, needed_bytes: int, identity: str = "") -> Iterat
                 )
                 try:
                     yield building
+                    _refuse(target)  # it may have appeared meanwhile, and publishing would replace it
                     publish(building.path, target)
                 finally:
                     shutil.rmtree(building.path, ignore_errors=True)
     finally:
-        if not target.exists():
+        if not os.path.lexists(target):
             _remove_empty(made)
 
 
@@ -156,8 +158,15 @@ def refuse_existing(target: Path) -> None:
     Raises:
         BadOutput: There is.
     """
-    if target.exists():
-        shutil.rmtree(_place_of(target), ignore_errors=True)  # of a process that was killed after the rename
+    place = _place_of(target)
+    if os.path.lexists(target) and os.path.lexists(place):  # left by a process that was killed
+        with suppress(OSError, BadOutput), _alone(place):  # one that is at work keeps it
+            shutil.rmtree(place / "made", ignore_errors=True)
+    _refuse(target)
+
+
+def _refuse(target: Path) -> None:
+    if os.path.lexists(target):
         raise BadOutput(
             f"{target} exists already; an export never overwrites.",
             cure="Give another folder with --to, or remove this one.",
