@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from qadapt.engine.blocks import attend_in_blocks
 from qadapt.engine.host import sent
 from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for, goes_one_by_one
 from qadapt.errors import Unsupported
@@ -112,6 +113,8 @@ def attend_documents(
         groups = query.shape[1] // key.shape[1]
         if varlen_problem(query.device, query.dtype, head_width=query.shape[-1], groups=groups) is None:
             return _varlen(query, key, value, documents, how=how), None
+    if kernel == "blocks" and not how.dropout and how.windowed(max(documents.lengths)) is None:
+        return attend_in_blocks(query, key, value, bounds=documents.bounds, scaling=how.scaling), None
     attend = _scores if kernel == "scores" else _fused
     parts = zip(*(each.split(documents.lengths, dim=2) for each in (query, key, value)), strict=True)
     found = [attend(*part, how=how).transpose(1, 2) for part in parts]  # (1, S, H, D) each

@@ -26,6 +26,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qadapt.engine.documents import Documents
+from qadapt.engine.target import capability_for
+from qadapt.plan.workspace import loss_piece
 
 IGNORED = -100
 """The target that does not count, as of `F.cross_entropy`."""
@@ -219,9 +221,19 @@ class _Work:
     def _overwrite(self, logits: Tensor, place: slice, loss: Tensor, *, scale: float | None) -> Tensor:
         """Adds the loss of a chunk, and overwrites its logits (n, V) with `scale` times their gradient.
 
-        All in fp32; in place, as each copy would be as large as the logits. Without a scale no gradient is
-        made, and what stands there then means nothing.
+        On a CPU a piece at a time that stays in its caches. Without a scale no gradient is made, and what
+        stands there then means nothing.
         """
+        if capability_for(logits) is not None:
+            return self._overwrite_rows(logits, place, loss, scale=scale)
+        first = place.start
+        for piece in logits.split(loss_piece(logits.shape[-1])):
+            self._overwrite_rows(piece, slice(first, first + len(piece)), loss, scale=scale)
+            first += len(piece)
+        return logits
+
+    def _overwrite_rows(self, logits: Tensor, place: slice, loss: Tensor, *, scale: float | None) -> Tensor:
+        """The same for some rows at once: in fp32, and in place, as each copy would be as large as they."""
         values, tanh = logits.float(), None  # in fp32 the logits themselves
         if self.head.scale != 1:
             values.mul_(self.head.scale)

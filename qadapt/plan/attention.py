@@ -22,9 +22,13 @@ NEW_CARD = 8.9
 """Compute capability that an unknown card is taken to have."""
 
 AttentionKernel = Literal["flash", "efficient", "math"]
-DocumentKernel = Literal["varlen", "documents", "scores"]
-"""All documents of a packed row in one kernel (`torch.nn.attention.varlen`); one after another by the fused
-kernel of the device; or, as soft caps need it, one after another with all their scores."""
+DocumentKernel = Literal["varlen", "blocks", "documents", "scores"]
+"""All documents of a packed row in one kernel (`torch.nn.attention.varlen`); one after another by blocks of
+queries, on a CPU; by the fused kernel of the device; or, as soft caps need it, with all their scores."""
+BLOCK_QUERIES = 128
+"""Queries of each head in a block (`engine/blocks.py`); of 32 to 256 the fastest."""
+_BLOCK_VALUES = 4 << 20
+"""Scores that a block has at most, if it need not be more for one key head."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Attention:
     """The way a step's attention takes.
 
     Attributes:
-        kernel: CUDA's flash, memory-efficient or T x T kernel; the CPU's fused one; or, where scores have a
-            soft cap, the eager operations of transformers.
+        kernel: CUDA's flash, memory-efficient or T x T kernel; the CPU's fused one, or blocks of queries; or,
+            where scores have a soft cap, the eager operations of transformers.
         is_repeated: Keys and values reach it once per query head.
         has_mask: A mask of T x T values reaches it.
         capability: Compute capability; 0 on a CPU.
@@ -41,7 +45,7 @@ class Attention:
         is_joined: It attends to one document after another, and joins what comes out.
     """
 
-    kernel: AttentionKernel | Literal["cpu", "eager"]
+    kernel: AttentionKernel | Literal["cpu", "blocks", "eager"]
     is_repeated: bool
     has_mask: bool
     capability: float
@@ -51,7 +55,7 @@ class Attention:
     @property
     def keeps_output(self) -> bool:
         """Whether the kernel keeps its output, as the fused ones do."""
-        return self.kernel not in ("math", "eager")
+        return self.kernel not in ("math", "eager", "blocks")
 
 
 def attention_of(shape: ModelShape, setting: Setting, *, compute_capability: float | None) -> Attention:
@@ -92,6 +96,8 @@ def _packed_attention(shape: ModelShape, setting: Setting, *, capability: float 
     is_joined = count > 1
     if chosen == "scores":
         return Attention("eager", is_grouped, has_mask, 0, count, is_joined)
+    if chosen == "blocks" and not has_mask:
+        return Attention("blocks", False, False, 0, count)
     if capability is None:
         return Attention("cpu", is_grouped and has_mask, has_mask, 0, count, is_joined)
     is_repeated = has_mask or repeats_keys(shape, setting.compute_dtype, compute_capability=capability)
@@ -124,9 +130,19 @@ def document_kernel(
     if has_softcap:
         return "scores"
     if capability is None:
-        return "documents"
+        return "blocks" if dtype == "bf16" else "documents"
     kernel = attention_kernel(capability, dtype, head_width=head_width, grouped=True, has_mask=False)
     return "varlen" if kernel == "flash" and not one_by_one else "documents"
+
+
+def block_heads(groups: int, length: int) -> int:
+    """Key-value heads whose queries are in one block of a document; at least 1.
+
+    Args:
+        groups: Query heads of each.
+        length: Tokens of the document.
+    """
+    return max(1, _BLOCK_VALUES // (groups * BLOCK_QUERIES * length))
 
 
 def repeats_keys(shape: ModelShape, compute_dtype: str, *, compute_capability: float | None) -> bool:
@@ -179,8 +195,9 @@ def attention_kernel(
 def attention_core_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
     """Per token, kept by attention itself: queries, keys, values, output and the fp32 log-sum of each head.
 
-    Eager operations keep no output and no log-sum. Where T x T scores are made without fusing: scaled queries
-    and keys, and values, in fp32 and repeated per query head (`_scaled_dot_product_attention_math`).
+    Eager operations and blocks keep no output and no log-sum. Where T x T scores are made without fusing:
+    scaled queries and keys, and values, in fp32 and repeated per query head
+    (`_scaled_dot_product_attention_math`).
     """
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     c = setting.compute_bytes
@@ -191,6 +208,8 @@ def attention_core_bytes(shape: ModelShape, setting: Setting, attention: Attenti
     if attention.is_repeated:
         return 4 * query * c + shape.heads * FP32
     values = query + 2 * key_value if shape.family == "phi3" else key_value  # phi3: a view of q, k and v
+    if attention.kernel == "blocks":
+        return (query + key_value + values) * c
     return (2 * query + key_value + values) * c + shape.heads * FP32
 
 

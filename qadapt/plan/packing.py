@@ -138,6 +138,7 @@ def _price(shape: ModelShape, setting: Setting, *, card: Card | None) -> str:
     )
     how = {
         "varlen": "one kernel attends to all documents",
+        "blocks": "attention takes a block of queries of one document after another",
         "documents": "attention takes one document after another and joins them",
         "scores": "a soft cap has no fused kernel: attention makes all scores of one document after another",
     }[kernel]

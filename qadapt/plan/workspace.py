@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes
 from qadapt.plan.adapters import largest_tensor, trainable
-from qadapt.plan.attention import Attention
+from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
 from qadapt.shape import Linear, ModelShape
@@ -140,9 +140,19 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
         return 3 * FP32 * scores + (shape.width * c - let_go) * setting.tokens
     wide = query if attention.is_repeated else key_value
     gradients = (shape.width + 2 * query + 2 * wide) * c * setting.tokens
+    if attention.kernel == "blocks":
+        return gradients + _block_bytes(shape, setting)
     if setting.device == "cpu":
         return gradients
     return gradients + _kernel_bytes(shape, setting, attention, key_heads=wide // shape.head_width)
+
+
+def _block_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Of `engine/blocks.py`: scores, shares and their gradients of a block; the fp32 sums of a document."""
+    groups, length = shape.heads // shape.kv_heads, setting.length
+    heads = min(shape.kv_heads, block_heads(groups, length))
+    scores = heads * groups * min(BLOCK_QUERIES, length) * length
+    return 4 * scores * setting.compute_bytes + 2 * shape.kv_heads * shape.head_width * length * FP32
 
 
 def _kernel_bytes(shape: ModelShape, setting: Setting, attention: Attention, *, key_heads: int) -> int:
@@ -180,18 +190,25 @@ def logit_bytes(shape: ModelShape, setting: Setting) -> int:
     """The loss at its highest moment.
 
     What goes into the head for every learned token, and its gradient (fp32 in fp16); of one chunk the logits
-    in the compute type and in fp32, of a soft cap the tanh besides. In fp32, and where rows of new tokens are
-    trained, the chunk's gradient before the head may come on top (`engine/loss.py`).
+    in the compute type and in fp32, of a soft cap the tanh besides; on a CPU those of a piece. In fp32, and
+    where rows of new tokens are trained, the chunk's gradient before the head may come on top
+    (`engine/loss.py`).
     """
     c, learned, new = setting.compute_bytes, setting.supervised_tokens, setting.new_tokens
     chunk = min(setting.loss_chunk or learned, learned)
     waiting = FP32 if setting.compute_dtype == "fp16" else c
     kept = learned * shape.width * (c + waiting) + new * shape.width * FP32
     values = chunk * shape.vocabulary
-    copies = (c < FP32) + (shape.final_softcap is not None)
+    piece = min(chunk, loss_piece(shape.vocabulary)) if setting.device == "cpu" else chunk
+    copies = piece * shape.vocabulary * ((c < FP32) + (shape.final_softcap is not None))
     change = new * (shape.width + chunk) * c
     back = chunk * (1 + (new > 0)) * shape.width * c + new * shape.width * c
-    return kept + values * c + change + max(values * copies * FP32, back)
+    return kept + values * c + change + max(copies * FP32, back)
+
+
+def loss_piece(vocabulary: int) -> int:
+    """Rows of logits whose loss a CPU finds at once: 4 MiB in fp32, which its caches hold."""
+    return max(1, (1 << 20) // vocabulary)
 
 
 def update_bytes(shape: ModelShape, setting: Setting) -> int:
