@@ -311,6 +311,36 @@ def test_base_with_a_nan_is_refused(tmp_path, llama_adapter):
         merged(model, llama_adapter, tmp_path / "out", base="original")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", None), ("r", 0), ("r", "4"), ("lora_alpha", None), ("lora_alpha", "six"), ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj(": 4}), ("alpha_pattern", {"q_proj": "6"}), ("modules_to_save", "lm_head"),
+        ("bias", 1), ("trainable_token_indices", [3, -1]), ("trainable_token_indices", {"lm_head": [2, 2]}),
+        ("peft_type", []),
+    ],
+)  # fmt: skip
+def test_damaged_configuration_of_an_adapter_is_refused_by_its_field(
+    tiny, tmp_path, llama_adapter, field, value
+):
+    change_config(llama_adapter, **{field: value})
+    with pytest.raises(BadRun, match=f"no configuration of an adapter: {field} is"):
+        merged(tiny("llama"), llama_adapter, tmp_path / "out", base="original")
+    (llama_adapter / "adapter_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(BadRun, match="it is no JSON object"):
+        merged(tiny("llama"), llama_adapter, tmp_path / "out", base="original")
+
+
+def test_weight_of_a_type_that_is_not_merged_is_not_left_as_it_was(tmp_path, llama_adapter):
+    model = make_tiny_model(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].double()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Unsupported, match=r"q_proj\.weight, which is of the type F64"):
+        merged(model, llama_adapter, tmp_path / "out", base="original")
+
+
 def test_dequantized_base_needs_to_know_how_the_base_was_held(tiny, tmp_path, llama_adapter):
     (llama_adapter / "qadapt.json").unlink()
     with pytest.raises(BadRun, match=r"qadapt\.json"):
@@ -328,7 +358,7 @@ def test_unknown_form_or_base_lists_the_known_ones(tiny, tmp_path, llama_adapter
 def test_folder_without_an_adapter_is_refused(tiny, tmp_path):
     with pytest.raises(BadRun, match="holds no adapter"):
         merged(tiny("llama"), tmp_path, tmp_path / "out")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
     with pytest.raises(BadRun, match=r"has no adapter_model\.safetensors"):
         merged(tiny("llama"), tmp_path, tmp_path / "out")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from qadapt.errors import BadRun
 
 FACTS_FILE = "qadapt.json"
+_QUANTIZATIONS, _DTYPES = ("nf4", "int8", "none"), ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ def read_facts(folder: Path) -> AdapterFacts:
     """
     try:
         values = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        return AdapterFacts(**values)
+        facts = AdapterFacts(**values)
+        if not isinstance(facts.base, str) or not isinstance(facts.fingerprint, str):
+            raise ValueError("it names no base")
+        if facts.quantization not in _QUANTIZATIONS or facts.load_dtype not in _DTYPES:
+            raise ValueError(f"{facts.quantization!r} in {facts.load_dtype!r} is no way to hold a base")
+        return facts
     except (OSError, ValueError, TypeError) as error:
         raise BadRun(
             f"{folder} holds no adapter that qadapt trained: {error}",

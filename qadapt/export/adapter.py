@@ -11,15 +11,14 @@ Legend: O output rows, I input columns of the adapted weight, R rank, N new toke
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qadapt.errors import BadExport, BadRun, Unsupported
+from qadapt.export.adapter_config import read_adapter_config
 from qadapt.export.adapter_names import AS_IT_IS, beyond_pairs, by_pattern, named_parts, refuse_unmerged
 from qadapt.export.changes import TokenRows, Update, stored_rows
 from qadapt.export.nf4 import Rows
@@ -58,7 +57,7 @@ class Adapter:
 
     def __init__(self, folder: Path, weight: float = 1.0) -> None:
         self.folder, self.weight = folder, weight
-        self._config = _read_config(folder)
+        self._config = read_adapter_config(folder)
         refuse_unmerged(self._config, folder=folder)
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
@@ -211,16 +210,3 @@ def refuse_in_a_mix(adapter: Adapter) -> None:
                 "cannot be merged together with others or with a weight.",
                 cure=f"Merge it alone. {AS_IT_IS}",
             )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadRun(
-            f"{folder} holds no adapter: {error}", cure="Give the folder of a finished run."
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("r", 0), int):
-        raise BadRun(f"{path} is no configuration of an adapter.", cure="Take the file from the run again.")
-    return config

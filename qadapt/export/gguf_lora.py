@@ -10,7 +10,6 @@ Legend: O rows, I columns of a weight, R rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -22,12 +21,14 @@ import numpy as np
 from qadapt.errors import Unsupported
 from qadapt.events import Event, StageStarted
 from qadapt.export.adapter import Adapter
+from qadapt.export.adapter_config import read_adapter_config
 from qadapt.export.gguf import About
 from qadapt.export.gguf_file import STAGE, FileTensor, write_file
 from qadapt.export.gguf_front import Value
 from qadapt.export.gguf_metadata import Architecture, general_values, read_architecture
 from qadapt.model.gguf_layout import Stored, row_order
 
+FORM = "gguf-lora"
 _CURE = "Export the merged model with --form gguf-q8_0, or the adapter with --form adapter."
 _TABLE = "token_embd.weight"
 
@@ -75,8 +76,7 @@ def write_gguf_lora(
 
 def _alpha(folder: Path) -> float:
     """The file's alpha; llama.cpp takes 0 for "no scale", so an adapter that has it is given 1."""
-    alpha = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
-    return float(alpha) or 1.0
+    return float(read_adapter_config(folder)["lora_alpha"]) or 1.0
 
 
 def _place(architecture: Architecture, weight: str) -> Stored:

@@ -191,6 +191,10 @@ def _check_belongs(adapter: Adapter, reader: TensorReader, tables: Tables, *, fo
             raise BadExport(
                 f"The adapter updates {name}, which the base in {folder} lacks.", cure=_ANOTHER_BASE
             )
+        if entry.dtype not in FLOATS:
+            raise Unsupported(
+                f"The adapter updates {name}, which is of the type {entry.dtype} in {folder}.", cure=AS_IT_IS
+            )
         held = tables.given[name].shape if name in tables.given else entry.shape
         for shape, fitting in _shapes(adapter, name, held):
             if shape != fitting:
@@ -215,7 +219,7 @@ def _shapes(
         yield tuple(adapter.shift(name).view(-1).shape), held
     if name in adapter.scaled:
         scaling = adapter.scaling(name).shape
-        yield tuple(scaling), (held[0], 1) if scaling[-1] == 1 else (1, *held[1:])
+        yield tuple(scaling), (held[0], 1) if scaling[-1:] == (1,) else (1, *held[1:])
 
 
 def _written_entries(reader: TensorReader, tables: Tables, *, dtype: str) -> Iterator[TensorEntry]:

@@ -55,7 +55,7 @@ class MergedRows:
         tokens: Tables by name, with rows that replace theirs or come after them.
         given: Tensors by name that stand in place of the base's.
         sources: Tensors that the base has under another name: an untied head begins as the embedding.
-        chunk_bytes: Bytes of one chunk in fp32; at least 64 rows are taken together.
+        chunk_bytes: Bytes of one chunk in fp32; at least `row_grid` rows are taken together.
     """
 
     def __init__(

@@ -60,6 +60,7 @@ def dequantized_rows(
     columns = shape[1]
 
     def dequantized(first: int, last: int) -> torch.Tensor:
+        assert first % row_grid(columns) == 0, "a row within a block"
         packed, state = quantize_4bit(rows(first, last).to(dtype), blocksize=BLOCK, quant_type="nf4")
         if scales is not None:
             start = first * columns // BLOCK

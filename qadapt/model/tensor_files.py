@@ -54,11 +54,17 @@ class TensorReader:
                 f"{path} holds the tensor {name}, which another file of the model holds too.",
                 cure="Remove weight files that are not of this model.",
             )
-        entry = TensorEntry(name, values["dtype"], tuple(values["shape"]))
-        first, last = values["data_offsets"]
-        if last - first != entry.size_bytes:
+        try:
+            entry = TensorEntry(name, values["dtype"], tuple(values["shape"]))
+            needed, (first, last) = entry.size_bytes, values["data_offsets"]
+        except (KeyError, TypeError, ValueError):
             raise BadModel(
-                f"{path}: {name} has {last - first} bytes; its shape needs {entry.size_bytes}.",
+                f"{path}: {name} is of a type that is not read here: {values}.",
+                cure="Get weights in 16 or 32 bits, or the file again if it should have them.",
+            ) from None
+        if last - first != needed:
+            raise BadModel(
+                f"{path}: {name} has {last - first} bytes; its shape needs {needed}.",
                 cure="The file is damaged; delete it and get it again.",
             )
         self.entries[name] = entry
