@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qadapt.adapters.lora import without_adapter
 from qadapt.data.prompt import load_contract
 from qadapt.errors import BadModel
-from qadapt.model.generate import Sampling, generate, stream
+from qadapt.model.generate import Kept, Sampling, generate, stream
 from qadapt.model.load import load_base
 
 if TYPE_CHECKING:
@@ -152,3 +152,47 @@ def test_scores_that_are_no_numbers_are_an_error_and_no_answer(
     with pytest.raises(BadModel, match="no numbers") as error:
         list(stream(model, prompt, max_new_tokens=LONGEST, end_ids=NO_END, sampling=sampling))
     assert "merged-bf16" in error.value.cure
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_two_prompts_begin_with_is_read_once(tiny_model: TinyModel, family: str) -> None:
+    folder = tiny_model(family)
+    model, kept, read = plain(folder), Kept(), list[int]()
+    begin, *_ = prompts_of(folder)
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def answer(prompt: list[int]) -> list[int]:
+        read.clear()
+        return list(stream(model, prompt, max_new_tokens=LONGEST, end_ids=NO_END, kept=kept))
+
+    first = answer(begin)
+    longer = [*begin, *first, *begin[:5]]
+    assert kept.cache is not None
+    is_windowed = any(kept.cache.is_sliding)
+    for prompt in (longer, [*begin, *first[:4], 7, 8, 9], begin, longer):
+        assert answer(prompt) == of_library(model, prompt, do_sample=False)
+    answer(longer)
+    assert read[0] == (len(longer) if is_windowed else 1)
+
+
+def test_what_a_broken_off_pass_left_is_not_read_on_from(tiny_model: TinyModel) -> None:
+    folder = tiny_model("llama")
+    model, kept = plain(folder), Kept()
+    prompt = prompts_of(folder)[0]
+    answer = stream(model, prompt, max_new_tokens=LONGEST, end_ids=NO_END, kept=kept)
+    next(answer)
+
+    def run_out(*_: object) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = model.get_decoder().layers[1].register_forward_pre_hook(run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(answer)
+    assert kept.cache is not None and kept.cache.get_seq_length(0) != kept.cache.get_seq_length(1), (
+        "a control"
+    )
+    found = list(stream(model, prompt, max_new_tokens=LONGEST, end_ids=NO_END, kept=kept))
+    assert found == of_library(model, prompt, do_sample=False)

@@ -55,22 +55,14 @@ def chat(
     Examples: `qadapt chat my-run`, `qadapt chat my-run --beside`, `qadapt chat runs/my-run/export/merged-fp16
     --prompt "Two loaves for Ada."`.
     """
-    from qadapt.cli.chat_session import print_answers
-    from qadapt.serve.partner import find_partner
-
     is_typed = sys.stdin is not None and sys.stdin.isatty()
     if json and is_typed and not prompt:
         raise BadRecipe(
             "--json needs questions.", cure="Give them with --prompt, or a line each on standard input."
         )
-    partner = find_partner(what, folder)
-    if beside and not partner.has_adapter:
-        raise BadRecipe(
-            f"--beside needs an adapter to switch off; {partner.path} has none.",
-            cure="Give the run, or the adapter's folder.",
-        )
     if not temperature and (top_p < 1 or seed is not None):
         error_console().print("note: --top-p and --seed change nothing at --temperature 0")
+    partner = _found(what, folder, is_beside=beside)
     loaded = _loaded(partner)
     from qadapt.serve.chat import Chat, Manner
 
@@ -80,12 +72,23 @@ def chat(
         for uses_adapter in ((True, False) if beside else (True,))
     ]
     if json:
-        replies = print_answers(chats, prompt or _lines(), console(is_quiet=True))
-        typer.echo(json_text.dumps(chat_values(loaded.said, replies), indent=2))
+        _answer_in_json(chats, prompt or _lines(), said=loaded.said)
     elif prompt or not is_typed:
         _answer_all(chats, prompt or _lines())
     else:
         raise typer.Exit(_talk(chats, loaded, partner))
+
+
+def _found(what: str, folder: str, *, is_beside: bool) -> Partner:
+    from qadapt.serve.partner import find_partner
+
+    partner = find_partner(what, folder)
+    if is_beside and not partner.has_adapter:
+        raise BadRecipe(
+            f"--beside needs an adapter to switch off; {partner.path} has none.",
+            cure="Give the run, or the adapter's folder.",
+        )
+    return partner
 
 
 def chat_values(said: str, replies: Iterable[Sequence[Reply]]) -> dict[str, object]:
@@ -118,6 +121,13 @@ def _loaded(partner: Partner) -> Loaded:
             status.update(f"{stage}: {done / total:.0%}" if total else f"{stage} ...")
 
         return load_partner(partner, report)
+
+
+def _answer_in_json(chats: Sequence[Chat], questions: Iterable[str], *, said: str) -> None:
+    from qadapt.cli.chat_session import print_answers
+
+    replies = print_answers(chats, questions, console(is_quiet=True))
+    typer.echo(json_text.dumps(chat_values(said, replies), indent=2))
 
 
 def _answer_all(chats: Sequence[Chat], questions: Iterable[str]) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import Cache, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
@@ -100,6 +100,37 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
+@dataclass
+class Kept:
+    """What a model has read of a conversation, for the next prompt that begins alike.
+
+    Attributes:
+        ids: The tokens, and perhaps some after them that were not read yet.
+        cache: Their keys and values.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def taken(self, prompt: Sequence[int]) -> tuple[Cache | None, int]:
+        """The cache, cut to the beginning that a prompt shares, and the tokens of that; nothing stays here.
+
+        The last token of a prompt is always left to be read: its scores are not kept. Windows, whose caches
+        lack what is behind them, are read anew; so is what a forward pass left halfway through its layers.
+        """
+        ids, cache = self.ids, self.cache
+        self.ids, self.cache = [], None
+        if cache is None or any(cache.is_sliding):
+            return None, 0
+        lengths = {cache.get_seq_length(layer) for layer in range(len(cache.layers))}
+        pairs = zip(ids[: min(lengths)], prompt[:-1], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if len(lengths) > 1 or not same:
+            return None, 0
+        cache.crop(same - min(lengths))
+        return cache, same
+
+
 def stream(
     model: PreTrainedModel,
     prompt: Sequence[int],
@@ -107,6 +138,7 @@ def stream(
     max_new_tokens: int,
     end_ids: frozenset[int],
     sampling: Sampling | None = None,
+    kept: Kept | None = None,
 ) -> Generator[int, None, None]:
     """The answer to one prompt, token by token as they come, without its end token.
 
@@ -118,6 +150,8 @@ def stream(
         max_new_tokens: Where the answer is cut off.
         end_ids: Tokens that end it.
         sampling: How tokens are drawn; None: greedy, as `generate` answers.
+        kept: What was read for an earlier prompt, of which the beginning that both share is not read again;
+            in the end what was read for this one.
 
     Raises:
         BadModel: The scores are no numbers.
@@ -126,11 +160,16 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        written = _written(model, [prompt], pad_id=0, choose=partial(_chosen, sampling or _likeliest))
-        for tokens in islice(written, max_new_tokens):
+        ids, choose = list(prompt), partial(_chosen, sampling or _likeliest)
+        cache, read = (None, 0) if kept is None else kept.taken(prompt)
+        written = _written(model, [prompt], pad_id=0, choose=choose, cache=cache, read=read)
+        for tokens, cache in islice(written, max_new_tokens):
+            if kept is not None:
+                kept.ids, kept.cache = ids, cache
             token = int(tokens)
             if token in end_ids:
                 return
+            ids.append(token)
             yield token
     finally:
         model.train(was_training)
@@ -151,15 +190,23 @@ def _chosen(choose: Choose, scores: Tensor) -> Tensor:
 
 
 def _written(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, pad_id: int, choose: Choose = _likeliest
-) -> Iterator[Tensor]:
-    """The tokens (B,) that follow the prompts, one after another, without end."""
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    choose: Choose = _likeliest,
+    cache: Cache | None = None,
+    read: int = 0,
+) -> Iterator[tuple[Tensor, Cache]]:
+    """The tokens (B,) that follow the prompts, one after another, without end, and the cache they came from.
+
+    The first `read` tokens of the prompts are in `cache` already.
+    """
     longest, device = max(map(len, prompts)), device_of(model)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    ids, mask, places = ids.to(device), mask.to(device), places.to(device)
-    cache = None
+    ids, mask, places = ids[:, read:].to(device), mask.to(device), places[:, read:].to(device)
     while True:
         with torch.inference_mode():
             output = model(
@@ -172,7 +219,7 @@ def _written(
             )
             tokens = choose(output.logits[:, -1].float())  # (B,)
         cache = output.past_key_values
-        yield tokens
+        yield tokens, cache
         ids, places = tokens[:, None], places[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
@@ -187,7 +234,7 @@ def _answers(
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
-    for tokens in islice(_written(model, prompts, pad_id=pad_id), max_new_tokens):
+    for tokens, _ in islice(_written(model, prompts, pad_id=pad_id), max_new_tokens):
         chosen = tokens.tolist()
         unfinished = {row for row in unfinished if chosen[row] not in end_ids}
         for row in unfinished:

@@ -1,7 +1,8 @@
 """A conversation with a model under its prompt contract, answered token by token.
 
 What the model is sent at each turn are the contract's own tokens for the whole conversation; where that is
-longer than the model's context, the oldest turns are left out. Knows no screen, no keyboard and no files.
+longer than the model's context, the oldest turns are left out. The model reads only what is new of it: the
+keys and values of the rest are kept from question to question. Knows no screen, no keyboard and no files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qadapt.data.prompt import PromptContract
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
-from qadapt.model.generate import Sampling, stream
+from qadapt.model.generate import Kept, Sampling, stream
 from qadapt.serve.stream import TextStream
 
 Ending = Literal["end", "longest", "context", "stopped"]
@@ -112,6 +113,7 @@ class Chat:
         self._system: list[dict[str, Any]] = []
         self._turns: list[dict[str, Any]] = []
         self._left_out = 0
+        self._kept, self._kept_of = Kept(), uses_adapter
         if system is not None:
             self.tell(system)
 
@@ -148,16 +150,26 @@ class Chat:
         """Sets the system prompt from here on, or takes it away.
 
         Raises:
-            BadData: The model's template takes none, or it holds what is no text.
+            BadData: The model's template takes none or drops it, or it holds what is no text.
         """
         told = [] if system is None else [{"role": "system", "content": _checked(system)}]
         if told and not self.is_conversation:
             raise BadData(
                 "A model without a chat template takes no system prompt.", cure="Write it into the text."
             )
-        if told:
-            self.contract.prompt_ids([*told, {"role": "user", "content": "?"}], place="the system prompt")
+        if told and self._is_dropped(told[0]):
+            raise BadData(
+                "The model's chat template leaves a system prompt out without a word.",
+                cure="Say it in the first question.",
+            )
         self._system = told
+
+    def _is_dropped(self, system: dict[str, Any]) -> bool:
+        """Whether another system prompt would make the same tokens."""
+        asked, place = {"role": "user", "content": "?"}, "the system prompt"
+        other = {**system, "content": f"{system['content']}?"}
+        ids, others = (self.contract.prompt_ids([each, asked], place=place) for each in (system, other))
+        return ids == others
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer, a piece of text for each token, which may be empty; `reply` is there after the last.
@@ -195,6 +207,8 @@ class Chat:
             self._turns += [sent.asked, {"role": "assistant", "content": text.text}]
 
     def _tokens(self, ids: Sequence[int], room: int) -> Generator[int, None, None]:
+        if self._kept_of != self.uses_adapter:
+            self._kept, self._kept_of = Kept(), self.uses_adapter
         with self._voice():
             written = stream(
                 self.model,
@@ -202,6 +216,7 @@ class Chat:
                 max_new_tokens=room,
                 end_ids=self.contract.end_ids,
                 sampling=self._sampling,
+                kept=self._kept,
             )
             try:
                 while (token := attempt(lambda: next(written, None))) is not None:
@@ -218,6 +233,7 @@ class Chat:
         return without_adapter(self.model)
 
     def _does_not_fit(self, tokens: int) -> DoesNotFit:
+        self._kept = Kept()
         device = device_of(self.model)
         free_memory(device)
         return DoesNotFit(
