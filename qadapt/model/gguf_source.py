@@ -132,6 +132,12 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
             f"{path} is no whole GGUF file: {error}.",
             cure="Get the file again; a download may have been cut off.",
         ) from None
+    if scalars(reader).get("general.type") == "adapter":
+        raise BadModel(
+            f"{path.name} is an adapter alone, for a GGUF file of its base: it is no model.",
+            cure="Give the run or the adapter's own folder, or a GGUF file of the whole model "
+            "(`qadapt export RUN --form gguf-q8_0`).",
+        )
     if family not in GGUF_FAMILIES:
         raise Unsupported(
             f"{path.name} has the GGUF architecture {family!r}, which is not proven here.",
