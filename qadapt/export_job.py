@@ -1,4 +1,4 @@
-"""What an export is made from: a finished run, read and checked, and what its card may tell."""
+"""What an export is made from: finished runs, read and checked, and what its card may tell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qadapt.adapters.facts import AdapterFacts
-from qadapt.data.prompt import PromptContract, saved_contract
+from qadapt.data.prompt import PromptContract
 from qadapt.export.card import CardFacts, card_facts
 from qadapt.model.source import ModelFiles
 from qadapt.recipe import Recipe
@@ -19,24 +19,53 @@ from qadapt.view.journal import effective, read_events
 
 @dataclass(frozen=True)
 class Job:
-    """What is exported, in which form, to where."""
+    """What is exported, in which form, to where.
 
-    run: RunFolder
+    Attributes:
+        runs: The runs with the weights of their updates; what is said of data, prompts and base is of the
+            first.
+        recipe: The first run's.
+        facts: What the first run's adapter was trained on.
+        files: The base.
+        contract: How the prompts of the first run were made.
+        form: The form, such as `merged-fp16`.
+        target: The folder to be.
+    """
+
+    runs: tuple[tuple[RunFolder, float], ...]
     recipe: Recipe
     facts: AdapterFacts
     files: ModelFiles
+    contract: PromptContract
     form: str
     target: Path
 
-    @cached_property
-    def plan(self) -> StoredPlan:
-        """How the run was placed, and what it was made of."""
-        return read_plan(self.run.plan)
+    @property
+    def run(self) -> RunFolder:
+        """The first run."""
+        return self.runs[0][0]
+
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """The folders of the adapters, each with the weight of its update."""
+        return [(run.adapter, weight) for run, weight in self.runs]
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether what is merged was never trained: several runs, or one that is weighted."""
+        return len(self.runs) > 1 or self.runs[0][1] != 1
+
+    @property
+    def mixed(self) -> str:
+        """What a mix is made of, in a sentence."""
+        parts = [f"{weight:g} times that of the run {run.name}" for run, weight in self.runs]
+        first = f" Recipe, rows and losses are those of {self.run.name}." if len(parts) > 1 else ""
+        return f"The update that is merged is {' plus '.join(parts)}.{first}"
 
     @cached_property
-    def contract(self) -> PromptContract:
-        """How its prompts were made."""
-        return saved_contract(self.run.adapter, self.files.folder)
+    def plan(self) -> StoredPlan:
+        """How the first run was placed, and what it was made of."""
+        return read_plan(self.run.plan)
 
     @property
     def gguf_name(self) -> str:

@@ -8,23 +8,27 @@ hub comes after that and on its own (`export/hub.py`).
 
 from __future__ import annotations
 
-import shutil
+import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from qadapt.adapters.facts import read_facts
-from qadapt.data.prompt import CONTRACT_FILE
+from qadapt.data.prompt import saved_contract
 from qadapt.data.tokens import Tokens
+from qadapt.engine.out_of_memory import free_memory
 from qadapt.errors import BadData, BadExport, BadRecipe, BadRun
-from qadapt.events import BasesCompared, Event, Exported, Warned
-from qadapt.export.card import Made, card_text, comparison
+from qadapt.events import Event, Exported, Warned
 from qadapt.export.choose_base import AUTO, choose_base
 from qadapt.export.folder import copy_files, copy_licence, exported, write_other_files
 from qadapt.export.gguf import About, write_gguf
+from qadapt.export.gguf_lora import FORM as GGUF_LORA
 from qadapt.export.gguf_lora import write_gguf_lora
 from qadapt.export.gguf_types import GGUF_FORMS
 from qadapt.export.llama_quantize import K_FORMS, find_llama_quantize, quantize_gguf
@@ -40,29 +44,31 @@ from qadapt.export.quantized import DTYPES as QUANTIZED_DTYPES
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.quantized import quantize
 from qadapt.export.staging import new_folder, refuse_existing
+from qadapt.export_finish import Finish
 from qadapt.export_job import Job
 from qadapt.material import rows_to_evaluate
+from qadapt.model.folder import read_config
 from qadapt.model.precision import choose_device
 from qadapt.model.source import quantized_type_of
-from qadapt.proving import prove_export
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import read_recipe
 from qadapt.resumption import Earlier, check_finished
-from qadapt.run_folder import find_run
+from qadapt.run_folder import RunFolder, find_run
 from qadapt.run_parts import find_same_base
 from qadapt.stage import passing, with_progress
 from qadapt.units import parse_bytes
 from qadapt.view.journal import effective, read_events
 
-GGUF_LORA = "gguf-lora"
 UNMERGED = (ADAPTER, GGUF_LORA)
 """Forms of the adapter alone."""
 BASES = (*MERGED_BASES, AUTO)
 _LEAST_CONTEXT = 4096
+_WITH_K_QUANT = 4
+"""Bytes for each weight: a file in 16 bits, and at most as much again for what is made of it."""
 
 
 def export(
-    name: str,
+    name: str | Mapping[str, float],
     *,
     form: str | None = None,
     base: str | None = None,
@@ -70,12 +76,13 @@ def export(
     folder: str = "runs",
     proof: bool = True,
 ) -> Iterator[Event]:
-    """Exports a finished run; the last event is `Exported`.
+    """Exports a finished run, or what several make together; the last event is `Exported`.
 
     Nothing is at the target before everything is, and is proven.
 
     Args:
-        name: Name or path of the run.
+        name: Name or path of the run; or of several, each with the weight of its update, the first of which
+            gives prompts, rows and base. These are merged, as `merge.FORMS`.
         form: One of `FORMS`; None: as the recipe says.
         base: One of `BASES`; None: as the recipe says. Not for forms of the adapter alone.
         to: The folder to be; None: `export/<form>` in the run's folder.
@@ -85,23 +92,25 @@ def export(
     Raises:
         BadExport: The exported numbers would not be the trained ones, or there is no original base.
         BadOutput: The target exists or cannot be written.
-        BadRecipe: The form or the base is not known, or one does not go with the other.
-        BadRun: There is no such run, it has no adapter yet, or its base changed.
+        BadRecipe: The form or the base is not known, or one does not go with the other, or several runs are
+            to be no merged model or have no folder to go to.
+        BadRun: There is no such run, it has no adapter yet, or its base or tokenizer changed.
         Unsupported: This adapter or base has no such form; the cure names one that serves.
     """
     quiet_libraries()
-    run = find_run(name, folder)
-    facts = read_facts(run.adapter)
-    check_finished(run, Earlier(effective(read_events(run.path))))
-    recipe = read_recipe(str(run.recipe))
+    runs = tuple(_finished_runs({name: 1.0} if isinstance(name, str) else name, folder))
+    run = runs[0][0]
+    facts, recipe = read_facts(run.adapter), read_recipe(str(run.recipe))
     chosen = form or recipe.export.form
     _check_choices(chosen, base)
+    if runs != ((run, 1),):
+        _check_mix(chosen, to)
     target = to or run.export(chosen)
     refuse_existing(target)
     if chosen in K_FORMS:
         find_llama_quantize()  # before anything is measured
     files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
-    job = Job(run, recipe, facts, files, chosen, target)
+    job = Job(runs, recipe, facts, files, saved_contract(run.adapter, files.folder), chosen, target)
     finish = Finish(job, is_proven=proof)
     if chosen not in UNMERGED:
         base_of = _base_of(job, base or recipe.export.base, is_measured=proof)
@@ -111,51 +120,33 @@ def export(
         yield replace(event, notes=tuple(finish.findings)) if isinstance(event, Exported) else event
 
 
-class Finish:
-    """What is done to a whole export before it appears: proof and card.
+def _finished_runs(weights: Mapping[str, float], folder: str) -> Iterator[tuple[RunFolder, float]]:
+    """The runs, each with its weight.
 
-    Attributes:
-        base: Weights it is merged on; empty for the adapter alone.
-        findings: What was found out, one sentence each.
-
-    Args:
-        job: What is exported.
-        is_proven: Whether to prove it.
+    Raises:
+        BadRecipe: There are none.
+        BadRun: There is no such run, or it has no adapter yet.
     """
+    if not weights:
+        raise BadRecipe("There is no run to export.", cure="Name one, or several with their weights.")
+    for name, weight in weights.items():
+        run = find_run(name, folder)
+        read_facts(run.adapter)
+        check_finished(run, Earlier(effective(read_events(run.path))))
+        yield run, weight
 
-    def __init__(self, job: Job, *, is_proven: bool) -> None:
-        self._job, self._is_proven = job, is_proven
-        self.base = ""
-        self.findings: list[str] = []
 
-    def notes(self, event: Event) -> bool:
-        """Keeps what an event has found out; every event is to be passed on."""
-        if isinstance(event, BasesCompared):
-            self.findings.append(comparison(event))
-        return True
-
-    def __call__(self, folder: Path) -> Iterator[Event]:
-        """Proves and describes the export in a folder.
-
-        Raises:
-            BadExport: It is not what was trained.
-        """
-        job = self._job
-        contract = job.run.adapter / CONTRACT_FILE
-        if contract.is_file():
-            shutil.copyfile(contract, folder / CONTRACT_FILE)
-        if self._is_proven:
-            proof = yield from prove_export(folder, job.run, form=job.form, base=self.base, files=job.files)
-            self.findings += proof.sentences()
-            if (lost := proof.deviation) is not None:
-                yield Warned(
-                    message=lost,
-                    cure="Choose a form with more bits (gguf-q8_0, merged-fp16), or the adapter beside its "
-                    "base (--form adapter).",
-                )
-        file = next((path.name for path in folder.glob("*.gguf")), "")
-        made = Made(job.form, self.base, file, self.findings, is_proven=self._is_proven)
-        (folder / "README.md").write_text(card_text(job.card, made), encoding="utf-8")
+def _check_mix(form: str, to: Path | None) -> None:
+    if form not in MERGED_FORMS:
+        raise BadRecipe(
+            f"Runs are merged with weights into {', '.join(MERGED_FORMS)}, not into {form}.",
+            cure="Choose one of these with --form.",
+        )
+    if to is None:
+        raise BadRecipe(
+            "What runs make together belongs to none of them: it has no folder of its own.",
+            cure="Give the folder to be with --to.",
+        )
 
 
 def _check_choices(form: str, base: str | None) -> None:
@@ -194,16 +185,26 @@ def _base_of(job: Job, asked: str, *, is_measured: bool) -> Generator[Event, Non
         return "dequantized"
     if asked != AUTO and not is_measured:
         return asked
-    return (
-        yield from choose_base(
-            job.files.folder,
-            job.run.adapter,
-            asked=asked,
-            dtype=_dtype_of(job),
-            rows=(yield from _held_out(job)),
-            device=choose_device("auto"),
-        )
+    compared = partial(
+        choose_base,
+        job.files.folder,
+        job.adapters,
+        asked=asked,
+        dtype=_dtype_of(job),
+        rows=(yield from _held_out(job)),
     )
+    device = choose_device("cpu" if job.recipe.memory.device == "cpu" else "auto")
+    try:
+        return (yield from compared(device=device))
+    except torch.OutOfMemoryError:
+        if device.type == "cpu":
+            raise
+    free_memory(device)
+    yield Warned(
+        message="The card's memory ran out while the two bases were compared; that begins anew without it.",
+        cure="Close what else uses the card; the numbers are the same.",
+    )
+    return (yield from compared(device=torch.device("cpu")))
 
 
 def _held_out(job: Job) -> Generator[Event, None, Sequence[Tokens]]:
@@ -231,7 +232,7 @@ def _dtype_of(job: Job) -> str:
 def _merged(job: Job, base: str, writing: Writing) -> Iterator[Event]:
     yield from merge(
         model_folder=job.files.folder,
-        adapter_folder=job.run.adapter,
+        adapter_folder=job.adapters,
         target=job.target,
         form=job.form,
         base=base,
@@ -268,7 +269,7 @@ def _gguf(job: Job, base: str, writing: Writing) -> Iterator[Event]:
     with (
         open_merged(job.files.folder, job.run.adapter, base=base, dtype="F32") as merged,
         _described(job, merged) as described,
-        new_folder(job.target, needed_bytes=OTHER_FILES_BYTES) as building,
+        new_folder(job.target, needed_bytes=_gguf_bytes(job, merged)) as building,
     ):
         file = building.path / job.gguf_name
         first = file if program is None else building.path / "f16.gguf"
@@ -277,11 +278,18 @@ def _gguf(job: Job, base: str, writing: Writing) -> Iterator[Event]:
         if program is not None:
             yield from quantize_gguf(first, file, kind=K_FORMS[job.form], program=program)
             first.unlink()
-        yield from _write_modelfile(job, building.path)
         copy_files(described, building.path, ("config.json",))
+        yield from _write_modelfile(job, building.path)
         copy_licence(job.files.folder, building.path)
         yield from writing.finish(building.path)
     yield exported(job.target, form=job.form, base=base, started=started)
+
+
+def _gguf_bytes(job: Job, merged: MergedModel) -> int:
+    """What a GGUF file is known to take before it is begun, and beside it the 16-bit one for a K-quant."""
+    if job.form in GGUF_FORMS:
+        return OTHER_FILES_BYTES  # its writer checks the rest, before its first byte
+    return OTHER_FILES_BYTES + _WITH_K_QUANT * sum(math.prod(entry.shape) for entry in merged.entries)
 
 
 def _gguf_lora(job: Job, base: str, writing: Writing) -> Iterator[Event]:
@@ -319,7 +327,8 @@ def _described(job: Job, merged: MergedModel) -> Iterator[Path]:
 
 
 def _write_modelfile(job: Job, folder: Path) -> Iterator[Event]:
-    longest = max(job.recipe.data.length, _LEAST_CONTEXT)
+    config = read_config(folder, name=folder.name)
+    longest = min(max(job.recipe.data.length, _LEAST_CONTEXT), int(config["max_position_embeddings"]))
     written = modelfile(job.contract, job.gguf_name, context_tokens=longest)
     (folder / "Modelfile").write_text(written.text, encoding="utf-8")
     yield from written.warnings

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from qadapt.adapters.facts import read_facts
-from qadapt.adapters.lora import load_lora
+from qadapt.adapters.method import load_adapter
 from qadapt.cache import ignore
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, exported_contract, load_contract, saved_contract
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
@@ -76,9 +76,10 @@ def load_partner(partner: Partner, report: Report = ignore) -> Loaded:
         return _load_exported(partner.path, device)
     if partner.kind == "run":
         run = RunFolder(partner.path)
-        return _said(load_run(run, device=device, report=report), run.adapter, name=run.name, device=device)
+        tuned = load_run(run, device=device, report=report)
+        return _said(tuned, run.adapter, where=f"of {run.name}", device=device)
     tuned = load_tuned(partner.path, device=device, report=report)
-    return _said(tuned, partner.path, name=partner.path.name, device=device)
+    return _said(tuned, partner.path, where=f"in {partner.path}", device=device)
 
 
 def load_run(run: RunFolder, *, device: torch.device, report: Report = ignore) -> Tuned:
@@ -136,13 +137,13 @@ def load_tuned(
 
     base = _if_it_fits(load, f"The base {facts.base} of the adapter in {adapter}", device)
     set_tiles(base, tiles)
-    return Tuned(load_lora(base, adapter), saved_contract(adapter, files.folder))
+    return Tuned(load_adapter(base, adapter), saved_contract(adapter, files.folder))
 
 
-def _said(tuned: Tuned, adapter: Path, *, name: str, device: torch.device) -> Loaded:
+def _said(tuned: Tuned, adapter: Path, *, where: str, device: torch.device) -> Loaded:
     facts = read_facts(adapter)
     held = {"nf4": " in 4 bits", "int8": " in 8 bits", "none": ""}[facts.quantization]
-    said = f"{facts.base}{held} with the adapter of {name}, on {device.type} ({facts.load_dtype})"
+    said = f"{facts.base}{held} with the adapter {where}, on {device.type} ({facts.load_dtype})"
     return Loaded(tuned.model, tuned.contract, said)
 
 

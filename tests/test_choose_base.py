@@ -218,6 +218,13 @@ def test_without_held_out_rows_auto_is_what_was_trained_on_and_says_so(parts):
     assert chosen(parts, "original", []) == ("original", [])
 
 
+def test_rows_that_learn_nothing_are_no_rows_to_compare_on(parts):
+    nothing = [tokens_of(range(5, 15), [False] * 10, place="") for _ in range(12)]
+    taken, [warned] = chosen(parts, "auto", nothing)
+    assert taken == "dequantized" and "no held-out rows" in warned.message
+    assert chosen(parts, "original", nothing) == ("original", [])
+
+
 @pytest.mark.parametrize("asked", ["auto", "dequantized"])
 def test_base_that_cannot_be_merged_on_is_not_taken(parts, tmp_path, asked):
     broken = too_large_on_the_original(parts, tmp_path)

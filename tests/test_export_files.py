@@ -222,6 +222,15 @@ def test_reader_names_a_damaged_file(tmp_path):
         open_model(tmp_path)
 
 
+def test_reader_names_a_type_that_it_does_not_read(tmp_path):
+    save_file({"x": torch.zeros(50, 50)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (b'"Q5x"', b"[[3]]"):
+        (tmp_path / "model.safetensors").write_bytes(whole.replace(b'"F32"', damaged))
+        with pytest.raises(BadModel, match="x is of a type that is not read here"):
+            open_model(tmp_path)
+
+
 def test_reader_notices_a_file_that_shrinks_and_a_name_that_comes_twice(tmp_path):
     for name in ("a", "b"):
         save_file({"x": torch.randn(50, 50)}, tmp_path / name)
@@ -305,3 +314,31 @@ def test_command_shows_the_export_and_its_end(is_terminal):
         "schema": 1, "form": "merged-fp16", "base": "original", "folder": "runs/[a]/out", "bytes": 2048,
         "seconds": 1.25, "notes": [], "pushed": None,
     }  # fmt: skip
+
+
+class Listening(Console):
+    """Keeps what is printed, bars aside."""
+
+    def print(self, *said: object, **options: object) -> None:
+        self.lines = [*getattr(self, "lines", []), *(each for each in said if isinstance(each, str))]
+        super().print(*said, **options)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_stages_are_bars_in_their_order_or_lines_and_never_both(is_terminal):
+    console = Listening(file=io.StringIO(), force_terminal=is_terminal, width=80)
+    events = [
+        StageStarted(stage="measuring [one]"),
+        StageAdvanced(stage="layer by layer", done=3, total=3, unit="layers"),
+        StageStarted(stage="measuring [two]"),
+        StageAdvanced(stage="layer by layer", done=2, total=3, unit="layers"),
+        *a_whole_export(),
+    ]
+    show_export(events, console=console)
+    stages = ["measuring [one]", "layer by layer", "measuring [two]", "layer by layer", "merging"]
+    said = [line for line in console.lines if line in stages]
+    assert said == ([] if is_terminal else stages[::2])
+    if is_terminal:
+        last = console.file.getvalue().splitlines()[-len(stages) - 1 : -1]
+        assert all(stage in line for stage, line in zip(stages, last, strict=True))
+        assert ["2 of 3 layers" in line for line in last] == [False, False, False, True, False]

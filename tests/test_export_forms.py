@@ -20,8 +20,8 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from qadapt import cache, exporting
-from qadapt.adapters.facts import read_facts, write_facts
+from qadapt import cache, export_finish, exporting
+from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, NoRoom, QadaptError, Unsupported
@@ -394,7 +394,7 @@ def test_export_that_its_proof_refuses_leaves_no_trace(runs, tmp_path, monkeypat
         raise BadExport("It is not the model.", cure="Export again.")
         yield
 
-    monkeypatch.setattr(exporting, "prove_export", refuse)
+    monkeypatch.setattr(export_finish, "prove_export", refuse)
     for form in CONTENTS:
         with pytest.raises(BadExport, match="not the model"):
             exported(runs, tmp_path / "exports" / "out", form=form)
@@ -425,6 +425,117 @@ def test_command_pushes_the_whole_folder_after_the_export(runs, tmp_path, capsys
     said = capsys.readouterr()
     assert f"pushed: {hub.endpoint}/me/mine/commit/" in said.out
     assert "hf_secret" not in said.out + said.err
+
+
+# Several runs
+
+
+@pytest.fixture
+def pair(runs, tmp_path) -> Path:
+    """A folder of two runs, `first` and `second`, whose adapters differ."""
+    for name in ("first", "second"):
+        shutil.copytree(runs / "first", tmp_path / "runs" / name)
+    path = tmp_path / "runs" / "second" / "adapter" / "adapter_model.safetensors"
+    save_file({name: value.flip(0) for name, value in load_file(path).items()}, path)
+    return tmp_path / "runs"
+
+
+WEIGHTS = {"first": 0.75, "second": -0.5}
+
+
+def test_runs_merge_with_weights_and_only_their_numbers_are_proven(runs, pair, tmp_path):
+    options = {"form": "merged-fp32", "base": "original"}
+    *_, last = export(WEIGHTS, folder=str(pair), to=tmp_path / "out", **options)
+    chosen = [(pair / name / "adapter", weight) for name, weight in WEIGHTS.items()]
+    list(
+        merge(model_folder=runs.parent / "model", adapter_folder=chosen, target=tmp_path / "plain", **options)
+    )
+    ours, theirs = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert "0.75 times that of the run first plus -0.5 times that of the run second" in last.notes[0]
+    assert any(note.startswith("Not proven: its answers") for note in last.notes)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert all(f"* {note}" in card for note in last.notes)
+    assert "proof.json" not in names_in(tmp_path / "out")
+
+
+def test_mix_whose_numbers_are_not_those_of_its_runs_does_not_appear(pair, tmp_path, monkeypatch):
+    def forgetful(*, adapter_folder: list[tuple[Path, float]], **options: Any) -> Iterator[Event]:
+        yield from merge(adapter_folder=adapter_folder[:1], **options)
+
+    monkeypatch.setattr(exporting, "merge", forgetful)
+    with pytest.raises(BadExport, match="not what its runs make together"):
+        list(export(WEIGHTS, folder=str(pair), to=tmp_path / "exports" / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_mix_needs_a_form_that_merges_and_a_folder_of_its_own(pair, tmp_path):
+    for form in set(FORMS) - {"merged-fp16", "merged-bf16", "merged-fp32"}:
+        with pytest.raises(BadRecipe, match=f"not into {form}"):
+            list(export(WEIGHTS, folder=str(pair), to=tmp_path / "out", form=form))
+    with pytest.raises(BadRecipe, match="no folder of its own"):
+        list(export({"first": 0.5}, folder=str(pair)))
+    with pytest.raises(BadRecipe, match="no run to export"):
+        list(export({}, folder=str(pair)))
+    with pytest.raises(BadRecipe, match="weight of the adapter"):
+        list(export({"first": float("nan")}, folder=str(pair), to=tmp_path / "out"))
+    with pytest.raises(BadRun, match="no run 'third'"):
+        list(export({**WEIGHTS, "third": 1}, folder=str(pair), to=tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_command_merges_runs_with_weights(pair, tmp_path, capsys):
+    words = ["export", "first", "--folder", str(pair), "--to", str(tmp_path / "out"), "--no-proof"]
+    for given in ("second", "second=much", "=1", "first=1"):
+        assert run([*words, "--with", given]) == 2
+        assert f"--with {given} names no further run" in capsys.readouterr().err
+    assert run([*words, "--json", "--weight", "0.75", "--with", "second=-0.5"]) == 0
+    assert "0.75 times" in json.loads(capsys.readouterr().out)["notes"][0]
+
+
+# What is found before anything is written
+
+
+def test_damaged_prompt_contract_is_found_before_the_merge(runs, tmp_path):
+    adapter = adapter_copy(runs, tmp_path / "runs")
+    (adapter / CONTRACT_FILE).write_text('{"source": ', encoding="utf-8")
+    for form in CONTENTS:
+        with pytest.raises(BadRun, match=CONTRACT_FILE):
+            exported(tmp_path / "runs", tmp_path / "out", form=form, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_facts_that_no_run_writes_are_refused(runs, tmp_path):
+    adapter = adapter_copy(runs, tmp_path / "runs")
+    facts = vars(read_facts(adapter))
+    for changed in ({"quantization": "fp4"}, {"load_dtype": "int3"}, {"base": 5}):
+        write_facts(AdapterFacts(**(facts | changed)), adapter)
+        with pytest.raises(BadRun, match="holds no adapter that qadapt trained"):
+            exported(tmp_path / "runs", tmp_path / "out", **QUICK)
+
+
+def test_bases_are_compared_where_the_run_computes_and_without_the_card_if_that_is_full(
+    runs, tmp_path, monkeypatch
+):
+    asked, tried = [], []
+
+    def choose_device(choice: str) -> torch.device:
+        asked.append(choice)
+        return torch.device("cuda")
+
+    def choose_base(*_: object, device: torch.device, **__: object) -> Generator[Event, None, str]:
+        tried.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError
+        yield Warned(message="compared", cure="")
+        return "original"
+
+    monkeypatch.setattr(exporting, "choose_device", choose_device)
+    monkeypatch.setattr(exporting, "choose_base", choose_base)
+    *events, last = exported(runs, tmp_path / "out", base="auto", **QUICK)
+    assert (asked, tried, last.base) == (["cpu"], ["cuda", "cpu"], "original")
+    assert any("memory ran out" in event.message for event in events if isinstance(event, Warned))
 
 
 CARD = """\

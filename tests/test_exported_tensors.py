@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bitsandbytes
+import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qadapt.errors import BadModel
 from qadapt.events import Event
-from qadapt.export.exported_tensors import exported_tensors
+from qadapt.export.exported_tensors import exported_tensors, open_written
+from qadapt.export.quantized import STATE
 from qadapt.export.streamed_model import StreamedModel
 
 if TYPE_CHECKING:
@@ -59,3 +63,18 @@ def test_a_checkpoint_in_4_bits_is_what_bitsandbytes_makes_of_it(
     with torch.no_grad():
         wanted = model(input_ids=ids).logits[0]
     assert torch.allclose(logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("said", [b"{", b"[]", b"{}", b"\xff"])
+def test_damaged_constants_of_4_bits_are_named(tmp_path: Path, tiny_model: TinyModel, said: bytes) -> None:
+    saved_in_4_bits(tiny_model("llama"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    weight = "model.layers.1.mlp.up_proj.weight"
+    name = f"{weight}.{STATE}"
+    tensors[name] = torch.frombuffer(bytearray(said.ljust(len(tensors[name]))), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(BadModel, match=f"4 bits of {weight} is damaged"),
+        open_written(tmp_path, "bnb-4bit", model_folder=tiny_model("llama")),
+    ):
+        pytest.fail("it was read")

@@ -134,7 +134,9 @@ def test_run_adapter_and_exported_model_answer_alike(tmp_path: Path, tiny_model:
     assert answers(of_run) == expected
     assert of_run.said == f"{model} with the adapter of first, on cpu (fp32)"
     moved = Path(shutil.copytree(run / "adapter", tmp_path / "elsewhere"))
-    assert answers(loaded_from(moved)) == expected
+    of_folder = loaded_from(moved)
+    assert answers(of_folder) == expected
+    assert of_folder.said == f"{model} with the adapter in {moved}, on cpu (fp32)"
     exported = merged_by_peft(run, model, tmp_path / "merged-fp32")
     of_export = loaded_from(exported)
     assert answers(of_export) == expected
@@ -192,6 +194,17 @@ def test_a_missing_tensor_in_4_bits_is_no_random_one(four_bit: Path, tmp_path: P
         {n: t for n, t in tensors.items() if n not in gone}, folder / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(BadModel, match=r"lack .*: model.layers.1.mlp.up_proj"):
+        loaded_from(folder)
+
+
+@pytest.mark.parametrize("said", [b"{", b"[]", b"{}", b"\xff"])
+def test_damaged_constants_of_4_bits_are_named(four_bit: Path, tmp_path: Path, said: bytes) -> None:
+    folder = Path(shutil.copytree(four_bit, tmp_path / "damaged"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    tensors[name] = torch.frombuffer(bytearray(said.ljust(len(tensors[name]))), dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadModel, match=f"damaged constants of 4-bit weights: {name}"):
         loaded_from(folder)
 
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "save": "run --folder",
     "watch": "run --folder --once --json",
     "evaluate": "run --data --answers --longest --folder --json",
-    "export": "run --form --base --to --no-proof --push --private --folder --json",
+    "export": "run --form --base --weight --with --to --no-proof --push --private --folder --json",
     "verify": "export --run --folder --json",
     "chat": "what --prompt --system --beside --temperature --top-p --seed --longest --folder --json",
     "recipes": "name --schema --json",

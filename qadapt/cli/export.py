@@ -33,6 +33,13 @@ def export(
             "held-out rows better)."
         ),
     ] = None,
+    weight: Annotated[
+        float, typer.Option(help="How much of the run's update is merged: 1, as it was trained.")
+    ] = 1.0,
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="RUN=WEIGHT: merge the update of this run, too; may be repeated."),
+    ] = None,
     to: Annotated[
         Path | None, typer.Option(help="The folder to be; default: export/<form> in the run's folder.")
     ] = None,
@@ -52,7 +59,9 @@ def export(
     """Makes a model of a run, compares it with what was trained, and writes it: all of it, or nothing.
 
     Examples: `qadapt export my-run`, `qadapt export my-run --form gguf-q8_0`, `qadapt export my-run --form
-    merged-bf16 --base auto --to models/mine`, `qadapt export my-run --form adapter --push me/mine --private`.
+    merged-bf16 --base auto --to models/mine`, `qadapt export my-run --form adapter --push me/mine --private`,
+    `qadapt export my-run --weight 0.7 --with other=0.3 --to models/both` (only its numbers are proven then:
+    no such model was trained).
     """
     import json as json_text
 
@@ -61,11 +70,31 @@ def export(
 
     screen = console(is_quiet=json)
     target = _hub_target(push, is_private=private)
-    events = export_run(run, form=form, base=base, to=to, folder=folder, proof=not no_proof)
+    runs = _weighted({run: weight}, add or [])
+    events = export_run(runs, form=form, base=base, to=to, folder=folder, proof=not no_proof)
     exported = show_export(events, console=screen)
     pushed = None if target is None else _push(exported, target, console=screen)
     if json:
         typer.echo(json_text.dumps(result_values(exported, pushed=pushed), indent=2))
+
+
+def _weighted(runs: dict[str, float], more: Iterable[str]) -> dict[str, float]:
+    """The runs that are merged, with their weights."""
+    from qadapt.errors import BadRecipe
+
+    for given in more:
+        run, _, weight = given.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            run = ""
+        if not run or run in runs:
+            raise BadRecipe(
+                f"--with {given} names no further run with its weight.",
+                cure="Give each other run once, such as --with other=0.3.",
+            )
+        runs[run] = number
+    return runs
 
 
 def _hub_target(push: str | None, *, is_private: bool) -> HubTarget | None:
@@ -114,30 +143,36 @@ def result_values(exported: Exported, *, pushed: str | None = None) -> dict[str,
 
 
 def show_export(events: Iterable[Event], *, console: Console) -> Exported:
-    """Draws an export while it happens: bars on a terminal, else one line per stage; and returns its end.
+    """Draws an export while it happens: a bar for each stage on a terminal, else a line; and returns its end.
 
     Args:
         events: An export, whose last event is `Exported`.
         console: Where to draw.
     """
+    from functools import partial
+
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qadapt.events import Exported, StageAdvanced, StageStarted, Warned
     from qadapt.units import format_bytes, format_seconds
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+    column = partial(TextColumn, markup=False)
+    columns = (column("{task.description}"), BarColumn(), column("{task.fields[count]}"))
     exported: Exported | None = None
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
+        stages = _Stages(bars)
         for event in events:
             if isinstance(event, StageStarted):
-                console.print(event.stage)
+                stages.begin(event.stage)
+                if not console.is_terminal:
+                    console.print(event.stage, markup=False)
             elif isinstance(event, StageAdvanced):
-                _advance(bars, tasks, event)
+                stages.advance(event)
             elif isinstance(event, Warned):
                 console.print(f"{event.message} {event.cure}", markup=False)
             elif isinstance(event, Exported):
                 exported = event
+        stages.end()
     assert exported is not None, "an export ends with Exported or an error"
     for note in exported.notes:
         console.print(note, markup=False, highlight=False)
@@ -148,13 +183,38 @@ def show_export(events: Iterable[Event], *, console: Console) -> Exported:
     return exported
 
 
-def _advance(bars: Progress, tasks: dict[str, TaskID], event: StageAdvanced) -> None:
-    from qadapt.units import format_bytes
+class _Stages:
+    """The bars of an export, in the order of its stages; a stage that counts nothing moves to and fro.
 
-    if event.unit == "bytes":
-        count = f"{format_bytes(event.done)} of {format_bytes(event.total)}"
-    else:
-        count = f"{event.done:,} of {event.total:,} {event.unit}"
-    if event.stage not in tasks:
-        tasks[event.stage] = bars.add_task(event.stage, total=event.total, count=count)
-    bars.update(tasks[event.stage], completed=event.done, total=event.total, count=count)
+    Args:
+        bars: Where they are drawn.
+    """
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._running: dict[str, TaskID] = {}
+
+    def begin(self, stage: str) -> None:
+        """Those before it have ended; a stage may come twice."""
+        self.end()
+        self._running = {stage: self._bars.add_task(stage, total=None, count="")}
+
+    def advance(self, event: StageAdvanced) -> None:
+        """A stage, or a part of it that has a name of its own, has come so far."""
+        from qadapt.units import format_bytes
+
+        if event.unit == "bytes":
+            count = f"{format_bytes(event.done)} of {format_bytes(event.total)}"
+        else:
+            count = f"{event.done:,} of {event.total:,} {event.unit}"
+        if event.stage not in self._running:
+            self._running[event.stage] = self._bars.add_task(event.stage, total=None, count=count)
+        total = event.total or None
+        self._bars.update(self._running[event.stage], completed=event.done, total=total, count=count)
+
+    def end(self) -> None:
+        """What was running has ended."""
+        for task in self._bars.tasks:
+            if task.id in self._running.values() and not task.total:
+                self._bars.update(task.id, completed=1, total=1)
+        self._running = {}

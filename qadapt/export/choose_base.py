@@ -62,7 +62,9 @@ def choose_base(
     Raises:
         QadaptError: The adapter cannot be merged on one of the two, as `merge` says.
     """
-    if not len(rows):
+    most = _most_tokens(model_folder, asked=asked, device=device)
+    measured = [row for row in some_of(rows, most_tokens=most) if row.supervised_count]
+    if not measured:
         if asked == AUTO:
             yield Warned(
                 message="There are no held-out rows to compare the two bases on: merged on the dequantized "
@@ -70,7 +72,6 @@ def choose_base(
                 cure="Hold out rows with data.held_out_fraction, or say --base original.",
             )
         return BASES[0] if asked == AUTO else asked
-    measured = some_of(rows, most_tokens=_most_tokens(model_folder, asked=asked, device=device))
     losses = {}
     for base in BASES:
         yield StageStarted(stage=f"measuring the merge on the {base} base")
@@ -164,7 +165,7 @@ def some_of(rows: Sequence[Tokens], *, most_tokens: int = MOST_TOKENS) -> list[T
     while True:
         chosen = [rows[len(rows) * place // count] for place in range(count)]
         total = sum(map(len, chosen))
-        if count == 1 or total <= most_tokens:
+        if count <= 1 or total <= most_tokens:
             return chosen
         count = max(1, count * most_tokens // total)
 

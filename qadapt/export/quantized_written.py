@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
+from qadapt.errors import BadModel
 from qadapt.export.quantized import BLOCK, STATE
 from qadapt.export.stored_tensors import ExportedFiles
 from qadapt.export.tensor_fault import Fault
@@ -79,7 +80,12 @@ class QuantizedWritten:
 
     def _state(self, name: str) -> QuantState:
         held = {part: self._whole(part) for part in self._parts[name]}
-        return QuantState.from_dict(held, device=torch.device("cpu"))
+        try:
+            return QuantState.from_dict(held, device=torch.device("cpu"))
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            raise BadModel(
+                f"What the file says of the 4 bits of {name} is damaged.", cure="Get the file again."
+            ) from None
 
     def _dequantized(self, name: str) -> tuple[torch.Tensor, float]:
         """A weight (O, I) and its largest magnitude; the last one asked for is kept."""

@@ -9,6 +9,7 @@ What stays on the host is said by `placement.py`. Knows nothing of adapters.
 from __future__ import annotations
 
 import ctypes
+import json
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,10 @@ NF4_BLOCK = 64
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _CONSTANTS = ("absmax", "quant_map", "quant_state.")
 """What bitsandbytes stores of a 4-bit weight beside its values, by the beginnings of their names."""
-_COMPUTED_ANEW = re.compile(r"rotary_emb\.inv_freq$")
+_STATE = ".weight.quant_state."
+_STATE_FIELDS = frozenset(("quant_type", "blocksize", "dtype", "shape"))
+"""Of the JSON among these constants."""
+COMPUTED_ANEW = re.compile(r"rotary_emb\.inv_freq$")
 """What old files hold besides the weights; the library computes it from the configuration."""
 _NAMED = 3
 
@@ -147,6 +151,9 @@ def _check_tensors(folder: Path, *, are_quantized: bool = False) -> None:
     with open_model(folder) as reader:
         stored = {name: entry.shape for name, entry in reader.entries.items()}
         packed = [name for name in stored if name.endswith(".weight") and reader.entries[name].dtype == "U8"]
+        for name in stored:
+            if _STATE in name and not _is_state(bytes(reader.read(name))):
+                raise _wrong_tensors(folder, "hold damaged constants of 4-bit weights", [name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -157,7 +164,7 @@ def _check_tensors(folder: Path, *, are_quantized: bool = False) -> None:
         if missing := [part for part in constants if not any(name.startswith(part) for name in stored)]:
             raise _wrong_tensors(folder, "lack constants of 4-bit weights", missing)
         return
-    odd = [name for name in stored if name not in known and not _COMPUTED_ANEW.search(name)]
+    odd = [name for name in stored if name not in known and not COMPUTED_ANEW.search(name)]
     if odd:
         raise _wrong_tensors(folder, "hold tensors that the model in config.json does not have", odd)
     misshapen = [
@@ -167,6 +174,15 @@ def _check_tensors(folder: Path, *, are_quantized: bool = False) -> None:
     ]
     if misshapen:
         raise _wrong_tensors(folder, "contradict the shapes in config.json", misshapen)
+
+
+def _is_state(text: bytes) -> bool:
+    """Whether it is what bitsandbytes says in JSON of a 4-bit weight."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and values.keys() >= _STATE_FIELDS
 
 
 def _wrong_tensors(folder: Path, what: str, names: Sequence[str]) -> BadModel:
