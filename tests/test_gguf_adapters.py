@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -12,15 +13,22 @@ import numpy as np
 import pytest
 from conftest import TinyModel
 from peft import LoraConfig, get_peft_model
+from planted_faults import finished
+from safetensors.torch import load_file, save_file
 from test_gguf_export import ABOUT, fields, make_adapter, tensors_of, weights_of, written
 from transformers import AutoModelForCausalLM
 
 from qadapt.errors import BadExport, Unsupported
 from qadapt.events import StageAdvanced
 from qadapt.export import llama_quantize
+from qadapt.export.gguf_front import read_front
 from qadapt.export.gguf_lora import write_gguf_lora
+from qadapt.export.gguf_lora_written import GgufLoraWritten
 from qadapt.export.llama_quantize import LEAST_BUILD, find_llama_quantize, quantize_gguf
 from qadapt.export.merge import merge
+from qadapt.export.reference import open_reference
+from qadapt.export.tensor_fault import LEFT_OUT, OTHER_STRENGTH
+from qadapt.export.tensor_proof import TensorProof, prove_written
 
 
 def lora(model: Path, adapter: Path, target: Path) -> dict[str, np.ndarray]:
@@ -63,6 +71,58 @@ def test_base_with_the_adapter_is_the_merged_model_as_llama_cpp_adds_them(
             np.testing.assert_allclose(sum_, merged[name], rtol=0, atol=1e-5, err_msg=name)
         else:
             assert np.array_equal(base[name], merged[name]), name
+
+
+def proof_of(file: Path, model: Path, adapter: Path) -> TensorProof:
+    with open_reference(model, [(adapter, 1.0)], base="original") as reference:
+        found = GgufLoraWritten(file, described=model, base=reference)
+        return finished(prove_written(found, reference, dtype="F32"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"use_rslora": True}), ("gemma2", {}), ("phi3", {"lora_alpha": 0.7})],
+)
+def test_lora_file_is_proven_and_one_that_is_not_the_adapters_is_found(
+    family, options, tiny_model: TinyModel, tmp_path
+):
+    model = tiny_model(family)
+    adapter = make_adapter(model, tmp_path / "adapter", **options)
+    list(write_gguf_lora(adapter, tmp_path / "lora.gguf", model_folder=model, about=ABOUT))
+    proof = proof_of(tmp_path / "lora.gguf", model, adapter)
+    assert proof.holds and proof.tensors == len(weights_of(model)), proof.sentence()
+    other = make_adapter(model, tmp_path / "other", **options | {"lora_alpha": 12})
+    shutil.copy(adapter / "adapter_model.safetensors", other)
+    list(write_gguf_lora(other, tmp_path / "strong.gguf", model_folder=model, about=ABOUT))
+    assert {fault.cause for fault in proof_of(tmp_path / "strong.gguf", model, adapter).faults} == {
+        OTHER_STRENGTH
+    }
+    less = make_adapter(model, tmp_path / "less", **options | {"target_modules": ["o_proj"]})
+    save_file(
+        {
+            name: tensor
+            for name, tensor in load_file(adapter / "adapter_model.safetensors").items()
+            if "o_proj" in name
+        },
+        less / "adapter_model.safetensors",
+    )
+    list(write_gguf_lora(less, tmp_path / "less.gguf", model_folder=model, about=ABOUT))
+    faults = proof_of(tmp_path / "less.gguf", model, adapter).faults
+    assert {fault.cause for fault in faults} == {LEFT_OUT}
+    assert not any("o_proj" in fault.place for fault in faults)
+
+
+def test_rows_of_a_lora_file_in_the_order_of_another_program_are_found(tiny_model: TinyModel, tmp_path):
+    model = tiny_model("llama")
+    adapter = make_adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    list(write_gguf_lora(adapter, tmp_path / "lora.gguf", model_folder=model, about=ABOUT))
+    place = read_front(tmp_path / "lora.gguf").tensors["blk.1.attn_q.weight.lora_b"]
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    with (tmp_path / "lora.gguf").open("r+b") as file:
+        file.seek(place.start)
+        file.write(load_file(adapter / "adapter_model.safetensors")[name].numpy().tobytes())
+    [fault] = proof_of(tmp_path / "lora.gguf", model, adapter).faults
+    assert fault.place == "model.layers.1.self_attn.q_proj.weight"
 
 
 def weights_of_file(path: Path) -> dict[str, np.ndarray]:
@@ -152,7 +212,10 @@ def test_program_that_is_missing_too_old_or_silent_is_refused_with_the_way_to_ge
     [
         ("print('error: out of memory'); raise SystemExit(3)", "exit code 3: error: out of memory"),
         ("open(sys.argv[2], 'wb').write(b'GGUF')", "cannot be read"),
-        ("shutil.copyfile(sys.argv[1].replace('f16', 'other'), sys.argv[2])", "lacks "),
+        (
+            "shutil.copyfile(sys.argv[1].replace('f16', 'other'), sys.argv[2])",
+            "is not the model it was given",
+        ),
     ],
 )
 def test_program_that_fails_is_an_error_with_its_last_words(work, words, tiny_model, tmp_path, monkeypatch):

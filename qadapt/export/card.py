@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.events import BasesCompared, Evaluated, Event, MemoryMeasured, Planned, RunStarted, StepDone
+from qadapt.export.llama_quantize import K_FORMS
 from qadapt.units import format_bytes
 
 _BASE_WORDS = {
@@ -144,7 +145,7 @@ def card_text(facts: CardFacts, made: Made) -> str:
         facts: What is known of the run.
         made: What was made of it.
     """
-    kind = _KINDS[made.form.partition("-")[0] if made.form != "gguf-lora" else made.form]
+    kind = _kind_of(made.form)
     front = ["---", f"library_name: {kind.library}", "pipeline_tag: text-generation"]
     if facts.revision:  # only what is on a hub can be linked to
         front += [f"base_model: {facts.model}", f"base_model_relation: {kind.relation}"]
@@ -152,6 +153,12 @@ def card_text(facts: CardFacts, made: Made) -> str:
         front.append(f"license: {facts.licence}")
     front += ["tags:", "- qlora", "- qadapt", "---", ""]
     return "\n".join([*front, *_body(facts, made, kind)]) + "\n"
+
+
+def _kind_of(form: str) -> _Kind:
+    if form in K_FORMS:
+        return replace(_KINDS["gguf"], numbers=_BY_LLAMA_QUANTIZE)
+    return _KINDS[form if form in _KINDS else form.partition("-")[0]]
 
 
 def _body(facts: CardFacts, made: Made, kind: _Kind) -> list[str]:
@@ -234,6 +241,9 @@ With llama.cpp: `llama-cli -m {file} -cnv`. With Ollama: `ollama create tuned -f
 `ollama run tuned`."""
 _GGUF_LORA = "With llama.cpp: `llama-cli -m BASE.gguf --lora {file} -cnv`, BASE.gguf being the base as GGUF."
 _MERGED = "the adapter is merged into the weights"
+_BY_LLAMA_QUANTIZE = (
+    "every weight computed in fp32, rounded to fp16, and quantized by llama.cpp's llama-quantize"
+)
 _KINDS = {
     "merged": _Kind(
         "transformers", "finetune", _MERGED, "every weight computed in fp32 and rounded once", _TRANSFORMERS

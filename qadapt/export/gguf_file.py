@@ -20,7 +20,7 @@ import numpy as np
 from qadapt.cache import output_errors, require_free
 from qadapt.errors import BadExport
 from qadapt.events import Event, StageAdvanced
-from qadapt.export.gguf_front import Place, Value, read_front
+from qadapt.export.gguf_front import Place, Value, is_same_value, read_front
 from qadapt.export.gguf_types import ggml_type, stored_bytes
 from qadapt.units import MIB
 
@@ -135,7 +135,7 @@ def _read_back(
     target: Path, tensors: Sequence[FileTensor], *, hashes: Sequence[str], values: Mapping[str, Value]
 ) -> None:
     front = read_front(target)
-    wrong = [key for key, value in values.items() if not _is_kept(front.values.get(key), value)]
+    wrong = [key for key, value in values.items() if not is_same_value(front.values.get(key), value)]
     found = [(name, place.shape, place.kind) for name, place in front.tensors.items()]
     if found != [(tensor.name, tensor.shape, tensor.kind) for tensor in tensors]:
         wrong.append("the table of tensors")
@@ -148,14 +148,6 @@ def _read_back(
             f"{target.name} is not what was written: {wrong[0]} and {len(wrong) - 1} more differ.",
             cure="Export again; if it happens again, check the disk.",
         )
-
-
-def _is_kept(found: Value | None, value: Value) -> bool:
-    if found is None:
-        return value in ("", [])  # the package writes no empty values
-    if isinstance(value, float):
-        return isinstance(found, float) and bool(np.float32(value) == np.float32(found))
-    return found == (value if isinstance(value, (bool, int, str)) else list(value))
 
 
 def _hash(file: BinaryIO, place: Place) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import gguf
+import numpy as np
 
 from qadapt.errors import BadModel
 from qadapt.export.gguf_types import stored_bytes
@@ -64,6 +65,15 @@ def read_front(path: Path) -> Front:
     return front
 
 
+def is_same_value(found: Value | None, wanted: Value) -> bool:
+    """Whether a value that was read is one that was to be written."""
+    if found is None:
+        return wanted in ("", [])  # the package writes no empty values
+    if isinstance(wanted, float):
+        return isinstance(found, float) and bool(np.float32(wanted) == np.float32(found))
+    return found == (wanted if isinstance(wanted, (bool, int, str)) else list(wanted))
+
+
 def _no_gguf(path: Path, why: str) -> BadModel:
     return BadModel(f"{path.name} is no whole GGUF file: {why}.", cure="Get or write the file again.")
 
@@ -76,7 +86,8 @@ def _front(file: BinaryIO) -> Front:
     values = {_text(file): _value(file, int(_number(file, "I"))) for _ in range(value_count)}
     table = [_entry(file) for _ in range(tensor_count)]
     alignment = values.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    assert isinstance(alignment, int)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its tensors are aligned to {alignment!r}")
     data = file.tell() + -file.tell() % alignment
     return Front(values, {name: Place(shape, kind, data + offset) for name, shape, kind, offset in table})
 

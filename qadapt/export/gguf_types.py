@@ -31,21 +31,23 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class _Steps:
-    """How a block is cut into steps: `share` of its magnitude (or of its range) is the most a value is moved.
+    """How a block is cut into steps: `share` of its magnitude (or of its range) is half a step.
 
     A block with a lowest value of its own (`has_lowest`) spans its range, the others twice their magnitude.
+    Values beyond `reach` of the magnitude may be cut off to it: one side has a step less than the other.
     """
 
     share: float
     has_lowest: bool
+    reach: float = 1.0
 
 
 _STEPS = {
     "Q8_0": _Steps(1 / 254, has_lowest=False),
     "Q5_1": _Steps(1 / 62, has_lowest=True),
-    "Q5_0": _Steps(1 / 16, has_lowest=False),  # the far end has one step less than the near one
+    "Q5_0": _Steps(1 / 32, has_lowest=False, reach=15 / 16),
     "Q4_1": _Steps(1 / 30, has_lowest=True),
-    "Q4_0": _Steps(1 / 8, has_lowest=False),
+    "Q4_0": _Steps(1 / 16, has_lowest=False, reach=7 / 8),
 }
 _SEARCHED = {
     "Q6_K": (256, 1 / 8), "Q5_K": (256, 1 / 4), "Q4_K": (256, 1 / 2), "Q3_K": (256, 1.0),
@@ -121,11 +123,11 @@ def allowed_error(exact: npt.NDArray[Any], kind: str) -> Rows:
         return np.asarray(bound * _ARITHMETIC, dtype=np.float32)
     steps = _STEPS[kind]
     blocks = exact.reshape(-1, BLOCK)
-    low, high = blocks.min(axis=1), blocks.max(axis=1)
+    low, high = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
     magnitude = np.maximum(-low, high)
     span = high - low if steps.has_lowest else magnitude
-    bound = span * (steps.share + _SCALE_ROUNDING) + _SCALE_SMALLEST
+    bound = np.maximum(span * steps.share, np.abs(blocks) - steps.reach * magnitude)
+    bound = bound + span * _SCALE_ROUNDING + _SCALE_SMALLEST
     if steps.has_lowest:
         bound += np.abs(low) * _SCALE_ROUNDING
-    bound *= _ARITHMETIC
-    return np.repeat(bound, BLOCK).reshape(exact.shape).astype(np.float32)
+    return np.asarray(bound * _ARITHMETIC, dtype=np.float32).reshape(exact.shape)

@@ -8,16 +8,16 @@ Legend: O rows, I elements of a row; a vector has O rows of one element.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 
-from qadapt.export.gguf_front import Place, read_front
-from qadapt.export.gguf_metadata import read_architecture
-from qadapt.export.gguf_types import allowed_error, ggml_type
+from qadapt.export.gguf_front import Front, Place, is_same_value, read_front
+from qadapt.export.gguf_metadata import Architecture, read_architecture
+from qadapt.export.gguf_types import allowed_error, ggml_type, is_quantized
 from qadapt.export.tensor_fault import MISSING, UNEXPECTED, Fault
 from qadapt.model.gguf_layout import Stored, row_order
 from qadapt.model.shards import TensorEntry
@@ -25,14 +25,15 @@ from qadapt.model.tensor_files import rows_of
 
 _PLUS_ONE_ROUNDING = 2.0**-23
 """What adding 1 and taking it away again costs a float32, relative to the sum."""
+_SIXTEEN_BITS = ("F16", "BF16")
 
 
 class GgufWritten:
     """The tensors of a GGUF file under their names in transformers, in float32 (`stored_tensors.Written`).
 
     Attributes:
-        entries: Name → type and shape.
-        faults: Tensors that are missing in the file, or that it should not have.
+        entries: Name → type and shape, of those that the file has.
+        faults: Tensors that it should not have, metadata and rotary factors that are not the model's.
 
     Args:
         path: The file.
@@ -45,24 +46,27 @@ class GgufWritten:
     """
 
     def __init__(self, path: Path, *, described: Path, names: Iterable[str]) -> None:
-        architecture = read_architecture(described)
-        self._path, tensors = path, read_front(path).tensors
-        left = set(tensors) - set(architecture.tensors)
+        architecture, front = read_architecture(described), read_front(path)
+        self._path = path
+        left = set(front.tensors) - set(architecture.tensors)
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, tuple[Stored, Place]] = {}
-        faults = []
         for name in names:
             source = (
                 "model.embed_tokens.weight" if architecture.is_tied and name == "lm_head.weight" else name
             )
             stored = architecture.layout.stored(source)
-            if stored is None or stored.name not in tensors:
-                faults.append(Fault(name, MISSING))
+            if stored is None or stored.name not in front.tensors:
                 continue
             left.discard(stored.name)
-            self._places[name] = (stored, tensors[stored.name])
-            self.entries[name] = TensorEntry(name, "F32", tensors[stored.name].shape)
-        self.faults = (*faults, *(Fault(name, UNEXPECTED) for name in sorted(left)))
+            place = front.tensors[stored.name]
+            self._places[name] = (stored, place)
+            self.entries[name] = TensorEntry(name, "F32", place.shape)
+        self.faults = (
+            *(Fault(name, UNEXPECTED) for name in sorted(left)),
+            *_metadata_faults(front, architecture),
+            *self._factor_faults(front, architecture),
+        )
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """(last - first, I) rows of a tensor, dequantized."""
@@ -83,3 +87,36 @@ class GgufWritten:
         if place.kind == "F32":
             return None
         return torch.from_numpy(allowed_error(exact.double().numpy(), place.kind))
+
+    def moved(
+        self, name: str, values: torch.Tensor, *, exact: torch.Tensor, first: int
+    ) -> torch.Tensor | None:
+        """(n, I) which numbers are not what the exact ones become in the type; None: that is not known.
+
+        Scales of K-quants are searched for by llama.cpp alone.
+        """
+        stored, place = self._places[name]
+        if stored.is_plus_one or not (is_quantized(place.kind) or place.kind in _SIXTEEN_BITS):
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            nearest = gguf.quants.quantize(exact.float().numpy(), ggml_type(place.kind))
+            again = gguf.quants.dequantize(nearest, ggml_type(place.kind))
+        return values != torch.from_numpy(again)
+
+    def _factor_faults(self, front: Front, architecture: Architecture) -> Iterator[Fault]:
+        """Tensors that no model folder has, and so no merge."""
+        for name, wanted in architecture.tensors.items():
+            place = front.tensors.get(name)
+            if place is None:
+                yield Fault(name, MISSING)
+            elif (place.kind, place.shape) != ("F32", wanted.shape) or not np.array_equal(
+                np.fromfile(self._path, dtype="<f4", count=wanted.size, offset=place.start), wanted
+            ):
+                yield Fault(name, UNEXPECTED, "other rotary factors than the configuration's")
+
+
+def _metadata_faults(front: Front, architecture: Architecture) -> Iterator[Fault]:
+    for key, wanted in {"general.architecture": architecture.name, **architecture.values}.items():
+        found = front.values.get(key)
+        if not is_same_value(found, wanted):
+            yield Fault(key, UNEXPECTED, f"{found!r} instead of {wanted!r}")

@@ -29,6 +29,8 @@ STAGE = "quantizing with llama-quantize"
 _PROGRAM = "llama-quantize"
 _BUILD = re.compile(r"(?:\bversion:|\bbuild(?:\s*[=:])?)\s*b?(\d+)")
 _TENSOR = re.compile(r"\[\s*(\d+)\s*/\s*(\d+)\s*\]")
+_OF_THE_TYPE = frozenset({"general.file_type", "general.quantization_version"})
+"""Metadata that a quantized file has otherwise."""
 _SECONDS = 30
 _ELSEWHERE = "give a folder on a larger one with --to"
 _HOW_TO_GET = (
@@ -125,9 +127,12 @@ def _check_made(source: Path, target: Path, program: Path) -> None:
             f"What {program.name} wrote cannot be read: {error.problem}", cure="Export with --form gguf-q8_0."
         ) from None
     tables = [sorted((name, place.shape) for name, place in front.tensors.items()) for front in (made, given)]
-    lost = sorted(set(given.values) - set(made.values))
+    lost = sorted(
+        key for key in set(given.values) - _OF_THE_TYPE if made.values.get(key) != given.values[key]
+    )
     if tables[0] != tables[1] or lost:
         raise BadExport(
-            f"What {program.name} wrote lacks {lost[0] if lost else 'tensors of the model'}.",
+            f"What {program.name} wrote is not the model it was given: "
+            f"{lost[0] if lost else 'its table of tensors'} is another.",
             cure="Bring llama.cpp up to date, or export with --form gguf-q8_0.",
         )
