@@ -94,6 +94,25 @@ def test_the_model_is_sent_the_contracts_tokens_of_the_whole_conversation(
     assert answers == naive(model, contract, QUESTIONS)
 
 
+def test_only_what_is_new_of_a_conversation_is_read(tiny_model: TinyModel, sent: list[list[int]]) -> None:
+    folder = tiny_model("llama")
+    model, read = adapted(folder), list[int]()
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    chat, before = Chat(model, load_contract(folder), SHORT), 0
+    for question in QUESTIONS:
+        read.clear()
+        talk(chat, question)
+        assert read[0] <= len(sent[-1]) - before + 2, "where texts meet, tokens may become others"
+        before = len(sent[-1])
+    assert sum(read) < len(sent[-1])
+    chat.uses_adapter = False
+    read.clear()
+    talk(chat, "say 4")
+    assert read[0] == len(sent[-1]), "another model has read nothing of it"
+
+
 def test_a_system_prompt_stands_first_until_it_is_taken_away(
     tiny_model: TinyModel, sent: list[list[int]]
 ) -> None:
@@ -118,6 +137,21 @@ def test_a_system_prompt_that_the_template_refuses_is_said_and_the_old_one_stays
     with pytest.raises(BadData, match="System role not supported"):
         chat.tell("Be brief.")
     assert talk(chat, "say 3") == naive(model, contract, ["say 3"])
+
+
+def test_a_system_prompt_that_the_template_would_drop_is_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    file = tmp_path / "drops.jinja"
+    file.write_text(
+        "{% for turn in messages if turn.role != 'system' %}{{ turn.content }}<|im_end|>{% endfor %}",
+        encoding="utf-8",
+    )
+    folder = tiny_model("qwen2")
+    model = adapted(folder)
+    with pytest.raises(BadData, match="leaves a system prompt out"):
+        Chat(model, load_contract(folder, template=str(file)), SHORT, system="Be brief.")
+    Chat(model, load_contract(folder), SHORT, system="DEFAULT")  # what the template would say by itself
 
 
 def test_the_base_answers_where_the_adapter_is_off_and_the_adapter_is_on_again_after(
@@ -555,7 +589,7 @@ def test_prompts_are_answered_as_one_conversation_in_json(
     assert run_command(["chat", str(adapter), *asked, "--longest", "8", "--json", "--beside"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["schema"] == 1
-    assert "in 4 bits with the adapter of order-bot, on cpu (fp32)" in said["model"]
+    assert f"in 4 bits with the adapter in {adapter}, on cpu (fp32)" in said["model"]
     assert [each["answer"] for each in said["answers"]] == expected_of(adapter, tiny_model, QUESTIONS[:2])
     first = said["answers"][0]
     assert (first["question"], first["tokens"], first["ending"], first["left_out"]) == (
@@ -593,7 +627,7 @@ def test_a_talk_at_the_keyboard_begins_with_who_answers(
     assert run_command(["chat", str(adapter), "--longest", "8"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        f"This is {tiny_model('llama')} in 4 bits with the adapter of order-bot, on cpu (fp32)."
+        f"This is {tiny_model('llama')} in 4 bits with the adapter in {adapter}, on cpu (fp32)."
     )
     assert expected_of(adapter, tiny_model, ["say 3"])[0] in out
 

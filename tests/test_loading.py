@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
@@ -110,6 +112,20 @@ def test_a_folder_that_is_none_of_them_says_what_each_would_have(tmp_path: Path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     assert "holds 2 GGUF files: a.gguf, b.gguf" in refused(tmp_path).problem
+
+
+def test_a_gguf_file_of_an_adapter_alone_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qadapt.model.source.cache_folder", lambda: tmp_path / "cache")
+    writer = gguf.GGUFWriter(tmp_path / "x-LORA.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BadModel, match="is an adapter alone") as error:
+        loaded_from(tmp_path)
+    assert "Give the run" in error.value.cure
 
 
 def test_a_mistyped_name_is_refused_before_any_heavy_import() -> None:
