@@ -28,12 +28,12 @@ from qadapt.export.gguf_metadata import Architecture, general_values, read_archi
 from qadapt.export.gguf_tokenizer import read_vocabulary
 from qadapt.export.gguf_types import BLOCK, is_quantized, quantized
 from qadapt.model.gguf_layout import Stored, row_order
+from qadapt.model.load import COMPUTED_ANEW
 from qadapt.model.shards import TensorEntry
 from qadapt.model.tensor_files import row_elements, rows_of
 
 EMBEDDING = "token_embd.weight"
 _HEAD = "lm_head.weight"
-_COMPUTED = ".rotary_emb.inv_freq"
 _NUMPY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _FILE_TYPES = {
     "F16": gguf.LlamaFileType.MOSTLY_F16, "BF16": gguf.LlamaFileType.MOSTLY_BF16,
@@ -113,7 +113,7 @@ def _file_tensors(merged: MergedTensors, architecture: Architecture, *, kind: st
     """The tensors of the file: those of the model, and those that only the configuration has."""
     tensors = []
     for entry in merged.entries:
-        if entry.name.endswith(_COMPUTED) or (architecture.is_tied and entry.name == _HEAD):
+        if COMPUTED_ANEW.search(entry.name) or (architecture.is_tied and entry.name == _HEAD):
             continue
         stored = architecture.layout.stored(entry.name)
         if stored is None:
