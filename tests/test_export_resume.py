@@ -252,12 +252,6 @@ def test_asking_for_a_target_that_exists_disturbs_no_process_at_work_beside_it(t
         assert files_of(building.path) == {"file": b"mine"}
 
 
-def test_link_to_nothing_is_no_free_place(tmp_path):
-    (tmp_path / "out").symlink_to(tmp_path / "gone")
-    with pytest.raises(BadOutput, match="exists already"), new_folder(tmp_path / "out", needed_bytes=1):
-        pytest.fail("it began to write")
-
-
 def test_name_that_no_disk_takes_is_said(tmp_path):
     with (
         pytest.raises(BadOutput, match="cannot be written"),
