@@ -6,6 +6,7 @@ soon as it is there, so that a run that is cut off goes on where it was.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -61,17 +62,25 @@ class Environments:
         return python
 
 
-def tree_bytes(process: psutil.Process) -> int:
-    """Anonymous memory of a process and all its descendants."""
-    total = 0
-    try:
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for each in family:
-        with suppress(OSError, psutil.NoSuchProcess):  # it ended meanwhile
-            total += anonymous_bytes(each.pid)
-    return total
+def top_bytes_of(running: psutil.Popen) -> int:
+    """The most anonymous memory that a process and its descendants had together, until it ends.
+
+    Who is a descendant is asked once a second: that reads all of the machine's processes.
+    """
+    top_bytes, family = 0, [running.pid]
+    for sample in itertools.count():
+        if running.poll() is not None:
+            return top_bytes
+        if sample % round(1 / SAMPLE_SECONDS) == 0:
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                family = [running.pid, *(child.pid for child in running.children(recursive=True))]
+        total = 0
+        for pid in family:
+            with suppress(OSError):
+                total += anonymous_bytes(pid)
+        top_bytes = max(top_bytes, total)
+        time.sleep(SAMPLE_SECONDS)
+    raise AssertionError("counts without end")
 
 
 def run_side(side: Side, task: Task, python: Path, *, log: Path) -> list[dict[str, Any]]:
@@ -94,10 +103,7 @@ def run_side(side: Side, task: Task, python: Path, *, log: Path) -> list[dict[st
         }
         with log.open("w", encoding="utf-8") as written:
             running = psutil.Popen(program, stdout=written, stderr=written, env=environment)
-            top_bytes = 0
-            while running.poll() is None:
-                top_bytes = max(top_bytes, tree_bytes(running))
-                time.sleep(SAMPLE_SECONDS)
+            top_bytes = top_bytes_of(running)
         if running.returncode:
             ends = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             raise SideFailed(" / ".join(ends))
