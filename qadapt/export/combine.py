@@ -1,0 +1,292 @@
+"""Adapters of one base made into one: Σ weight · ΔW, thinned out or compressed if asked, as an adapter again.
+
+What is summed is what each adapter adds to its weights (task arithmetic, Ilharco et al., arXiv:2212.04089),
+not its factors. `adapters/compose.py` and `adapters/thinning.py` compute, `adapter.py` reads. What is no sum
+is refused by name; one adapter with the weight 1 is a copy, of whatever method. The order of the adapters
+changes no number. Knows no runs and no base: its weights are not read.
+
+Legend: O output rows, I input columns of a weight, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qadapt.adapters.compose import Pair, compressed, distance, joined, length
+from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
+from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
+from qadapt.data.prompt import CONTRACT_FILE
+from qadapt.errors import BadExport, BadRecipe, Unsupported
+from qadapt.events import Event, StageAdvanced, StageStarted, Warned
+from qadapt.export.adapter import Adapter, refuse_in_a_mix
+from qadapt.export.combined_config import WEIGHTS, Scaled, combined_config, narrowest, tensors_of
+from qadapt.export.folder import copy_files
+from qadapt.export.merge import OTHER_FILES_BYTES
+from qadapt.export.merged_model import weighted
+from qadapt.export.peft_folder import check_numbers
+from qadapt.export.staging import new_folder, refuse_existing, sha256_of
+
+WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties")
+"""How changes are put together: as they are, or with a share of their numbers only."""
+RECORD = "combination.json"
+STAGE = "combining adapters"
+_ALIKE = ("fingerprint", "quantization", "double_quant", "load_dtype")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How adapters are put together.
+
+    Attributes:
+        name: One of `WAYS`.
+        rank: The largest rank of the result; None: the sum of theirs.
+        density: The share of the numbers of each change that is kept, of each weight alone; not for `sum`.
+        seed: Of what `dare` keeps.
+    """
+
+    name: str = "sum"
+    rank: int | None = None
+    density: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Combined:
+    """An adapter that was made of others.
+
+    Attributes:
+        folder: Where it is.
+        weights: How many weights it changes; 0: it is a copy.
+        rank: Its largest rank.
+        dtype: Of its numbers: the smallest type that holds each of them.
+        bytes: Size of its tensors' file.
+        error: ‖what was asked − what is written‖ / ‖what was asked‖, over all weights, in the Frobenius norm.
+        worst: The weight whose own error is largest.
+        worst_error: That error.
+    """
+
+    folder: Path
+    weights: int
+    rank: int
+    dtype: str
+    bytes: int
+    error: float
+    worst: str
+    worst_error: float
+
+
+def combine(
+    adapters: Sequence[tuple[Path, float]], target: Path, *, way: Way | None = None
+) -> Generator[Event, None, Combined]:
+    """Makes one adapter of several and writes it, whole or not at all, yielding its progress.
+
+    Args:
+        adapters: PEFT folders of LoRA or rsLoRA with weights, negative ones, too. The result speaks as the
+            first was trained. One folder with the weight 1 may be of any method.
+        target: The folder to be; it must not exist.
+        way: How they are put together; None: summed, exactly.
+
+    Raises:
+        BadExport: Adapters are of different bases, or one has NaN or contradicts itself.
+        BadOutput: The target exists, or its place is read-only or full.
+        BadRecipe: No adapter, a weight that is no number, or a way that is not known.
+        BadRun: There is no adapter in a folder, or not what it was trained on.
+        Unsupported: An adapter's change is no sum.
+    """
+    chosen, way = weighted(adapters), way or Way()
+    _check_way(way)
+    refuse_existing(target)
+    facts = [read_facts(folder) for folder, _ in chosen]
+    _check_alike([folder for folder, _ in chosen], facts)
+    yield StageStarted(stage=STAGE)
+    yield from _prompt_warning([folder for folder, _ in chosen], facts)
+    made = _Made()
+    if len(chosen) == 1 and chosen[0][1] == 1 and way == Way():
+        check_numbers(chosen[0][0])
+    else:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(Adapter(folder, weight)) for folder, weight in chosen]
+            for adapter in opened:
+                _refuse(adapter)
+            yield from _make(made, opened, way)
+    return _written(made, chosen, target, way)
+
+
+class _Made:
+    """What has been made so far: pairs by weight, the lengths of what was asked and of what differs."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, Scaled] = {}
+        self.lengths: dict[str, tuple[float, float]] = {}
+
+    @property
+    def error(self) -> float:
+        """Over all weights."""
+        asked, lost = (math.hypot(*each) for each in zip(*self.lengths.values(), strict=True))
+        return _share(lost, asked)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The weight with the largest error, and that error."""
+        errors = {name: _share(lost, asked) for name, (asked, lost) in self.lengths.items()}
+        name = max(errors, key=errors.__getitem__)
+        return name, errors[name]
+
+
+def _make(made: _Made, opened: Sequence[Adapter], way: Way) -> Iterator[Event]:
+    """Puts the adapters together, weight by weight."""
+    keys = {id(adapter): sha256_of(adapter.folder / WEIGHTS) for adapter in opened}
+    ordered = sorted(opened, key=lambda adapter: (keys[id(adapter)], adapter.weight))
+    names = sorted({name for adapter in ordered for name in adapter.weights})
+    for done, name in enumerate(names, start=1):
+        having = [adapter for adapter in ordered if name in adapter.weights]
+        _check_shapes(name, having)
+        parts = [_Part(adapter, name, key=keys[id(adapter)]) for adapter in having]
+        made.pairs[name], made.lengths[name] = (
+            _summed(parts, way) if way.name == "sum" else _thinned(parts, way)
+        )
+        yield StageAdvanced(stage=STAGE, done=done, total=len(names), unit="weights")
+
+
+class _Part:
+    """What one adapter adds to one weight: scale · pair."""
+
+    def __init__(self, adapter: Adapter, name: str, *, key: str) -> None:
+        update = adapter.update(name)
+        self.pair, self.scale = Pair(update.a.double(), update.b.double()), update.scale
+        self.name, self.key = name, key
+
+
+def _summed(parts: Sequence[_Part], way: Way) -> tuple[Scaled, tuple[float, float]]:
+    """The sum; in the scale of its first part, so that its numbers stay what they were where they can."""
+    unit = next((abs(part.scale) for part in parts if part.scale), 1.0)
+    exact = joined([(part.scale / unit, part.pair) for part in parts])
+    pair = exact if way.rank is None or way.rank >= exact.rank else compressed(exact, way.rank)
+    written = narrowest(pair)
+    return Scaled(written, unit), (length(exact) * unit, distance(exact, written) * unit)
+
+
+def _thinned(parts: Sequence[_Part], way: Way) -> tuple[Scaled, tuple[float, float]]:
+    """What is left of the changes, as the nearest change of the rank."""
+    matrix = _matrix([change(part.pair, part.scale) for part in parts], parts, way)
+    rank = sum(part.pair.rank for part in parts) if way.rank is None else way.rank
+    written = narrowest(low_rank(matrix, rank))
+    return Scaled(written, 1.0), lengths(matrix, written)
+
+
+def _matrix(changes: Sequence[Matrix], parts: Sequence[_Part], way: Way) -> Matrix:
+    assert way.density is not None, "_check_way sees to it"
+    if way.name in ("ties", "magnitude"):
+        kept = [trimmed(each, way.density) for each in changes]
+    else:
+        kept = [
+            dropped(each, way.density, key=f"{way.seed} {part.key} {part.name}")
+            for each, part in zip(changes, parts, strict=True)
+        ]
+    return elected(kept) if way.name.endswith("ties") else summed(kept)
+
+
+def _written(made: _Made, chosen: Sequence[tuple[Path, float]], target: Path, way: Way) -> Combined:
+    """Writes the adapter, or the copy of the only one."""
+    first = chosen[0][0]
+    tensors, dtype = tensors_of(made.pairs) if made.pairs else ({}, "")
+    needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + OTHER_FILES_BYTES
+    with new_folder(target, needed_bytes=needed_bytes) as building:
+        folder = building.path
+        if tensors:
+            _write(folder, tensors, combined_config(made.pairs, [path for path, _ in chosen]))
+            copy_files(first, folder, (CONTRACT_FILE,))
+            write_facts(read_facts(first), folder)
+        else:
+            copy_files(first, folder, ("*",))
+        error, worst = (made.error, made.worst) if made.pairs else (0.0, ("", 0.0))
+        values = {"parts": [_said(*each) for each in chosen], "way": asdict(way), "error": error}
+        (folder / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        size = (folder / WEIGHTS).stat().st_size
+    rank = max((scaled.pair.rank for scaled in made.pairs.values()), default=0)
+    return Combined(target, len(made.pairs), rank, dtype, size, error, *worst)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def _said(folder: Path, weight: float) -> dict[str, object]:
+    """A part, for whoever asks later what an adapter was made of."""
+    return {"name": folder.resolve().name, "weight": weight, "sha256": sha256_of(folder / WEIGHTS)}
+
+
+def _share(lost: float, asked: float) -> float:
+    return lost / asked if lost else 0.0
+
+
+def _check_way(way: Way) -> None:
+    if way.name not in WAYS:
+        raise BadRecipe(
+            f"Adapters are not put together by {way.name!r}.", cure=f"Choose from: {', '.join(WAYS)}."
+        )
+    if way.rank is not None and way.rank < 1:
+        raise BadRecipe(
+            f"The rank {way.rank} holds no change.", cure="Give a rank of 1 or more; 8 to 64 is usual."
+        )
+    if way.name == "sum" and way.density is not None:
+        raise BadRecipe(
+            f"A sum keeps every number; a density of {way.density} means nothing for it.",
+            cure=f"Leave the density out, or choose from: {', '.join(WAYS[1:])}.",
+        )
+    if way.name != "sum" and (way.density is None or not 0 < way.density <= 1):
+        raise BadRecipe(
+            f"{way.name} keeps a share of the numbers; its density is {way.density}.",
+            cure="Give a density above 0 and up to 1, such as 0.2.",
+        )
+
+
+def _check_alike(folders: Sequence[Path], known: Sequence[AdapterFacts]) -> None:
+    """Checks that the adapters were trained on one base, held in one way."""
+    for folder, facts in zip(folders, known, strict=True):
+        for field in _ALIKE:
+            value, first = asdict(facts)[field], asdict(known[0])[field]
+            if value != first:
+                raise BadExport(
+                    f"{folders[0]} was trained on {known[0].base} with {field} {first}, {folder} on "
+                    f"{facts.base} with {value}.",
+                    cure="Combine adapters of one base, held in one way.",
+                )
+
+
+def _prompt_warning(folders: Sequence[Path], known: Sequence[AdapterFacts]) -> Iterator[Event]:
+    if len({facts.prompt_fingerprint for facts in known}) > 1:
+        yield Warned(
+            message=f"The adapters were trained with different prompts; the result has that of {folders[0]}.",
+            cure="Put the adapter first whose template and end tokens it is to have.",
+        )
+
+
+def _refuse(adapter: Adapter) -> None:
+    """Refuses what is no sum of changes of low rank."""
+    refuse_in_a_mix(adapter)
+    if adapter.shifts:
+        raise Unsupported(
+            f"The adapter in {adapter.folder} has biases of its own (lora_bias), {adapter.shifts[0]} first, "
+            "which are not combined.",
+            cure="Merge it with others into a model: qadapt export --with.",
+        )
+
+
+def _check_shapes(name: str, having: Sequence[Adapter]) -> None:
+    shapes = {adapter.shape_of(name) for adapter in having}
+    if len(shapes) > 1:
+        raise BadExport(
+            f"The adapters change {name} in different shapes: {', '.join(map(str, sorted(shapes)))}.",
+            cure="Combine adapters of one base.",
+        )
