@@ -13,7 +13,7 @@ from qadapt.model.source import ModelFiles
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml
 from qadapt.run_folder import RunFolder
-from qadapt.train.stored_plan import StoredPlan, read_plan
+from qadapt.train.stored_plan import StoredPlan
 from qadapt.view.journal import effective, read_events
 
 
@@ -28,6 +28,7 @@ class Job:
         facts: What the first run's adapter was trained on.
         files: The base.
         contract: How the prompts of the first run were made.
+        plan: How the first run was placed, and what it was made of.
         form: The form, such as `merged-fp16`.
         target: The folder to be.
     """
@@ -37,6 +38,7 @@ class Job:
     facts: AdapterFacts
     files: ModelFiles
     contract: PromptContract
+    plan: StoredPlan
     form: str
     target: Path
 
@@ -61,11 +63,6 @@ class Job:
         parts = [f"{weight:g} times that of the run {run.name}" for run, weight in self.runs]
         first = f" Recipe, rows and losses are those of {self.run.name}." if len(parts) > 1 else ""
         return f"The update that is merged is {' plus '.join(parts)}.{first}"
-
-    @cached_property
-    def plan(self) -> StoredPlan:
-        """How the first run was placed, and what it was made of."""
-        return read_plan(self.run.plan)
 
     @property
     def gguf_name(self) -> str:

@@ -56,6 +56,7 @@ from qadapt.resumption import Earlier, check_finished
 from qadapt.run_folder import RunFolder, find_run
 from qadapt.run_parts import find_same_base
 from qadapt.stage import passing, with_progress
+from qadapt.train.stored_plan import read_plan
 from qadapt.units import parse_bytes
 from qadapt.view.journal import effective, read_events
 
@@ -94,7 +95,8 @@ def export(
         BadOutput: The target exists or cannot be written.
         BadRecipe: The form or the base is not known, or one does not go with the other, or several runs are
             to be no merged model or have no folder to go to.
-        BadRun: There is no such run, it has no adapter yet, or its base or tokenizer changed.
+        BadRun: There is no such run, it has no adapter yet, or it is damaged, or its base or
+            tokenizer changed.
         Unsupported: This adapter or base has no such form; the cure names one that serves.
     """
     quiet_libraries()
@@ -110,7 +112,8 @@ def export(
     if chosen in K_FORMS:
         find_llama_quantize()  # before anything is measured
     files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
-    job = Job(runs, recipe, facts, files, saved_contract(run.adapter, files.folder), chosen, target)
+    contract, plan = saved_contract(run.adapter, files.folder), read_plan(run.plan)
+    job = Job(runs, recipe, facts, files, contract, plan, chosen, target)
     finish = Finish(job, is_proven=proof)
     if chosen not in UNMERGED:
         base_of = _base_of(job, base or recipe.export.base, is_measured=proof)

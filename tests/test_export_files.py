@@ -140,6 +140,13 @@ def test_existing_target_is_kept(parts, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+def test_folder_one_works_in_is_no_target(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for here in ("", ".", ".."):
+        with pytest.raises(BadOutput, match="exists already"):
+            export(parts, Path(here))
+
+
 def test_full_disk_is_found_before_the_first_byte(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_bytes", lambda _: 40_000_000)
     with pytest.raises(NoRoom, match=r"needs 32\.\d MiB in .*; 38\.1 MiB are free there"):
@@ -147,12 +154,19 @@ def test_full_disk_is_found_before_the_first_byte(parts, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_read_only_place_is_said(parts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied"), "cannot be written: Permission denied"),
+        (FileNotFoundError(2, "no such drive"), "a part of that path cannot be made"),
+    ],
+)
+def test_place_that_cannot_be_made_is_said(parts, tmp_path, monkeypatch, error, message):
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(BadOutput, match="cannot be written: Permission denied"):
+    with pytest.raises(BadOutput, match=message):
         export(parts, tmp_path / "exports" / "out")
     assert list(tmp_path.iterdir()) == []
 

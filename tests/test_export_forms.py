@@ -25,7 +25,7 @@ from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, NoRoom, QadaptError, Unsupported
-from qadapt.events import Event, Exported, Warned
+from qadapt.events import Event, Exported, StageAdvanced, Warned
 from qadapt.export.card import CardFacts, Made, card_text, licence_of
 from qadapt.export.exported_tensors import open_written
 from qadapt.export.merge import Writing, merge
@@ -497,12 +497,16 @@ def test_command_merges_runs_with_weights(pair, tmp_path, capsys):
 # What is found before anything is written
 
 
-def test_damaged_prompt_contract_is_found_before_the_merge(runs, tmp_path):
-    adapter = adapter_copy(runs, tmp_path / "runs")
-    (adapter / CONTRACT_FILE).write_text('{"source": ', encoding="utf-8")
+@pytest.mark.parametrize("damaged", [f"adapter/{CONTRACT_FILE}", "plan.json"])
+def test_damaged_file_of_the_run_is_found_before_the_merge(runs, tmp_path, damaged):
+    adapter_copy(runs, tmp_path / "runs")
+    (tmp_path / "runs" / "first" / damaged).write_text('{"source": ', encoding="utf-8")
     for form in CONTENTS:
-        with pytest.raises(BadRun, match=CONTRACT_FILE):
-            exported(tmp_path / "runs", tmp_path / "out", form=form, **QUICK)
+        with pytest.raises(BadRun, match=Path(damaged).name):
+            for event in export(
+                "first", folder=str(tmp_path / "runs"), to=tmp_path / "out", form=form, **QUICK
+            ):
+                assert not isinstance(event, StageAdvanced), "it began"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

@@ -117,8 +117,8 @@ def new_folder(target: Path, *, needed_bytes: int, identity: str = "") -> Iterat
         BadOutput: The target exists, or appeared meanwhile; another process makes it; the place is read-only.
         NoRoom: The place is too full.
     """
-    place, made = _place_of(target), list[Path]()
     refuse_existing(target)
+    place, made = _place_of(target), list[Path]()
     try:
         with output_errors(target.parent):
             made += (folder for folder in (place, *target.parents) if not folder.exists())
@@ -158,9 +158,11 @@ def refuse_existing(target: Path) -> None:
     Raises:
         BadOutput: There is.
     """
-    place = _place_of(target)
-    if os.path.lexists(target) and os.path.lexists(place):  # left by a process that was killed
-        with suppress(OSError, BadOutput), _alone(place):  # one that is at work keeps it
+    if target.name and os.path.lexists(target) and (place := _place_of(target)).is_dir():
+        with (
+            suppress(OSError, BadOutput),
+            _alone(place),
+        ):  # left by a process that was killed; none is at work
             shutil.rmtree(place / "made", ignore_errors=True)
     _refuse(target)
 
@@ -180,9 +182,11 @@ def _place_of(target: Path) -> Path:
 def _make(folder: Path) -> None:
     try:
         make_folder(folder)
-    except (FileExistsError, NotADirectoryError):
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        is_missing = isinstance(error, FileNotFoundError)  # as of a drive that there is none of
+        reason = "a part of that path cannot be made" if is_missing else "a part of that path is a file"
         raise BadOutput(
-            f"{folder.parent} cannot hold a folder: a part of that path is a file.",
+            f"{folder.parent} cannot hold a folder: {reason}.",
             cure="Give another folder with --to.",
         ) from None
 
