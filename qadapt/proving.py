@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +26,20 @@ from qadapt.data.tokens import Tokens
 from qadapt.engine.out_of_memory import free_memory
 from qadapt.errors import BadData, BadModel, BadRun, DoesNotFit, Unsupported
 from qadapt.events import Event, Warned
+from qadapt.export.adapter_proof import prove_copied
 from qadapt.export.behaviour import Behaviour, Sample, prove_behaviour
-from qadapt.export.exported_tensors import dtype_of, exported_tensors, open_written
-from qadapt.export.gguf_types import GGUF_FORMS
+from qadapt.export.config_proof import config_faults
+from qadapt.export.exported_tensors import dtype_of, exported_tensors, gguf_of, open_written
+from qadapt.export.gguf_lora import FORM as GGUF_LORA
+from qadapt.export.gguf_lora_written import GgufLoraWritten
+from qadapt.export.gguf_prompt_proof import prove_gguf_prompt
 from qadapt.export.merge import FORMS as MERGED_FORMS
-from qadapt.export.prompt_proof import prove_prompt
+from qadapt.export.peft_folder import FORM as ADAPTER
+from qadapt.export.prompt_proof import PromptProof, prove_prompt
 from qadapt.export.proof import MadeOf, Proof, changed_files, file_facts, read_proof, write_proof
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.reference import open_reference
+from qadapt.export.stored_tensors import Written
 from qadapt.export.streamed_model import StreamedModel
 from qadapt.export.tensor_proof import TensorProof, prove_tensors, prove_written
 from qadapt.material import rows_to_prove
@@ -46,10 +53,18 @@ from qadapt.run_folder import RunFolder, find_run
 from qadapt.run_parts import find_same_base
 from qadapt.stage import Report, with_progress
 from qadapt.train.stored_plan import read_plan
+from qadapt.units import MIB
 
 MOST_ROWS, MOST_TOKENS, FEWEST_TOKENS = 64, 8192, 512
 CPU_WORK = 3 * 10**11
 """Weights times tokens that a CPU is asked for: some ten seconds for each of the two models."""
+_LEFT_OUT = {
+    ADAPTER: "answers: the adapter alone has no weights of a model",
+    GGUF_LORA: "answers: the file is the adapter alone, for a GGUF file of its base",
+}
+_TOKENS_OF_GGUF = (
+    "the tokens of prompts: llama.cpp's own code cuts texts, by what the file says of the run's tokenizer"
+)
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -136,7 +151,7 @@ def verify_export(
         folder: Where the runs are.
 
     Raises:
-        BadRun: The folder has no proof, or there is no such run.
+        BadRun: The folder has no proof, there is no such run, or the one that is given made another export.
     """
     quiet_libraries()
     recorded = read_proof(export)
@@ -147,6 +162,11 @@ def verify_export(
         return Verified(made_of, len(hashed), changed, reason="its files are not those that were proven")
     subject = yield from _found_again(export, made_of, run=run, folder=folder)
     if isinstance(subject, str):
+        if run is not None:
+            raise BadRun(
+                f"The proof cannot be repeated: {subject.rstrip('.')}.",
+                cure="Give the run that was exported.",
+            )
         return Verified(made_of, len(hashed), (), reason=subject)
     proof = replace((yield from _proven(subject)), files=hashed)
     return Verified(made_of, len(hashed), proof.faults, proof)
@@ -183,8 +203,15 @@ def _run_of(export: Path, made_of: MadeOf, folder: str) -> RunFolder | None:
 
 def _made_of(run: RunFolder, facts: AdapterFacts, *, form: str, base: str) -> MadeOf:
     digest = hashlib.sha256()
-    for name in _ADAPTER_FILES:
-        digest.update((run.adapter / name).read_bytes())
+    try:
+        for name in _ADAPTER_FILES:
+            with (run.adapter / name).open("rb") as file:
+                while piece := file.read(MIB):
+                    digest.update(piece)
+    except OSError as error:
+        raise BadRun(
+            f"{error.filename} cannot be read: {error.strerror}.", cure="Give the folder of a finished run."
+        ) from None
     model = facts.base if facts.revision else Path(facts.base).name  # no folder of this machine
     return MadeOf(run.name, form, base, model, facts.revision, facts.fingerprint, digest.hexdigest())
 
@@ -203,15 +230,24 @@ def _proven(subject: _Subject) -> Generator[Event, None, Proof]:
     """All that can be measured, up to the first part that does not hold."""
     proof = Proof(subject.made_of)
     proof = yield from _with_tensors(subject, proof)
-    if subject.is_folder and not proof.faults:
-        proof = replace(proof, prompt=prove_prompt(subject.folder, subject.contract))
+    if not proof.faults:
+        proof = replace(proof, prompt=_prompt(subject))
     if proof.faults:
         return proof
     if not subject.made_of.base:
-        return replace(
-            proof, left_out=("the adapter alone: it is what the run saved, and has no weights of a model",)
-        )
+        return replace(proof, left_out=(*proof.left_out, _LEFT_OUT[subject.form]))
+    if subject.form.startswith("gguf-"):
+        proof = replace(proof, left_out=(*proof.left_out, _TOKENS_OF_GGUF))
     return (yield from _with_behaviour(subject, proof))
+
+
+def _prompt(subject: _Subject) -> PromptProof | None:
+    """How it is asked; None where nothing beside the base says so."""
+    if subject.is_folder:
+        return prove_prompt(subject.folder, subject.contract)
+    if subject.form.startswith("gguf-") and subject.made_of.base:
+        return prove_gguf_prompt(gguf_of(subject.folder), subject.contract)
+    return None
 
 
 def _with_tensors(subject: _Subject, proof: Proof) -> Generator[Event, None, Proof]:
@@ -219,11 +255,13 @@ def _with_tensors(subject: _Subject, proof: Proof) -> Generator[Event, None, Pro
         found = yield from _tensors(subject)
     except Unsupported as error:
         return replace(proof, left_out=(*proof.left_out, f"tensors: {error.problem}"))
+    if subject.made_of.base and found.holds:
+        found = replace(found, faults=config_faults(subject.folder, subject.files.folder))
     return replace(proof, tensors=found)
 
 
-def _tensors(subject: _Subject) -> Generator[Event, None, TensorProof | None]:
-    """Every tensor of a form that has a bound for each number; None for other forms."""
+def _tensors(subject: _Subject) -> Generator[Event, None, TensorProof]:
+    """Every tensor that base and adapter make; of the adapter's own files that they are the run's."""
     model, adapter, base = subject.files.folder, subject.run.adapter, subject.made_of.base
     if subject.form in MERGED_FORMS:
         return (
@@ -231,10 +269,18 @@ def _tensors(subject: _Subject) -> Generator[Event, None, TensorProof | None]:
                 subject.folder, model_folder=model, adapter_folder=adapter, base=base, form=subject.form
             )
         )
-    if subject.form != QUANTIZED and subject.form not in GGUF_FORMS:
-        return None
-    opened = open_reference(model, [(adapter, 1.0)], base=base)
-    with opened as reference, open_written(subject.folder, subject.form, model_folder=model) as written:
+    if subject.form == ADAPTER:
+        return prove_copied(subject.folder, adapter)
+    is_alone = subject.form == GGUF_LORA
+    with (
+        open_reference(model, [(adapter, 1.0)], base="original" if is_alone else base) as reference,
+        ExitStack() as stack,
+    ):
+        written: Written
+        if is_alone:
+            written = GgufLoraWritten(gguf_of(subject.folder), described=model, base=reference)
+        else:
+            written = stack.enter_context(open_written(subject.folder, subject.form, model_folder=model))
         return (yield from prove_written(written, reference, dtype=dtype_of(subject.folder, subject.form)))
 
 

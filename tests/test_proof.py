@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from planted_faults import PROMPTS, prompt_faults
 from safetensors.torch import load_file, save_file
 from tiny_model import FAMILIES, make_tiny_model
 from torch.nn import functional
@@ -29,6 +30,7 @@ from qadapt.export.prompt_proof import CONVERSATIONS, prove_prompt
 from qadapt.export.proof import (
     LEAST_SAME_CHOICE,
     MOST_DIVERGENCE,
+    MOST_LOST,
     MOST_PLAIN_DIFFERENCE,
     MadeOf,
     Proof,
@@ -240,7 +242,7 @@ NAN = float("nan")
     [
         ({}, ""),
         ({"mean_divergence": MOST_DIVERGENCE * 1.01}, "diverges"),
-        ({"mean_divergence": NAN}, "diverges"),
+        ({"mean_divergence": NAN}, "are no numbers (NaN)"),
         ({"same_choice_or_tie": LEAST_SAME_CHOICE - 0.002}, "chooses as the live model at 98.8%"),
         ({"same_choice_or_tie": LEAST_SAME_CHOICE}, ""),
         ({"tokens": 20, "same_choice_or_tie": 0.95}, ""),
@@ -255,6 +257,31 @@ def test_what_must_hold_is_this(changes, said):
     assert bool(proof.faults) == bool(said)
     assert said in " ".join(proof.faults)
     json.dumps(proof.values(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("form", "base"), [("merged-fp16", "original"), ("gguf-q4_0", "dequantized")])
+def test_whatever_is_asked_for_is_not_another_model(form, base):
+    near, far = (replace(GOOD, mean_divergence=MOST_LOST * factor) for factor in (0.99, 1.01))
+    a_proof(near, form=form, base=base).check()
+    with pytest.raises(BadExport, match=r"diverges from the live model by 1\.01") as raised:
+        a_proof(far, form=form, base=base).check()
+    assert "--base dequantized" in raised.value.cure
+    [fault] = a_proof(replace(GOOD, mean_divergence=NAN), form=form, base=base).faults
+    assert "no numbers" in fault
+
+
+def test_files_that_compute_no_numbers_are_a_fault(parts, tmp_path):
+    """A NaN must not be lost on the way to the bound."""
+    folder = parts().merged(tmp_path / "out", form="merged-fp32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = NAN
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with open_model(folder) as reader:
+        model = StreamedModel(AutoConfig.from_pretrained(folder), tensors_of(reader), device=CPU)
+        found = ended(prove_behaviour(model, parts().live, a_sample(), folder=None))
+    assert found.mean_divergence != found.mean_divergence
+    assert "no numbers" in a_proof(found, form="gguf-q8_0").faults[0]
+    json.dumps(a_proof(found).values(), allow_nan=False)
 
 
 def test_a_form_of_few_bits_that_lost_something_says_how_much():
@@ -334,6 +361,19 @@ def test_another_tokenizer_is_named(told, tiny_model):
     assert "another vocabulary" in faults and "makes other tokens of 'Two apples" in faults
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert "the tokenizer cannot be read" in prove_prompt(folder, contract).faults[0]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_planted_fault_of_the_prompt_is_found_and_named(tmp_path, name):
+    plant, said = PROMPTS[name]
+    faults = prompt_faults(tmp_path / "model", plant)
+    assert any(said in fault for fault in faults), faults
+
+
+def test_generation_settings_that_cannot_be_read_are_a_fault(told):
+    folder, contract = told
+    (folder / "generation_config.json").write_text("[]", encoding="utf-8")
+    assert "generation_config.json cannot be read" in prove_prompt(folder, contract).faults[0]
 
 
 def test_a_template_that_prints_a_date_is_compared_on_one_day(told):

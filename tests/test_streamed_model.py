@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -13,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_model import FAMILIES, make_tiny_model
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.errors import BadExport
 from qadapt.events import Event, StageAdvanced
-from qadapt.export import streamed_model
+from qadapt.export import plain_load, streamed_model
 from qadapt.export.activations import FP16_LIMIT, Ranges
 from qadapt.export.learned_tokens import batches_of
 from qadapt.export.plain_load import FROM_DISK, IN_MEMORY, load_plainly
@@ -275,3 +276,15 @@ def test_files_that_transformers_would_fill_up_are_refused(folder_of, tmp_path):
     [batch] = batches_of(rows_to_learn()[:1], pad_id=0)
     with pytest.raises(BadExport, match=r"missing tensors in the export: model.layers.1.mlp.up_proj.weight"):
         load_plainly(tmp_path, batch, torch.zeros(11, 448))
+
+
+def test_weights_in_4_bits_are_loaded_into_memory_however_little_is_free(folder_of, tmp_path, monkeypatch):
+    """transformers refuses to take them from disk; and a card, where it would put them, has not the rows."""
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    source = AutoModelForCausalLM.from_pretrained(folder_of("llama"), quantization_config=four_bits)
+    source.save_pretrained(tmp_path)
+    free = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(plain_load, "psutil", free)
+    [batch] = batches_of(rows_to_learn()[:1], pad_id=0)
+    assert load_plainly(tmp_path, batch, torch.zeros(11, 448)).how == IN_MEMORY
+    assert load_plainly(folder_of("llama"), batch, torch.zeros(11, 448)).how == FROM_DISK

@@ -11,7 +11,21 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from peft import IA3Config, LoraConfig, get_peft_model
-from planted_faults import HEAD, PLANTED, Case, copied, edit, export, finished, is_named, make_case, proof_of
+from planted_faults import (
+    HEAD,
+    INDEX,
+    NORM,
+    PLANTED,
+    Case,
+    Planted,
+    copied,
+    edit,
+    export,
+    finished,
+    is_named,
+    make_case,
+    proof_of,
+)
 from proof_power import MUTATIONS, outcomes
 from safetensors.torch import load_file, save_file
 from tiny_model import FAMILIES, make_tiny_model
@@ -140,20 +154,18 @@ def test_several_adapters_with_weights_are_proven(tmp_path, exported):
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Case]:
     """Right exports by what a fault needs, not to be changed."""
-    kinds = dict.fromkeys((each.family, each.targets) for each in PLANTED.values())
-    return {
-        (family, targets): make_case(
-            tmp_path_factory.mktemp(family), family=family,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-        )
-        for family, targets in kinds
-    }  # fmt: skip
+    kinds = {kind_of(each): each for each in PLANTED.values()}
+    return {kind: each.right(tmp_path_factory.mktemp("right")) for kind, each in kinds.items()}
+
+
+def kind_of(planted: Planted) -> tuple[Any, ...]:
+    return (planted.family, planted.targets, planted.base, planted.form, planted.size)
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_fault_is_found_and_named(tmp_path, cases, name):
     planted = PLANTED[name]
-    right = cases[planted.family, planted.targets]
+    right = cases[kind_of(planted)]
     case = replace(copied(right, tmp_path / "export"), adapter=tmp_path / "adapter")
     shutil.copytree(right.adapter, case.adapter)
     planted.plant(case)
@@ -164,7 +176,7 @@ def test_planted_fault_is_found_and_named(tmp_path, cases, name):
 
 
 def test_faults_of_one_cause_are_said_together(tmp_path, cases):
-    case = copied(cases["llama", "all-linear"], tmp_path / "export")
+    case = copied(cases[kind_of(PLANTED["adapter left out"])], tmp_path / "export")
     PLANTED["adapter left out"].plant(case)
     proof = proof_of(case)
     assert {fault.cause for fault in proof.faults} == {LEFT_OUT} and len(proof.faults) == 14
@@ -173,14 +185,14 @@ def test_faults_of_one_cause_are_said_together(tmp_path, cases):
 
 
 def test_exchanged_tensors_name_each_other(tmp_path, cases):
-    case = copied(cases["llama", "all-linear"], tmp_path / "export")
+    case = copied(cases[kind_of(PLANTED["adapter left out"])], tmp_path / "export")
     PLANTED["two tensors exchanged"].plant(case)
     (one, other) = proof_of(case).faults
     assert (one.place, one.other) == (other.other, other.place)
 
 
 def test_strength_of_the_adapter_is_told(tmp_path, cases):
-    case = copied(cases["llama", "all-linear"], tmp_path / "export")
+    case = copied(cases[kind_of(PLANTED["adapter left out"])], tmp_path / "export")
     PLANTED["alpha doubled"].plant(case)
     assert {fault.detail for fault in proof_of(case).faults} == {"2 times what it should"}
 
@@ -268,6 +280,17 @@ def test_adapter_that_cannot_be_proven_is_refused(tmp_path, exported):
         proof_of(replace(exported, adapter=tmp_path / "adapter"))
 
 
+def test_adapter_without_numbers_for_a_layer_that_it_adapts_is_refused(tmp_path, exported):
+    """Merge and live model would both leave the layer as it was."""
+    shutil.copytree(exported.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if "layers.1.mlp" not in name}
+    save_file(kept, path)
+    case = replace(exported, adapter=tmp_path / "adapter", export=tmp_path / "export")
+    with pytest.raises(BadExport, match=r"no numbers for model\.layers\.1\.mlp\.gate_proj.*and for 2 more"):
+        proof_of(case)
+
+
 def test_proof_on_the_dequantized_base_needs_to_know_how_it_was_held(tmp_path, exported):
     shutil.copytree(exported.adapter, tmp_path / "adapter")
     (tmp_path / "adapter" / "qadapt.json").unlink()
@@ -287,6 +310,9 @@ def test_written_tensors_may_come_from_anywhere(exported):
 
         def bound(self, name: str, exact: torch.Tensor, first: int) -> torch.Tensor:
             return torch.full((1, 1), step, dtype=torch.float64)
+
+        def moved(self, name: str, values: torch.Tensor, *, exact: torch.Tensor, first: int) -> None:
+            return None
 
     step = 1 / 1024 + 3e-4  # half a step, and the rounding to fp16 before it
     adapters = [(exported.adapter, 1.0)]
@@ -309,6 +335,14 @@ def test_export_that_says_otherwise_of_a_tie_is_found(tmp_path, exported):
     assert [fault.place for fault in proof_of(case).faults] == [HEAD, "config.json"]
 
 
+def test_tensor_that_no_index_names_is_a_fault(tmp_path, exported):
+    case = copied(exported, tmp_path / "export")
+    index = json.loads((case.export / INDEX).read_text(encoding="utf-8"))
+    del index["weight_map"][NORM]
+    (case.export / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    assert [fault.place for fault in proof_of(case).faults] == [NORM]
+
+
 def test_folder_without_weights_or_index_is_a_fault(tmp_path, exported):
     case = copied(exported, tmp_path / "export")
     (case.export / "model.safetensors.index.json").write_text("{", encoding="utf-8")
@@ -316,3 +350,12 @@ def test_folder_without_weights_or_index_is_a_fault(tmp_path, exported):
     for path in case.export.glob("*.safetensors"):
         path.unlink()
     assert proof_of(case).tensors == 0 and not proof_of(case).holds
+
+
+def test_many_numbers_on_another_step_are_wrong_and_a_few_are_not():
+    exact = Exact(torch.zeros(100, 1000, dtype=torch.float64))
+    values, bound = torch.zeros(100, 1000), torch.ones(1, 1, dtype=torch.float64)
+    for moved, is_wrong in ((0, False), (64, False), (65, True)):
+        is_moved = (torch.arange(100_000) < moved).view(100, 1000)
+        found = difference("w", values, exact, bound=bound, moved=is_moved)
+        assert (found.moved, found.wrong, found.is_wrong) == (moved, 0, is_wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,19 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from qadapt import proving
+from qadapt.adapters.facts import read_facts
 from qadapt.cli.main import run
+from qadapt.cli.verify import _shown
 from qadapt.data.prepared import identify, prepare_part
-from qadapt.data.prompt import saved_contract
+from qadapt.data.prompt import load_contract, saved_contract
 from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, Exported, Warned
 from qadapt.export import merge
+from qadapt.export.gguf_prompt_proof import prove_gguf_prompt
 from qadapt.exporting import export
 from qadapt.material import divided, reading_of, rows_to_prove, training_sources
 from qadapt.proving import Verified, verify_export
 from qadapt.recipe_file import check_recipe, read_recipe
 from qadapt.run import train
+from qadapt.run_folder import RunFolder
+from qadapt.run_parts import find_same_base
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -103,6 +111,15 @@ def test_verify_repeats_the_whole_proof(runs, capsys):
     assert found["proof"]["tensors"] == recorded["tensors"]
     assert found["proof"]["files"] == recorded["files"]
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_verify_draws_its_stages_on_a_terminal(runs):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    shown = _shown(verify_export(runs / "first/export/merged-fp16"), console)
+    assert shown.proof is not None
+    drawn = [line for line in console.file.getvalue().splitlines() if "━" in line]
+    for stage in ("hashing the export", "finding the base", "proving the tensors", "layer by layer"):
+        assert any(stage in line for line in drawn), stage
 
 
 def test_verify_elsewhere_finds_the_run_by_name_or_when_it_is_given(runs, tmp_path):
@@ -221,14 +238,17 @@ def test_a_run_that_held_out_no_rows_is_proven_on_training_rows(runs):
         rows_to_prove(recipe, contract, fingerprint="other")
 
 
-@pytest.mark.parametrize(("form", "is_run"), [("bnb-4bit", True), ("gguf-q8_0", True), ("adapter", False)])
+OTHER_FORMS = {"bnb-4bit": True, "gguf-q8_0": True, "gguf-lora": False, "adapter": False}
+
+
+@pytest.mark.parametrize(("form", "is_run"), OTHER_FORMS.items())
 def test_other_forms_are_proven_as_far_as_they_go(runs, form, is_run):
     list(export("first", form=form, folder=str(runs)))
     folder = runs / "first/export" / form
     proof = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
     assert proof["holds"] and bool(proof["behaviour"]) == is_run
-    assert bool(proof["tensors"]) == is_run
-    assert bool(proof["left_out"]) == (form == "adapter")
+    assert proof["tensors"]["holds"] and proof["tensors"]["tensors"] > 0
+    assert bool(proof["left_out"]) == (form != "bnb-4bit")
     if is_run:
         found = proof["behaviour"]
         assert found["exported_loss"] == pytest.approx(found["live_loss"], rel=0.2)
@@ -236,3 +256,125 @@ def test_other_forms_are_proven_as_far_as_they_go(runs, form, is_run):
         assert bool(found["plain"]) == (form == "bnb-4bit")
     again = result_of(folder)
     assert again.faults == () and again.proof is not None
+
+
+def forged(folder: Path, **changes: Any) -> Path:
+    """An export whose proof.json was written anew for its files as they are now."""
+    path = folder / "proof.json"
+    proof = json.loads(path.read_text(encoding="utf-8"))
+    proof["made_of"] |= changes
+    proof["files"] = proving.file_facts(folder, lambda _: None)
+    path.write_text(json.dumps(proof), encoding="utf-8")
+    return folder
+
+
+def proof_by(runs: Path, folder: Path, form: str, *, base: str) -> None:
+    """Proves any folder as an export of the run `first`."""
+    whole = RunFolder(runs / "first")
+    files = find_same_base(read_facts(whole.adapter))
+    list(proving.prove_export(folder, whole, form=form, base=base, files=files))
+
+
+@pytest.mark.parametrize(("form", "share"), [("gguf-q4_0", 0.002), ("gguf-q8_0", 0.0005)])
+def test_an_adapter_left_out_of_a_form_of_few_bits_is_found(runs, tmp_path, form, share):
+    """Also one so small that no number is farther off than the form may round it."""
+    adapter = runs / "first/adapter/adapter_model.safetensors"
+    small = {name: value * (share if "lora_B" in name else 1) for name, value in load_file(adapter).items()}
+    save_file(small, adapter)
+    shutil.copytree(runs, tmp_path / "bare")
+    bare = {name: value * (0 if "lora_B" in name else 1) for name, value in small.items()}
+    save_file(bare, tmp_path / "bare/first/adapter/adapter_model.safetensors")
+    chosen: dict[str, Any] = {"form": form, "base": "original", "proof": False}
+    list(export("first", folder=str(runs), to=tmp_path / "right", **chosen))
+    list(export("first", folder=str(tmp_path / "bare"), to=tmp_path / "wrong", **chosen))
+    proof_by(runs, tmp_path / "right", form, base="original")
+    with pytest.raises(BadExport, match="the adapter is left out"):
+        proof_by(runs, tmp_path / "wrong", form, base="original")
+    assert not (tmp_path / "wrong" / "proof.json").exists()
+
+
+def test_an_adapter_that_is_not_the_runs_is_found(runs):
+    list(export("first", form="adapter", folder=str(runs)))
+    folder = runs / "first/export/adapter"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").unlink()
+    faults = " ".join(result_of(forged(folder)).faults)
+    assert "adapter_model.safetensors: it is not the file of the run" in faults
+    assert "adapter_config.json: missing" in faults
+
+
+def test_a_configuration_that_makes_another_model_of_the_tensors_is_found(runs):
+    """On the original base no live model shows it: answers are told there, not judged."""
+    list(export("first", form="merged-bf16", base="original", folder=str(runs)))
+    folder = runs / "first/export/merged-bf16"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = config | {"rms_norm_eps": 0.01}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    [fault] = result_of(forged(folder)).faults
+    assert fault.startswith("config.json: it makes another model of the tensors (rms_norm_eps is 0.01, not ")
+
+
+def test_what_a_gguf_file_says_of_prompts_is_held_against_the_run(runs, tmp_path, tiny_model):
+    list(export("first", form="gguf-q8_0", folder=str(runs)))
+    [file] = (runs / "first/export/gguf-q8_0").glob("*.gguf")
+    model = tiny_model("llama")
+    right = saved_contract(runs / "first/adapter", model)
+    proof = prove_gguf_prompt(file, right)
+    assert proof.faults == () and proof.end_ids == tuple(sorted(right.end_ids))
+    (tmp_path / "other.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", encoding="utf-8"
+    )
+    other = load_contract(model, template=str(tmp_path / "other.jinja"))
+    assert "the chat template is not the run's" in prove_gguf_prompt(file, other).faults
+    right.end_ids = right.end_ids | {300}
+    [fault] = prove_gguf_prompt(file, right).faults
+    assert "(300) is missing in the file" in fault
+    right.end_ids = frozenset()
+    assert all("ends answers at" in fault for fault in prove_gguf_prompt(file, right).faults)
+    others = " ".join(prove_gguf_prompt(file, load_contract(tiny_model("qwen2"))).faults)
+    assert "the vocabulary in the file has" in others and "begins texts with token" in others
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"form": "merged-fp8"}, {"form": ["merged-fp16"]}, {"base": ""}, {"form": "adapter"}, {"run": None},
+    ],
+)  # fmt: skip
+def test_a_proof_of_nothing_that_is_exported_is_said(runs, changes):
+    with pytest.raises(BadRun, match="has no proof that can be read"):
+        result_of(forged(runs / "first/export/merged-fp16", **changes))
+
+
+@pytest.mark.parametrize("files", [[], {"a": 3}, {"a": ["bytes", "sha256"]}, {"a": {"bytes": 3}}])
+def test_a_proof_with_damaged_hashes_is_said(runs, files):
+    path = runs / "first/export/merged-fp16/proof.json"
+    proof = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(proof | {"files": files}), encoding="utf-8")
+    with pytest.raises(BadRun, match="has no proof that can be read"):
+        result_of(path.parent)
+
+
+def test_a_proof_that_tells_of_another_form_does_not_hold(runs):
+    found = result_of(forged(runs / "first/export/merged-fp16", form="merged-bf16"))
+    assert "another type" in " ".join(found.faults)
+    found = result_of(forged(runs / "first/export/merged-fp16", form="merged-fp16", base="original"))
+    assert "merged on the other base" in " ".join(found.faults)
+    found = result_of(forged(runs / "first/export/merged-fp16", form="adapter", base=""))
+    assert found.faults == ("adapter_model.safetensors and 2 more: missing",)
+
+
+def test_a_run_that_is_given_must_be_the_one_that_was_exported(runs, tmp_path):
+    folder = runs / "first/export/merged-fp16"
+    weights = runs / "first/adapter/adapter_model.safetensors"
+    shutil.copytree(folder, tmp_path / "mine")
+    weights.unlink()
+    assert result_of(folder).reason.endswith(
+        "adapter_model.safetensors cannot be read: No such file or directory."
+    )
+    with pytest.raises(BadRun, match=r"cannot be repeated: .*adapter_model\.safetensors cannot be read"):
+        result_of(tmp_path / "mine", run=str(runs / "first"))
+    assert run(["verify", str(tmp_path / "mine"), "--run", str(runs / "first")]) == 2

@@ -243,8 +243,8 @@ def _summed(
         tokens=int(of_rows.sum()),
         live_loss=float(found.live_loss[of_rows].double().mean()),
         exported_loss=float(found.exported_loss[of_rows].double().mean()),
-        mean_divergence=max(0.0, float(divergence.mean())),
-        largest_divergence=max(0.0, float(divergence.max())),
+        mean_divergence=float(divergence.mean().clamp(min=0)),  # which a NaN stays in, unlike max()
+        largest_divergence=float(divergence.max().clamp(min=0)),
         same_choice=float(found.is_same[of_rows].double().mean()),
         same_choice_or_tie=float(is_tie[of_rows].double().mean()),
         **_answered(found, targets, numbers, sample=sample),

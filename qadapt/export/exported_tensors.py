@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from qadapt.errors import BadModel
 from qadapt.export.adapter_names import HEAD
 from qadapt.export.gguf_written import GgufWritten
 from qadapt.export.quantized import FORM as QUANTIZED
@@ -68,7 +69,18 @@ def open_written(folder: Path, form: str, *, model_folder: Path) -> Iterator[Wri
         names = dict.fromkeys(reader.entries)
     if not config_of(read_config(folder, name=folder.name)).tie_word_embeddings:
         names[HEAD] = None
-    yield GgufWritten(next(folder.glob("*.gguf")), described=folder, names=tuple(names))
+    yield GgufWritten(gguf_of(folder), described=folder, names=tuple(names))
+
+
+def gguf_of(folder: Path) -> Path:
+    """The GGUF file of an export.
+
+    Raises:
+        BadModel: There is none.
+    """
+    for path in sorted(folder.glob("*.gguf")):
+        return path
+    raise BadModel(f"{folder} has no GGUF file.", cure="Export again with a GGUF form.")
 
 
 def dtype_of(folder: Path, form: str) -> str:

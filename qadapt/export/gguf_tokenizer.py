@@ -49,7 +49,7 @@ _PRE_TOKENIZERS = {
 }
 """(first cut, whether a word of the vocabulary is taken before merging) → llama.cpp's name for it."""
 
-_KNOWN_ENDS = frozenset(
+KNOWN_ENDS = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>"}
 )
 """Ends that llama.cpp knows by their text."""
@@ -309,8 +309,8 @@ def _ends(tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[list[int], 
     declared = declared_ends(tokenizer, folder)
     texts = {index: str(tokenizer.convert_ids_to_tokens(index)) for index in declared}
     own = tokenizer.eos_token_id
-    ends = sorted(declared, key=lambda index: (index != own, texts[index] in _KNOWN_ENDS, index))
-    lost = [texts[index] for index in ends[3:] if texts[index] not in _KNOWN_ENDS]
+    ends = sorted(declared, key=lambda index: (index != own, texts[index] in KNOWN_ENDS, index))
+    lost = [texts[index] for index in ends[3:] if texts[index] not in KNOWN_ENDS]
     if not lost:
         return ends[:3], ()
     warned = Warned(

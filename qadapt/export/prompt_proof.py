@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qadapt.data.prompt import PromptContract
 from qadapt.data.rendering.template import ChatTemplate
-from qadapt.data.rendering.tokenizer import starts_with_bos
+from qadapt.data.rendering.tokenizer import identity, starts_with_bos
 
 Turns = Sequence[Mapping[str, Any]]
 
@@ -92,6 +92,10 @@ def _text_faults(tokenizer: PreTrainedTokenizerFast, contract: PromptContract) -
     for text in TEXTS:
         if tokenizer(text, add_special_tokens=False).input_ids != _ids(contract, text):
             yield f"the tokenizer makes other tokens of {text[:20]!r}"
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    if identity(tokenizer) != contract.facts()["tokenizer"]:
+        yield "tokenizer.json is not the run's: its rules may make other tokens of some text"
 
 
 def _template_faults(
@@ -164,8 +168,10 @@ def _end_faults(folder: Path, contract: PromptContract) -> Iterator[str]:
     """Tokens that end an answer for the run and not by the folder's own settings, or the reverse."""
     path = folder / "generation_config.json"
     named: Any = None
-    if path.is_file():
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        yield f"generation_config.json cannot be read: {error}"
     ends = set(named) if isinstance(named, list) else set() if named is None else {named}
     for token in sorted(contract.end_ids - ends):
         yield f"the end token {_name(contract, token)} is missing in generation_config.json"

@@ -18,7 +18,14 @@ from typing import Any
 from qadapt.errors import BadExport, BadRun
 from qadapt.export.activations import FP16_LIMIT
 from qadapt.export.behaviour import TIE_NATS, Behaviour
+from qadapt.export.gguf_lora import FORM as GGUF_LORA
+from qadapt.export.gguf_types import GGUF_FORMS
+from qadapt.export.llama_quantize import K_FORMS
+from qadapt.export.merge import BASES as MERGED_BASES
+from qadapt.export.merge import FORMS as MERGED_FORMS
+from qadapt.export.peft_folder import FORM as ADAPTER
 from qadapt.export.prompt_proof import PromptProof
+from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.tensor_proof import TensorProof
 from qadapt.train.environment import environment
 
@@ -32,10 +39,23 @@ what was trained on they differ by rounding only."""
 MOST_DIVERGENCE = 0.02
 """Nats per token, in the mean. Rounding the weights once and activations in bf16 cost less (measured: see
 `tests/test_proof.py`); an adapter that is left out or doubled costs more, if it learned anything."""
+MOST_LOST = 1.0
+"""Nats per token, in the mean, of any form on any base: what few bits, or the original base, may cost.
+Beyond it is another model, whatever was asked for."""
 MOST_PLAIN_DIFFERENCE = 1e-3
 """Of the largest logit, for merged forms: the same fp32 sums in another order."""
 _BUG = "Export again; if it is so every time, it is a bug of qadapt. `--no-proof` exports without a proof."
+_NO_NUMBERS = (
+    "Look at the run with `qadapt evaluate`: if its loss is no number either, train again with a lower "
+    "train.learning_rate. Otherwise export again."
+)
+_TOO_LOSSY = (
+    "Choose a form with more bits, or --base dequantized, which is what was trained on. `--no-proof` exports "
+    "without a proof."
+)
 _READ_BYTES = 1 << 20
+_OF_A_MODEL = frozenset((*MERGED_FORMS, QUANTIZED, *GGUF_FORMS, *K_FORMS))
+_OF_AN_ADAPTER = frozenset((ADAPTER, GGUF_LORA))
 
 
 @dataclass(frozen=True)
@@ -125,21 +145,21 @@ class Proof:
         """What was found, for people: one sentence each."""
         said = []
         if self.tensors is not None:
-            is_merged = self.made_of.form.startswith("merged-")
-            held = "to one rounding" if is_merged else "as near as the type of each can hold"
-            said.append(
-                f"All {self.tensors.tensors:,} tensors as written are what base and adapter make, {held}, "
-                "computed a second time in another way."
-            )
+            said.append(self._told_of_tensors(self.tensors))
         if self.prompt is not None:
-            said.append(
-                "Tokenizer, template and end tokens are the run's: "
-                f"{self.prompt.conversations} conversations and {self.prompt.texts} texts gave the same "
-                "tokens."
-            )
+            said.append(_told_of_prompt(self.prompt))
         if self.behaviour is not None:
             said += _told(self.behaviour)
         return (*said, *(f"Not proven: {reason}." for reason in self.left_out))
+
+    def _told_of_tensors(self, found: TensorProof) -> str:
+        count, form = f"All {found.tensors:,} tensors as written are", self.made_of.form
+        if form == ADAPTER:
+            return f"{count} the run's own, byte for byte."
+        held = "to one rounding" if form.startswith("merged-") else "as near as the type of each can hold"
+        if form in K_FORMS:
+            held = "within a wide part of each block, as llama-quantize searches for its scales"
+        return f"{count} what base and adapter make, {held}, computed a second time in another way."
 
     def values(self) -> dict[str, Any]:
         """The proof as plain values for JSON; a number that is not finite is null."""
@@ -156,6 +176,7 @@ class Proof:
                 "same_choice_or_tie": LEAST_SAME_CHOICE,
                 "tie_nats": TIE_NATS,
                 "mean_divergence": MOST_DIVERGENCE,
+                "mean_divergence_of_any": MOST_LOST,
                 "plain_difference": MOST_PLAIN_DIFFERENCE,
                 "fp16": FP16_LIMIT,
             },
@@ -188,13 +209,30 @@ def _behaviour_faults(found: Behaviour, made_of: MadeOf) -> Iterator[tuple[str, 
             f"plain transformers gives other logits, by {plain.difference:.2g} of the largest",
             _BUG,
         )
+    yield from _divergence_faults(found, made_of)
     if not made_of.must_behave_alike:
         return
-    if not found.mean_divergence <= MOST_DIVERGENCE:
-        yield f"it diverges from the live model by {found.mean_divergence:.4f} nats per token", _BUG
     differing = round((1 - found.same_choice_or_tie) * found.tokens)
     if differing > max(1, found.tokens * (1 - LEAST_SAME_CHOICE)):  # one token of a few rows says nothing
         yield f"it chooses as the live model at {found.same_choice_or_tie:.1%} of the tokens only", _BUG
+
+
+def _divergence_faults(found: Behaviour, made_of: MadeOf) -> Iterator[tuple[str, str]]:
+    if math.isnan(found.mean_divergence):
+        yield "its answers, or those of the live model, are no numbers (NaN)", _NO_NUMBERS
+    elif made_of.must_behave_alike and found.mean_divergence > MOST_DIVERGENCE:
+        yield f"it diverges from the live model by {found.mean_divergence:.4f} nats per token", _BUG
+    elif found.mean_divergence > MOST_LOST:
+        yield f"it diverges from the live model by {found.mean_divergence:.4f} nats per token", _TOO_LOSSY
+
+
+def _told_of_prompt(found: PromptProof) -> str:
+    if not found.texts:
+        return "Vocabulary, template and end tokens in the file are the run's."
+    return (
+        f"Tokenizer, template and end tokens are the run's: {found.conversations} conversations and "
+        f"{found.texts} texts gave the same tokens."
+    )
 
 
 def _told(found: Behaviour) -> Iterator[str]:
@@ -279,12 +317,21 @@ def read_proof(folder: Path) -> dict[str, Any]:
     path = folder / PROOF_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        MadeOf(**values["made_of"])
-        dict(values["files"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        _check_made_of(MadeOf(**values["made_of"]))
+        for name, facts in values["files"].items():
+            if dict(facts).keys() != {"bytes", "sha256"}:
+                raise ValueError(f"it tells of {name} {facts}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadRun(
             f"{folder} has no proof that can be read: {error}",
             cure="Give the folder of an export; one made with --no-proof has none: export it again without.",
         ) from None
     found: dict[str, Any] = values
     return found
+
+
+def _check_made_of(made_of: MadeOf) -> None:
+    bases = MERGED_BASES if made_of.form in _OF_A_MODEL else ("",) if made_of.form in _OF_AN_ADAPTER else ()
+    texts = (made_of.run, made_of.model, made_of.fingerprint, made_of.adapter, made_of.revision or "")
+    if made_of.base not in bases or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"nothing is made of {asdict(made_of)}")

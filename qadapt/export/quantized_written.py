@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
+from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type, quantize_4bit
 
 from qadapt.errors import BadModel
 from qadapt.export.quantized import BLOCK, STATE
@@ -73,6 +73,19 @@ class QuantizedWritten:
         bound: torch.Tensor = allowed.reshape(exact.shape)
         return bound
 
+    def moved(
+        self, name: str, values: torch.Tensor, *, exact: torch.Tensor, first: int
+    ) -> torch.Tensor | None:
+        """(n, I) which numbers are of another level than the exact ones; None: rows begin inside a block."""
+        columns = exact.shape[1]
+        if name not in self._parts or columns % BLOCK:
+            return None
+        rounded = exact.float().to(values.dtype).reshape(1, -1)
+        nearest, _ = quantize_4bit(rounded, blocksize=BLOCK, quant_type="nf4")
+        start = first * columns // 2
+        stored = self._whole(name).reshape(-1)[start : start + nearest.numel()]
+        return (_codes(stored) != _codes(nearest)).view(exact.shape)
+
     def _entry(self, name: str, entry: TensorEntry) -> TensorEntry:
         if name not in self._parts:
             return entry
@@ -102,6 +115,12 @@ class QuantizedWritten:
     def _whole(self, name: str) -> torch.Tensor:
         entry = self._files.entries[name]
         return self._files.rows(name, 0, entry.shape[0]).reshape(entry.shape)
+
+
+def _codes(packed: torch.Tensor) -> torch.Tensor:
+    """(n,) the numbers of the levels, of which two lie in a byte."""
+    flat = packed.reshape(-1)
+    return torch.stack([flat >> 4, flat & 15], dim=1).view(-1)
 
 
 def _parts_of(files: ExportedFiles, name: str) -> tuple[str, ...]:

@@ -123,7 +123,9 @@ def changes_of(model_folder: Path, adapters: Sequence[tuple[Path, float]]) -> di
         adapters: PEFT folders, each with the weight of its update.
 
     Raises:
-        BadExport: An adapter has numbers for a layer that its configuration leaves alone.
+        BadExport: An adapter has numbers for a layer that its configuration leaves alone, or none for one
+        that it
+            adapts.
         Unsupported: It holds something that is not understood here, or that cannot be mixed with others.
     """
     found = [_changes_of_one(model_folder, folder, weight) for folder, weight in adapters]
@@ -155,6 +157,13 @@ def _changes_of_one(model_folder: Path, folder: Path, weight: float) -> dict[str
             else:
                 plain = name.replace(".base_layer.", ".")
                 changes[plain] = Change(whole=stored.whole(key), is_start=plain != name)
+    lacking = [each for each in layers if each not in parts and f"{each}.weight" not in changes]
+    if lacking:
+        raise BadExport(
+            f"The adapter in {folder} has no numbers for {lacking[0]}, which its configuration adapts"
+            + (f", and for {len(lacking) - 1} more." if len(lacking) > 1 else "."),
+            cure=_OF_TWO_RUNS,
+        )
     for module, found in parts.items():
         if (rows := found.pop(_TOKENS, None)) is not None:
             changes[f"{module}.weight"] = Change(tokens=Tokens(_ids_of(module, tokens), rows))

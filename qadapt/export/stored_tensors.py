@@ -42,6 +42,12 @@ class Written(Protocol):
     def bound(self, name: str, exact: Tensor, first: int) -> Tensor | None:
         """The most that each number may differ from the exact one; None: by one rounding to its type."""
 
+    def moved(self, name: str, values: Tensor, *, exact: Tensor, first: int) -> Tensor | None:
+        """(n, I) which rows of a tensor, read as `values`, are not on the steps that the exact ones come to.
+
+        None: its type has no steps of its own, or they are not known.
+        """
+
 
 class StoredTensors:
     """The tensors of some safetensors files. A context manager.
@@ -132,6 +138,10 @@ class ExportedFiles:
         """None: each number is the exact one, rounded once."""
         return None
 
+    def moved(self, name: str, values: Tensor, *, exact: Tensor, first: int) -> Tensor | None:
+        """None: there are no steps."""
+        return None
+
     def __enter__(self) -> ExportedFiles:
         return self
 
@@ -172,3 +182,5 @@ class ExportedFiles:
                 self._faults.append(Fault(name, SWAPPED_FILES, f"with {found}", other=found))
             else:
                 self._faults += [Fault(tensor, WRONG_FILE, f"{name}; it is in {found}") for tensor in tensors]
+        unnamed = [tensor for tensor in self._files.homes if placed and tensor not in placed]
+        self._faults += [Fault(tensor, WRONG_FILE, "none at all") for tensor in unnamed]

@@ -42,7 +42,6 @@ _ALIKE = 0.5
 
 def cause_of(seen: Difference, written: Written, reference: Reference) -> Fault:
     """The fault of a tensor with wrong numbers."""
-    assert seen.spot is not None
     if seen.lost:
         return _lost(seen, written)
     sample = _Sample(seen, written, reference)
@@ -55,10 +54,9 @@ class _Sample:
     """The chunk of rows with the first wrong number of a tensor, as written, and how much of it is wrong."""
 
     def __init__(self, seen: Difference, written: Written, reference: Reference) -> None:
-        assert seen.spot is not None
         self.name, self.reference, self.written = seen.name, reference, written
         entry = reference.entries[seen.name]
-        self.span = next(span for span in spans(entry) if span[0] <= seen.spot.row < span[1])
+        self.span = next(span for span in spans(entry) if span[0] <= seen.first_spot.row < span[1])
         self.values = written.rows(seen.name, *self.span)
         self.wrong = self.share_wrong(self.exact(reference.view))
 
@@ -70,8 +68,9 @@ class _Sample:
     def share_wrong(self, exact: Exact) -> float:
         """The share of the numbers that are not those of another merge."""
         bound = self.written.bound(self.name, exact.values, self.span[0])
-        found = difference(self.name, self.values, exact, bound=bound)
-        return found.wrong / max(1, found.elements)
+        moved = self.written.moved(self.name, self.values, exact=exact.values, first=self.span[0])
+        found = difference(self.name, self.values, exact, bound=bound, moved=moved)
+        return max(found.wrong, found.moved) / max(1, found.elements)
 
     def is_explained(self, exact: Exact) -> bool:
         """Whether the numbers are those of another merge, and clearly not of the one that was asked for."""
@@ -116,7 +115,8 @@ def _strengths(sample: _Sample, view: View) -> list[float]:
     if size == 0:
         return [1.0]
     fitted = float(((sample.values.double() - without) * change).sum()) / size
-    return list(dict.fromkeys([round(fitted * 4) / 4, fitted, 0.0, 2.0]))  # a magnitude is not linear in it
+    # 0 and 2 first: few bits leave a fit beside them, and a magnitude is not linear in it
+    return list(dict.fromkeys([0.0, 2.0, round(fitted * 4) / 4, fitted]))
 
 
 def _both_tables(sample: _Sample) -> Iterator[Fault]:
@@ -188,12 +188,10 @@ def _lost(seen: Difference, written: Written) -> Fault:
 
 
 def _in_numbers(seen: Difference) -> str:
-    assert seen.spot is not None
-    rows = f" in {seen.wrong_rows} rows" if seen.wrong_rows > 1 else ""
-    share = f"{seen.wrong} of {seen.elements}{rows}"
-    return f"{share}, first {_place(seen)}: {seen.spot.written:.9g} instead of {seen.spot.exact:.9g}"
+    spot, rows = seen.first_spot, f" in {seen.wrong_rows} rows" if seen.wrong_rows > 1 else ""
+    share = f"{seen.wrong or seen.moved} of {seen.elements}{rows}"
+    return f"{share}, first {_place(seen)}: {spot.written:.9g} instead of {spot.exact:.9g}"
 
 
 def _place(seen: Difference) -> str:
-    assert seen.spot is not None
-    return f"[{seen.spot.row}, {seen.spot.column}]"
+    return f"[{seen.first_spot.row}, {seen.first_spot.column}]"

@@ -14,8 +14,10 @@ TOO_LARGE = "numbers too large for the type"
 NO_NUMBER = "NaN or infinite numbers"
 OTHER_TENSOR = "it holds the numbers of another tensor"
 CHANGED = "numbers are not those of the merge"
+OTHER_CONFIG = "it makes another model of the tensors"
 DAMAGED = "the file cannot be read"
 WRONG_FILE = "the index names another file"
+OTHER_FILE = "it is not the file of the run"
 SWAPPED_FILES = "weight files hold each other's tensors"
 MISSING = "missing"
 UNEXPECTED = "not of this model"
@@ -23,7 +25,7 @@ SHAPE = "another shape"
 TYPE = "another type"
 CAUSES = (
     LEFT_OUT, OTHER_STRENGTH, OTHER_BASE, TRANSPOSED, TIED_HEAD, TOO_LARGE, NO_NUMBER, OTHER_TENSOR, CHANGED,
-    DAMAGED, WRONG_FILE, SWAPPED_FILES, MISSING, UNEXPECTED, SHAPE, TYPE,
+    OTHER_CONFIG, DAMAGED, WRONG_FILE, OTHER_FILE, SWAPPED_FILES, MISSING, UNEXPECTED, SHAPE, TYPE,
 )  # fmt: skip
 
 

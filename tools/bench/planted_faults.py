@@ -1,7 +1,7 @@
 """Exports with a fault planted in their files, each with the cause by which a proof must name it.
 
 Each is what a real mistake leaves on disk: made by merging wrongly where a merge can be wrong, else by
-editing the files. `proof_power.py` and `tests/test_tensor_proof.py` plant them.
+editing the files. `proof_power.py`, `tests/test_tensor_proof.py` and `tests/test_proof.py` plant them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.data.prompt import load_contract
 from qadapt.events import Event, StageAdvanced
+from qadapt.export.exported_tensors import dtype_of, open_written
 from qadapt.export.merge import Writing, merge
+from qadapt.export.prompt_proof import prove_prompt
+from qadapt.export.quantized import FORM as QUANTIZED
+from qadapt.export.quantized import quantize
+from qadapt.export.reference import open_reference
 from qadapt.export.tensor_fault import (
     CHANGED,
     DAMAGED,
@@ -39,7 +45,7 @@ from qadapt.export.tensor_fault import (
     UNEXPECTED,
     WRONG_FILE,
 )
-from qadapt.export.tensor_proof import TensorProof, prove_tensors
+from qadapt.export.tensor_proof import TensorProof, prove_tensors, prove_written
 
 INDEX = "model.safetensors.index.json"
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
@@ -60,10 +66,11 @@ class Case:
 
 
 def make_case(
-    root: Path, *, family: str = "llama", base: str = "dequantized", form: str = "merged-fp16", **lora: Any
-) -> Case:
-    """A tiny model with a random adapter, exported into several shards."""
-    make_tiny_model(root / "model", family)
+    root: Path, *, family: str = "llama", base: str = "dequantized", form: str = "merged-fp16",
+    size: float = 0.1, width: int = 64, **lora: Any,
+) -> Case:  # fmt: skip
+    """A tiny model with a random adapter of some size, exported into several shards."""
+    make_tiny_model(root / "model", family, width=width)
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
     adapted = get_peft_model(
         model, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | lora)
@@ -71,7 +78,7 @@ def make_case(
     generator = torch.Generator().manual_seed(1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data = torch.randn(parameter.shape, generator=generator) * size
     adapted.save_pretrained(str(root / "adapter"), save_embedding_layers=False)
     write_facts(AdapterFacts("tiny", None, "f" * 64, "nf4", True, "fp32", "p" * 64), root / "adapter")
     case = Case(root / "model", root / "adapter", root / "export", base, form)
@@ -82,10 +89,12 @@ def make_case(
 def export(case: Case) -> None:
     """Merges; what stood there is gone."""
     shutil.rmtree(case.export, ignore_errors=True)
-    for _ in merge(
-        model_folder=case.model, adapter_folder=case.adapter, target=case.export, form=case.form,
-        base=case.base, writing=_SHARDS,
-    ):  # fmt: skip
+    parts: dict[str, Any] = {
+        "model_folder": case.model, "adapter_folder": case.adapter, "target": case.export,
+        "base": case.base, "writing": _SHARDS,
+    }  # fmt: skip
+    is_quantized = case.form == QUANTIZED
+    for _ in quantize(**parts, load_dtype="fp32") if is_quantized else merge(**parts, form=case.form):
         pass
 
 
@@ -97,10 +106,20 @@ def copied(case: Case, folder: Path) -> Case:
 
 def proof_of(case: Case) -> TensorProof:
     """The proof of an export."""
+    if case.form == QUANTIZED:
+        return finished(_quantized_proof(case))
     steps = prove_tensors(
         case.export, model_folder=case.model, adapter_folder=case.adapter, base=case.base, form=case.form
     )
     return finished(steps)
+
+
+def _quantized_proof(case: Case) -> Generator[Event, None, TensorProof]:
+    with (
+        open_reference(case.model, [(case.adapter, 1.0)], base=case.base) as reference,
+        open_written(case.export, case.form, model_folder=case.model) as written,
+    ):
+        return (yield from prove_written(written, reference, dtype=dtype_of(case.export, case.form)))
 
 
 def finished(steps: Generator[Event, None, TensorProof]) -> TensorProof:
@@ -266,12 +285,36 @@ class Planted:
     place: str = ""
     family: str = "llama"
     targets: str | tuple[str, ...] = "all-linear"
+    base: str = "dequantized"
+    form: str = "merged-fp16"
+    size: float = 0.1
+    width: int = 64
+
+    def right(self, root: Path) -> Case:
+        """An export to plant it in."""
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return make_case(
+            root, family=self.family, base=self.base, form=self.form, size=self.size, width=self.width,
+            target_modules=targets,
+        )  # fmt: skip
 
 
 PLANTED = {
     "adapter left out": Planted(_without_adapter, LEFT_OUT, Q),
     "adapter left out of one tensor": Planted(_without_adapter_of_one, LEFT_OUT, K_ABOVE),
     "alpha doubled": Planted(lambda case: merged_with(case, _with_alpha_doubled), OTHER_STRENGTH, Q),
+    "small adapter left out of 4 bits": Planted(
+        _without_adapter, LEFT_OUT, Q, base="original", form=QUANTIZED, size=0.01, width=128
+    ),
+    "small adapter doubled in 4 bits": Planted(
+        lambda case: merged_with(case, _with_alpha_doubled),
+        OTHER_STRENGTH,
+        Q,
+        base="original",
+        form=QUANTIZED,
+        size=0.01,
+        width=128,
+    ),
     "merged on the other base": Planted(
         lambda case: merged_with(case, lambda _: None, base="original"), OTHER_BASE, Q
     ),
@@ -307,3 +350,48 @@ def is_named(proof: TensorProof, planted: Planted) -> bool:
     return any(
         fault.cause == planted.cause and fault.place.startswith(planted.place) for fault in proof.faults
     )
+
+
+def _another_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8").replace("<|im_start|>", "<|im_end|>"), encoding="utf-8")
+
+
+def _no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def _one_end_token(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"eos_token_id": min(config["eos_token_id"])}), encoding="utf-8")
+
+
+def _exchange_merges(folder: Path) -> None:
+    """The last two merges the other way round: the same vocabulary, other tokens of hardly any text."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    merges = values["model"]["merges"]
+    merges[-2:] = merges[:-3:-1]
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+PROMPTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "wrong template": (_another_template, "the chat template is not the run's"),
+    "missing template": (_no_template, "the chat template is missing"),
+    "missing end token": (_one_end_token, "is missing in generation_config.json"),
+    "tokenizer with other merges": (_exchange_merges, "tokenizer.json is not the run's"),
+}
+"""Faults in what stands beside the weights, by name: how each is planted, and what the proof must say."""
+
+
+def prompt_faults(root: Path, plant: Callable[[Path], None]) -> tuple[str, ...]:
+    """What the proof says of a folder that asks as its run did, once a fault is planted."""
+    folder = make_tiny_model(root, "qwen2")
+    contract = load_contract(folder)
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"eos_token_id": sorted(contract.end_ids)}), encoding="utf-8")
+    assert not prove_prompt(folder, contract).faults
+    plant(folder)
+    return prove_prompt(folder, contract).faults

@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from planted_faults import PLANTED, Case, finished, is_named, make_case, proof_of
+from planted_faults import PLANTED, PROMPTS, Case, finished, is_named, make_case, prompt_faults, proof_of
 
 from qadapt.export.merge import FORMS
 from qadapt.export.reference import Reference, open_reference
@@ -63,6 +63,9 @@ class Mutated:
         return self.value[first:last]
 
     def bound(self, name: str, exact: Tensor, first: int) -> Tensor | None:
+        return None
+
+    def moved(self, name: str, values: Tensor, *, exact: Tensor, first: int) -> Tensor | None:
         return None
 
 
@@ -137,15 +140,19 @@ def faults_table(root: Path) -> bool:
     """Plants each fault; whether all are named."""
     good = 0
     for number, (name, planted) in enumerate(PLANTED.items()):
-        targets = planted.targets if isinstance(planted.targets, str) else list(planted.targets)
-        case = make_case(root / str(number), family=planted.family, target_modules=targets)
+        case = planted.right(root / str(number))
         assert proof_of(case).holds, proof_of(case).sentence()
         planted.plant(case)
         proof = proof_of(case)
         good += is_named(proof, planted)
         print(f"{'named' if is_named(proof, planted) else 'NOT NAMED':9}  {name:32} {proof.sentence()[:150]}")
-    print(f"{good} of {len(PLANTED)} planted faults are found and named")
-    return good == len(PLANTED)
+    for name, (plant, said) in PROMPTS.items():
+        faults = prompt_faults(root / name, plant)
+        is_said = any(said in fault for fault in faults)
+        good += is_said
+        print(f"{'named' if is_said else 'NOT NAMED':9}  {name:32} {'; '.join(faults)[:150]}")
+    print(f"{good} of {len(PLANTED) + len(PROMPTS)} planted faults are found and named")
+    return good == len(PLANTED) + len(PROMPTS)
 
 
 def power_table(root: Path, *, form: str, count: int) -> bool:
