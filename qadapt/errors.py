@@ -7,6 +7,7 @@ QadaptError            caught once, in cli/: two lines on the screen, exit code 
 │   └── HubRefused     the hub said no: gated, missing, or out of reach
 ├── BadData            a source, a row or a template cannot be trained on
 ├── BadRun             a run folder is missing, taken, damaged or already finished
+├── BadAdapter         an adapter is missing in the store, damaged, or cannot be trusted
 ├── BadOutput          the place to write to is read-only, full or taken
 │   └── NoRoom         it is full: a run waits, and goes on when there is room
 ├── BadExport          the exported numbers would not be the trained ones
@@ -57,6 +58,10 @@ class BadData(QadaptError):
 
 class BadRun(QadaptError):
     """A run folder is missing, taken, damaged or already finished."""
+
+
+class BadAdapter(QadaptError):
+    """An adapter is missing in the store, damaged, or cannot be trusted."""
 
 
 class BadOutput(QadaptError):

@@ -1,0 +1,163 @@
+"""Adapters that the library `adapters` 1.3 saved for Llama, read as ours.
+
+It names them by the place in its own model, `model.layers.N.output_adapters.adapters.NAME.adapter_up.weight`,
+beside a configuration of many switches. What a switch would make of the numbers that is not done here is
+refused by its name; nothing is guessed. Only its safetensors files are read, never its pickled ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from qadapt.adapters.bottleneck import Activation, Bottleneck, Kind, bottleneck_shapes, places_of
+from qadapt.adapters.side_car_files import write_side_car
+from qadapt.errors import BadAdapter, Unsupported
+
+CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+_PLACES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+_NEUTRAL: Mapping[str, object] = {
+    "original_ln_after": True, "ln_after": False, "use_gating": False, "inv_adapter": None,
+    "cross_adapter": False, "leave_out": [], "stochastic_depth": 0.0, "phm_layer": False,
+    "output_adapter": True, "adapter_residual_before_ln": False, "residual_before_ln": True,
+}  # fmt: skip
+"""Switches that must stand so."""
+_CURE = (
+    "Imported are Houlsby, Pfeiffer and parallel bottleneck adapters on Llama, as that library makes them."
+)
+
+
+def import_bottleneck(source: Path, target: Path) -> None:
+    """Writes the adapters of a folder as a side-car of ours into a folder that is there.
+
+    Raises:
+        BadAdapter: The folder does not hold what that library saves, or its numbers do not fit its
+            configuration.
+        Unsupported: They are of another method or model, use a switch that is not known here, or are pickled.
+    """
+    config = _configuration(source)
+    bottleneck, layers = _bottleneck(config), _layers(source, config)
+    settings = {
+        "kind": bottleneck.kind,
+        "width": bottleneck.width,
+        "activation": bottleneck.activation,
+        "scale": bottleneck.scale,
+        "norm": bottleneck.norm,
+        "dropout": bottleneck.dropout,
+        "layers": len(layers),
+        "model_width": int(config["hidden_size"]),
+        "model_type": config["model_type"],
+    }
+    shapes, tensors = bottleneck_shapes(settings, source), {}
+    for number, found in enumerate(layers):
+        for place in places_of(bottleneck.kind):
+            for ours, theirs in _names(bottleneck.norm).items():
+                name = f"layers.{number}.{place}.{ours}"
+                tensors[name] = found.pop(f"{_PLACES[place]}.{theirs}", torch.empty(0))
+                if tuple(tensors[name].shape) != shapes[name]:
+                    raise BadAdapter(
+                        f"{source}: {name} has the shape {tuple(tensors[name].shape)} and must have "
+                        f"{shapes[name]}.",
+                        cure="Save it again with the library that trained it.",
+                    )
+    if left := sorted(name for found in layers for name in found if "adapter_norm_before" not in name):
+        raise Unsupported(f"{source} has tensors that are not known: {left[0]}.", cure=_CURE)
+    write_side_car(target, settings=settings, tensors=tensors)
+
+
+def _configuration(source: Path) -> dict[str, Any]:
+    path = source / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = {
+            **values["config"],
+            **{name: values[name] for name in ("hidden_size", "model_type", "name")},
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadAdapter(f"{path} is no configuration of `adapters`: {error}.", cure=_CURE) from None
+    if config["model_type"] != "llama" or "reduction_factor" not in config:
+        raise Unsupported(
+            f"{source} holds an adapter of {config.get('architecture', 'another kind')} on "
+            f"{config['model_type']}.",
+            cure=_CURE,
+        )
+    return config
+
+
+def _bottleneck(config: Mapping[str, Any]) -> Bottleneck:
+    for name, value in _NEUTRAL.items():
+        if config.get(name, value) != value and not (config["is_parallel"] and "residual" in name):
+            raise Unsupported(f"Its {name} is {config[name]}; only {value} is known here.", cure=_CURE)
+    activation = _ACTIVATIONS.get(str(config["non_linearity"]).lower())
+    if activation is None or not isinstance(config["scaling"], float | int):
+        raise Unsupported(
+            f"Its nonlinearity is {config['non_linearity']} and its scaling {config['scaling']}; known are "
+            f"{', '.join(_ACTIVATIONS)}, and numbers.",
+            cure=_CURE,
+        )
+    if not isinstance(config["reduction_factor"], float | int):
+        raise Unsupported("Its layers have different reduction factors.", cure=_CURE)
+    return Bottleneck(
+        _kind(config),
+        max(1, int(config["hidden_size"] // config["reduction_factor"])),
+        cast(Activation, activation),
+        scale=float(config["scaling"]),
+        norm=bool(config["ln_before"]),
+        dropout=float(config["dropout"]),
+    )
+
+
+def _kind(config: Mapping[str, Any]) -> Kind:
+    switches = (config["is_parallel"], config["mh_adapter"], config["original_ln_before"])
+    if switches[:2] == (True, False):
+        return "parallel"
+    if switches == (False, True, False):
+        return "houlsby"
+    if switches == (False, False, True):
+        return "pfeiffer"
+    raise Unsupported(
+        "Its places (is_parallel, mh_adapter, original_ln_before: "
+        f"{', '.join(map(str, switches))}) are none that are known here.",
+        cure=_CURE,
+    )
+
+
+def _layers(source: Path, config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """For each layer, its tensors by what follows the layer's number, without the adapter's name."""
+    path = source / TENSORS_FILE
+    if not path.is_file() and (source / PICKLED_FILE).is_file():
+        raise Unsupported(
+            f"{source / PICKLED_FILE} is pickled, and loading it could run any code.",
+            cure="Save it again: model.save_adapter(folder, name, use_safetensors=True).",
+        )
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadAdapter(f"{path} cannot be read: {error}.", cure=_CURE) from None
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        front, _, rest = name.partition("layers.")
+        number, _, rest = rest.partition(".")
+        if not number.isdecimal() or f".adapters.{config['name']}." not in rest:
+            raise Unsupported(f"{path} has a tensor that is not known: {front}{rest}.", cure=_CURE)
+        layers.setdefault(int(number), {})[rest.replace(f".adapters.{config['name']}", "", 1)] = tensor
+    if sorted(layers) != list(range(len(layers))) or not layers:
+        raise BadAdapter(f"{path} has no tensors for some layer.", cure=_CURE)
+    return [layers[number] for number in range(len(layers))]
+
+
+def _names(has_norm: bool) -> dict[str, str]:
+    """Our name of each tensor of a place → theirs."""
+    down = "adapter_down.1" if has_norm else "adapter_down.0"
+    names = {f"down.{each}": f"{down}.{each}" for each in ("weight", "bias")}
+    names |= {f"up.{each}": f"adapter_up.{each}" for each in ("weight", "bias")}
+    if has_norm:
+        names |= {f"norm.{each}": f"adapter_down.0.{each}" for each in ("weight", "bias")}
+    return names

@@ -1,0 +1,274 @@
+"""Bottleneck adapters on a frozen decoder: down to a few values, a nonlinearity, up again, added.
+
+* `houlsby`: after attention and after the feed-forward part (arXiv:1902.00751): o + s · f(o);
+* `pfeiffer`: after the feed-forward part, of the sum it goes into (arXiv:2005.00247): o + s · f(h + o);
+* `parallel`: beside the feed-forward part, of what goes into its norm (arXiv:2110.04366): o + s · f(h).
+
+o is what a part adds to the residual stream (after Gemma's second norm), h the stream it is added to, f the
+bottleneck, s = alpha / width. The places are those of the library `adapters` 1.3 on Llama, and the numbers,
+too (`tools/bench/parity_adapters.py`). The projection up starts at zero: the first forward pass is the base's
+to the bit. Every token is treated by itself, so packed rows and a KV cache change nothing.
+
+Layers are not wrapped: hooks on their children, which run again when a layer is recomputed.
+
+Legend: B rows, T tokens, D width of the model, R width of the bottleneck.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from qadapt.adapters.side_car import Part, SideCar, decoder_layers
+from qadapt.adapters.side_car_files import read_settings, read_tensors
+from qadapt.errors import BadAdapter, BadRecipe, Unsupported
+
+Kind = Literal["houlsby", "pfeiffer", "parallel"]
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+USUAL_ACTIVATION: Mapping[Kind, Activation] = {"houlsby": "silu", "pfeiffer": "relu", "parallel": "relu"}
+"""What the library `adapters` takes for each."""
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Children of a layer: what attention and feed-forward part add, and the norm before the latter."""
+
+    attention: str
+    feed_forward: str
+    norm: str
+
+
+_PLAIN = Places("self_attn", "mlp", "post_attention_layernorm")
+_TWO_NORMS = Places("post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm")
+PLACES: Mapping[str, Places] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _PLAIN),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _TWO_NORMS),
+}
+"""By `model_type`."""
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The adapters.
+
+    Attributes:
+        kind: Where they are, and what they see.
+        width: R.
+        activation: The nonlinearity.
+        scale: s.
+        norm: A layer norm on what enters.
+        dropout: On what enters, after the norm.
+    """
+
+    kind: Kind
+    width: int
+    activation: Activation
+    scale: float = 1.0
+    norm: bool = False
+    dropout: float = 0.0
+
+
+class BottleneckPart(Part):
+    """One adapter of one layer.
+
+    Args:
+        bottleneck: What it is.
+        width: D.
+    """
+
+    def __init__(self, bottleneck: Bottleneck, width: int) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+        self.down = Projection(width, bottleneck.width)
+        self.up = Projection(bottleneck.width, width)
+        self.norm = nn.LayerNorm(width) if bottleneck.norm else None
+        self.activation = _FUNCTIONS[bottleneck.activation]
+        self._stream: weakref.ref[Tensor] | None = None
+
+    def see_stream(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Hook before the feed-forward part's norm; the layer itself holds the stream until it adds to it."""
+        self._stream = weakref.ref(arguments[0])
+
+    def change_output(self, _: nn.Module, arguments: object, output: Any) -> Any:
+        """Hook of what makes o, alone or first of a tuple: o + s · f(...)."""
+        if not self.is_on:
+            return output
+        if isinstance(output, tuple):
+            return (self.added_to(output[0]), *output[1:])
+        return self.added_to(output)
+
+    def added_to(self, output: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """What the part adds to the stream with the adapter."""
+        entering = output
+        if self.bottleneck.kind != "houlsby":
+            assert self._stream is not None, "the norm comes first"
+            stream = self._stream()
+            assert stream is not None, "the layer holds it"
+            entering = stream + output if self.bottleneck.kind == "pfeiffer" else stream
+        return torch.add(output, self(entering), alpha=self.bottleneck.scale)
+
+    def forward(self, values: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """f, in the type of its input."""
+        if self.norm is not None:
+            dtype = values.dtype
+            weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
+            values = functional.layer_norm(values, self.norm.normalized_shape, weight, bias, self.norm.eps)
+        values = functional.dropout(values, self.bottleneck.dropout, training=self.training)
+        inner = self.activation(self.down(values))  # (B, T, R)
+        return cast(Tensor, self.up(inner))
+
+
+class Projection(nn.Module):
+    """A linear map that computes in the type of its input, whatever type it is trained in."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return functional.linear(values, self.weight.to(values.dtype), self.bias.to(values.dtype))
+
+
+def attach_bottleneck(model: PreTrainedModel, bottleneck: Bottleneck, *, seed: int = 0) -> SideCar:
+    """The base with new adapters, which alone are trainable, in fp32 on the CPU.
+
+    Args:
+        model: The base; its parameters are frozen.
+        bottleneck: The adapters.
+        seed: Of the projections down.
+
+    Raises:
+        Unsupported: It is not known where this architecture adds to its stream.
+        BadRecipe: The bottleneck is as wide as the model.
+    """
+    places, width = _places(model), int(model.config.hidden_size)
+    if bottleneck.width >= width:
+        raise BadRecipe(
+            f"adapter.rank is {bottleneck.width}; a bottleneck is narrower than the model, {width} here.",
+            cure=f"Set adapter.rank to less than {width}; {max(1, width // 16)}, a 16th, is usual.",
+        )
+    model.requires_grad_(False)
+    draw, parts = torch.Generator().manual_seed(seed), {}
+    for number, layer in enumerate(decoder_layers(model)):
+        mine = nn.ModuleDict()
+        for place in places_of(bottleneck.kind):
+            part = BottleneckPart(bottleneck, width)
+            nn.init.kaiming_uniform_(part.down.weight, a=math.sqrt(5), generator=draw)  # as nn.Linear's
+            _connect(layer, part, places, is_attention=place == "attention")
+            mine[place] = parts[f"layers.{number}.{place}"] = part
+        layer.add_module("bottleneck", mine)
+    settings = {**asdict(bottleneck), "layers": len(decoder_layers(model)), "model_width": width}
+    return SideCar(model, parts, settings={**settings, "model_type": model.config.model_type})
+
+
+def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> SideCar:
+    """The base with the adapters of a folder, in the type they were saved in.
+
+    Raises:
+        BadAdapter: The folder's files are damaged, or are of adapters for another base.
+    """
+    settings = read_settings(folder)
+    bottleneck = bottleneck_of(settings, folder)
+    ours = {"layers": len(decoder_layers(model)), "model_width": int(model.config.hidden_size)}
+    for name, value in {**ours, "model_type": model.config.model_type}.items():
+        if settings.get(name) != value:
+            raise BadAdapter(
+                f"The adapter in {folder} is for a base whose {name} is {settings.get(name)}; this base's is "
+                f"{value}.",
+                cure="Load it on the base that it was trained on.",
+            )
+    tensors = read_tensors(folder, bottleneck_shapes(settings, folder))
+    adapted = attach_bottleneck(model, bottleneck)
+    for name, part in adapted.parts.items():
+        for key, parameter in part.named_parameters():
+            parameter.data = tensors[f"{name}.{key}"]
+            parameter.requires_grad_(is_trainable)
+    return adapted
+
+
+def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
+    """The adapters that a folder's settings describe.
+
+    Raises:
+        BadAdapter: They describe none.
+    """
+    values = {field.name: settings.get(field.name) for field in fields(Bottleneck)}
+    kinds = {"width": int, "scale": float, "norm": bool, "dropout": float}
+    is_known = values["kind"] in KINDS and values["activation"] in _FUNCTIONS
+    if not is_known or any(type(values[name]) is not kind for name, kind in kinds.items()):
+        raise BadAdapter(
+            f"The settings of the adapter in {folder} describe no bottleneck: {values}.",
+            cure="Take the adapter's files from where they were made.",
+        )
+    return Bottleneck(**cast(Any, values))
+
+
+def bottleneck_shapes(settings: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name of every tensor that adapters with a folder's settings have → its shape.
+
+    Raises:
+        BadAdapter: The settings describe no bottleneck adapters.
+    """
+    bottleneck, (layers, outer) = bottleneck_of(settings, folder), _sizes(settings, folder)
+    width = bottleneck.width
+    shapes: dict[str, tuple[int, ...]] = {}
+    each = {"down.weight": (width, outer), "down.bias": (width,), "up.weight": (outer, width)}
+    each |= {"up.bias": (outer,)}
+    if bottleneck.norm:
+        each |= {"norm.weight": (outer,), "norm.bias": (outer,)}
+    for number in range(layers):
+        for place in places_of(bottleneck.kind):
+            shapes |= {f"layers.{number}.{place}.{name}": shape for name, shape in each.items()}
+    return shapes
+
+
+def _sizes(settings: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Layers and width of the base."""
+    layers, width = settings.get("layers"), settings.get("model_width")
+    if type(layers) is not int or type(width) is not int or not 0 < layers < 10_000 or width < 1:
+        raise BadAdapter(
+            f"The settings of the adapter in {folder} name no base: {layers} layers, width {width}.",
+            cure="Take the adapter's files from where they were made.",
+        )
+    return layers, width
+
+
+def places_of(kind: Kind) -> tuple[str, ...]:
+    """Where a layer has an adapter of a kind."""
+    return ("attention", "feed_forward") if kind == "houlsby" else ("feed_forward",)
+
+
+def _connect(layer: nn.Module, part: BottleneckPart, places: Places, *, is_attention: bool) -> None:
+    output = places.attention if is_attention else places.feed_forward
+    layer.get_submodule(output).register_forward_hook(part.change_output)
+    if part.bottleneck.kind != "houlsby":
+        layer.get_submodule(places.norm).register_forward_pre_hook(part.see_stream)
+
+
+def _places(model: PreTrainedModel) -> Places:
+    family = model.config.model_type
+    if family not in PLACES:
+        raise Unsupported(
+            f"Bottleneck adapters on {family}: where its layers add to their stream is not known.",
+            cure=f"Known are {', '.join(PLACES)}. Or set adapter.method=lora, which suits every decoder.",
+        )
+    return PLACES[family]

@@ -1,0 +1,84 @@
+"""A base whose layers call small modules of ours: what the methods have in common that PEFT does not know.
+
+To whoever trains, evaluates or talks to it, it looks as PEFT's model does: base, switch, parameters. The
+modules lie inside the base's layers, so recomputation, devices and modes reach them. On disk it is a
+side-car: one file of tensors and one of configuration (`side_car_files.py`). Knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GradientCheckpointingLayer, PreTrainedModel
+
+
+class Part(nn.Module):
+    """A module beside a layer that can be switched off."""
+
+    is_on = True
+
+
+class SideCar(nn.Module):
+    """A frozen base with trained modules beside its layers.
+
+    Attributes:
+        base: The base; its layers call the modules.
+        parts: Name of each module on disk → the module; they belong to the base's layers.
+        settings: What must be known to make them again, as plain JSON values.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, parts: Mapping[str, Part], *, settings: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.settings = dict(settings)
+        self._parts = dict(parts)  # a plain mapping: the base's layers own them
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Name of each module on disk → the module."""
+        return dict(self._parts)
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.base.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base computes."""
+        return self.base.device
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The base, its layers calling the modules."""
+        return self.base
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """While open, the model is its base, to the bit."""
+        before = {part: part.is_on for part in self._parts.values()}
+        for part in before:
+            part.is_on = False
+        try:
+            yield
+        finally:
+            for part, was_on in before.items():
+                part.is_on = was_on
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """What the base computes."""
+        return self.base(*arguments, **named)
+
+    def generate(self, *arguments: Any, **named: Any) -> Any:
+        """What the base generates."""
+        return cast(Any, self.base).generate(*arguments, **named)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a base, first to last."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -1,0 +1,108 @@
+"""A side-car on disk: `side_car.json`, what must be known to make the modules, and `side_car.safetensors`.
+
+Nothing is loaded that does not have exactly the names and shapes it must have, or has a number that is none.
+Knows no method. Whether the folder appears whole is the caller's concern.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from qadapt.adapters.side_car import SideCar
+from qadapt.errors import BadAdapter
+
+SETTINGS_FILE, TENSORS_FILE = "side_car.json", "side_car.safetensors"
+VERSION = 1
+_AGAIN = "Take the adapter's files from where they were made."
+
+
+def is_side_car(folder: Path) -> bool:
+    """Whether a folder holds a side-car, and not an adapter of PEFT's."""
+    return (folder / SETTINGS_FILE).is_file()
+
+
+def save_side_car(model: SideCar, folder: Path) -> None:
+    """Writes both files into a folder that is there.
+
+    Raises:
+        OSError: The folder cannot be written.
+        SafetensorError: Likewise.
+    """
+    tensors = {
+        f"{name}.{key}": parameter.detach().cpu().contiguous()
+        for name, part in model.parts.items()
+        for key, parameter in part.named_parameters()
+    }
+    write_side_car(folder, settings=model.settings, tensors=tensors)
+
+
+def write_side_car(folder: Path, *, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes settings and tensors into a folder that is there; as `save_side_car`."""
+    save_file(dict(tensors), folder / TENSORS_FILE, {"format": "pt"})
+    text = json.dumps({"version": VERSION, **settings}, indent=2) + "\n"
+    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What must be known to make a folder's modules.
+
+    Raises:
+        BadAdapter: The file cannot be read, or is of a later qadapt.
+    """
+    path = folder / SETTINGS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadAdapter(f"{path} cannot be read: {error}.", cure=_AGAIN) from None
+    if not isinstance(values, dict) or values.get("version") != VERSION:
+        found = values.get("version") if isinstance(values, dict) else None
+        raise BadAdapter(
+            f"{path} is of version {found}; this qadapt reads version {VERSION}.",
+            cure="Take the adapter's files from where they were made, or a newer qadapt.",
+        )
+    return {name: value for name, value in values.items() if name != "version"}
+
+
+def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of a folder.
+
+    Args:
+        folder: Of a side-car.
+        shapes: Name of every tensor there must be → its shape.
+
+    Raises:
+        BadAdapter: The file cannot be read, a tensor is missing, is one too many or has another shape, or a
+            number is NaN or infinite.
+    """
+    path = folder / TENSORS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_names(path, found, shapes)
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise BadAdapter(f"{path} cannot be read: {error}.", cure=_AGAIN) from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise BadAdapter(f"{path} has a number in {name} that is none.", cure=_AGAIN)
+    return tensors
+
+
+def _check_names(
+    path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    different = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if different:
+        name = different[0]
+        raise BadAdapter(
+            f"{path} does not fit its settings: {name} has the shape {found.get(name)} and must have "
+            f"{wanted.get(name)} ({len(different)} tensors differ).",
+            cure=_AGAIN,
+        )
