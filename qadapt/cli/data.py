@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from qadapt.cli.output_file import check_place, write_whole
-from qadapt.cli.screen import console, error_console
-
-if TYPE_CHECKING:
-    from qadapt.events import Event
+from qadapt.cli.screen import console, error_console, watched
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 OverridesArgument = Annotated[
@@ -25,6 +21,7 @@ WholeOption = Annotated[bool, typer.Option("--whole", help="Show every token, ho
 EXAMPLES = 2
 PAGE_ROWS = 20
 PREVIEWED = 5
+_READING = "reading the rows"
 
 data = typer.Typer(
     name="data",
@@ -32,7 +29,6 @@ data = typer.Typer(
     rich_markup_mode=None,
     help="Look at the rows as the model will see them: `qadapt data check my.yaml`.",
 )
-Result = TypeVar("Result")
 
 
 @data.command()
@@ -70,7 +66,7 @@ def check(
         from qadapt.data_check import MOST_PAGE_TOKENS, MOST_TOKENS, check_data
     most_tokens = None if whole else MOST_TOKENS if html is None else MOST_PAGE_TOKENS
     shown = rows if rows is not None else EXAMPLES if html is None else PAGE_ROWS
-    report = _watched(check_data(checked, examples=shown, most_tokens=most_tokens))
+    report = watched(check_data(checked, examples=shown, most_tokens=most_tokens), first=_READING)
     if html is not None:
         write_whole(html, data_page(report))
     if json:
@@ -112,26 +108,9 @@ def preview(
         from qadapt.data_check import MOST_TOKENS, preview_rows
     most_tokens = None if whole else MOST_TOKENS
     count = rows if rows is not None else PREVIEWED if row is None else 1
-    shown = _watched(preview_rows(checked, first=row or 1, count=count, most_tokens=most_tokens))
+    shown = watched(
+        preview_rows(checked, first=row or 1, count=count, most_tokens=most_tokens), first=_READING
+    )
     from qadapt.view.data_rows import RowsView
 
     console().print(RowsView(shown, shows_ids=ids))
-
-
-def _watched(work: Generator[Event, None, Result]) -> Result:
-    """Goes through the events; their stages stand on a terminal while they last."""
-    from qadapt.events import StageAdvanced, StageStarted
-
-    screen = error_console()
-    with screen.status("reading the rows") as status:
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as done:
-                result: Result = done.value
-                return result
-            if isinstance(event, StageStarted):
-                status.update(f"{event.stage} ...")
-            elif isinstance(event, StageAdvanced):
-                share = f"{event.done / event.total:.0%}" if event.total else f"{event.done:,} {event.unit}"
-                status.update(f"{event.stage}: {share}")

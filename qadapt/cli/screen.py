@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from qadapt.events import Event
+
+Result = TypeVar("Result")
 
 
 def console(*, is_quiet: bool = False) -> Console:
@@ -20,3 +25,27 @@ def error_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def watched(work: Generator[Event, None, Result], *, first: str) -> Result:
+    """Goes through the events; their stages stand on a terminal while they last.
+
+    Args:
+        work: What happens.
+        first: What stands there before the first of them.
+    """
+    from qadapt.events import StageAdvanced, StageStarted
+
+    screen = error_console()
+    with screen.status(first) as status:
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as done:
+                result: Result = done.value
+                return result
+            if isinstance(event, StageStarted):
+                status.update(f"{event.stage} ...")
+            elif isinstance(event, StageAdvanced):
+                share = f"{event.done / event.total:.0%}" if event.total else f"{event.done:,} {event.unit}"
+                status.update(f"{event.stage}: {share}")
