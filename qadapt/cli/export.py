@@ -10,9 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
-    from qadapt.events import Event, Exported, StageAdvanced
+    from qadapt.events import Event, Exported
     from qadapt.export.hub import HubTarget
 
 
@@ -149,30 +148,17 @@ def show_export(events: Iterable[Event], *, console: Console) -> Exported:
         events: An export, whose last event is `Exported`.
         console: Where to draw.
     """
-    from functools import partial
-
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from qadapt.events import Exported, StageAdvanced, StageStarted, Warned
+    from qadapt.cli.stages import drawn_stages
+    from qadapt.events import Exported
     from qadapt.units import format_bytes, format_seconds
 
-    column = partial(TextColumn, markup=False)
-    columns = (column("{task.description}"), BarColumn(), column("{task.fields[count]}"))
     exported: Exported | None = None
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        stages = _Stages(bars)
+    with drawn_stages(console) as draw:
         for event in events:
-            if isinstance(event, StageStarted):
-                stages.begin(event.stage)
-                if not console.is_terminal:
-                    console.print(event.stage, markup=False)
-            elif isinstance(event, StageAdvanced):
-                stages.advance(event)
-            elif isinstance(event, Warned):
-                console.print(f"{event.message} {event.cure}", markup=False)
-            elif isinstance(event, Exported):
+            if isinstance(event, Exported):
                 exported = event
-        stages.end()
+            else:
+                draw(event)
     assert exported is not None, "an export ends with Exported or an error"
     for note in exported.notes:
         console.print(note, markup=False, highlight=False)
@@ -181,40 +167,3 @@ def show_export(events: Iterable[Event], *, console: Console) -> Exported:
     words = f"{exported.form}{on}: {size} in {took}, {exported.folder}"
     console.print(words, markup=False, highlight=False, soft_wrap=True)
     return exported
-
-
-class _Stages:
-    """The bars of an export, in the order of its stages; a stage that counts nothing moves to and fro.
-
-    Args:
-        bars: Where they are drawn.
-    """
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._running: dict[str, TaskID] = {}
-
-    def begin(self, stage: str) -> None:
-        """Those before it have ended; a stage may come twice."""
-        self.end()
-        self._running = {stage: self._bars.add_task(stage, total=None, count="")}
-
-    def advance(self, event: StageAdvanced) -> None:
-        """A stage, or a part of it that has a name of its own, has come so far."""
-        from qadapt.units import format_bytes
-
-        if event.unit == "bytes":
-            count = f"{format_bytes(event.done)} of {format_bytes(event.total)}"
-        else:
-            count = f"{event.done:,} of {event.total:,} {event.unit}"
-        if event.stage not in self._running:
-            self._running[event.stage] = self._bars.add_task(event.stage, total=None, count=count)
-        total = event.total or None
-        self._bars.update(self._running[event.stage], completed=event.done, total=total, count=count)
-
-    def end(self) -> None:
-        """What was running has ended."""
-        for task in self._bars.tasks:
-            if task.id in self._running.values() and not task.total:
-                self._bars.update(task.id, completed=1, total=1)
-        self._running = {}

@@ -61,19 +61,17 @@ def result_values(verified: Verified) -> dict[str, object]:
 
 
 def _shown(events: Generator[Event, None, Verified], screen: Console) -> Verified:
-    """Says what is done, one line a stage; gives the result."""
-    from qadapt.events import StageStarted, Warned
+    """Draws what is done; gives the result."""
+    from qadapt.cli.stages import drawn_stages
 
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            verified: Verified = end.value
-            return verified
-        if isinstance(event, StageStarted):
-            screen.print(event.stage, markup=False)
-        elif isinstance(event, Warned):
-            screen.print(f"{event.message} {event.cure}", markup=False)
+    with drawn_stages(screen) as draw:
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                verified: Verified = end.value
+                return verified
+            draw(event)
 
 
 def _print(verified: Verified, screen: Console) -> None:
@@ -85,4 +83,4 @@ def _print(verified: Verified, screen: Console) -> None:
     else:
         lines += verified.proof.sentences()
     for line in lines:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        screen.print(line, markup=False, highlight=False)
