@@ -16,6 +16,7 @@ from hub_server import running_hub
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_gguf_adapters import program as llama_quantize
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
@@ -25,7 +26,7 @@ from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, NoRoom, QadaptError, Unsupported
-from qadapt.events import Event, Exported, StageAdvanced, Warned
+from qadapt.events import Event, Exported, StageAdvanced, StageStarted, Warned
 from qadapt.export.card import CardFacts, Made, card_text, licence_of
 from qadapt.export.exported_tensors import open_written
 from qadapt.export.merge import Writing, merge
@@ -378,6 +379,54 @@ def test_k_quants_without_llama_quantize_are_refused_before_anything_is_done(run
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Unsupported, match="llama-quantize"):
         next(export("first", folder=str(runs), to=tmp_path / "out", form="gguf-q4_k_m"))
+
+
+ZEROES = """
+import gguf
+shutil.copyfile(sys.argv[1], sys.argv[2])
+[tensor] = [each for each in gguf.GGUFReader(sys.argv[1]).tensors if each.name == "blk.1.ffn_up.weight"]
+with open(sys.argv[2], "r+b") as file:
+    file.seek(tensor.data_offset)
+    file.write(bytes(int(tensor.n_bytes)))
+"""
+
+
+def test_k_quant_is_proven_and_the_card_says_who_made_it(runs, tmp_path, monkeypatch):
+    llama_quantize(tmp_path, monkeypatch, version="version: 7000 (abc)")
+    last = exported(runs, tmp_path / "out", form="gguf-q4_k_m")[-1]
+    assert names_in(tmp_path / "out") >= {"first-Q4_K_M.gguf", "Modelfile"}
+    assert not (tmp_path / "out" / "f16.gguf").exists()
+    proof = json.loads((tmp_path / "out" / "proof.json").read_text(encoding="utf-8"))
+    assert proof["tensors"]["tensors"] == len(tensors_in(runs.parent / "model"))
+    assert any("tensors as written" in note for note in last.notes)
+    assert "quantized by llama.cpp's llama-quantize" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_k_quant_that_is_not_the_model_is_found_and_does_not_appear(runs, tmp_path, monkeypatch):
+    llama_quantize(tmp_path, monkeypatch, version="version: 7000 (abc)", work=ZEROES)
+    with pytest.raises(BadExport, match=r"layers\.1\.mlp\.up_proj\.weight: numbers are not those"):
+        exported(runs, tmp_path / "exports" / "out", form="gguf-q4_k_m")
+    assert not (tmp_path / "exports").exists()
+
+
+def test_disk_that_holds_the_16_bit_file_but_not_the_k_quant_beside_it_is_found_first(
+    runs, tmp_path, monkeypatch
+):
+    llama_quantize(tmp_path, monkeypatch, version="version: 7000 (abc)")
+    numbers = sum(tensor.numel() for tensor in tensors_in(runs.parent / "model").values())
+    monkeypatch.setattr(cache, "free_bytes", lambda _: 96 * 2**20 + 3 * numbers)
+    events = export("first", folder=str(runs), to=tmp_path / "exports" / "out", form="gguf-q4_k_m", **QUICK)
+    with pytest.raises(NoRoom):
+        for event in events:
+            assert not isinstance(event, StageStarted) or "GGUF" not in event.stage
+    assert not (tmp_path / "exports").exists()
+
+
+def test_context_in_the_modelfile_is_not_more_than_the_model_has(runs, tmp_path):
+    exported(runs, tmp_path / "out", form="gguf-f16", **QUICK)
+    context = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["max_position_embeddings"]
+    assert context < 4096
+    assert f"PARAMETER num_ctx {context}\n" in (tmp_path / "out" / "Modelfile").read_text("utf-8")
 
 
 def test_run_that_is_not_finished_is_refused(runs, tmp_path):
