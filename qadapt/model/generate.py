@@ -105,29 +105,31 @@ class Kept:
     """What a model has read of a conversation, for the next prompt that begins alike.
 
     Attributes:
-        ids: The tokens, and perhaps some after them that were not read yet.
+        ids: Its tokens, the first `read` of which were read.
+        read: How many that are.
         cache: Their keys and values.
     """
 
     ids: list[int] = field(default_factory=list)
+    read: int = 0
     cache: Cache | None = None
 
     def taken(self, prompt: Sequence[int]) -> tuple[Cache | None, int]:
         """The cache, cut to the beginning that a prompt shares, and the tokens of that; nothing stays here.
 
         The last token of a prompt is always left to be read: its scores are not kept. Windows, whose caches
-        lack what is behind them, are read anew; so is what a forward pass left halfway through its layers.
+        lack what is behind them, are read anew; so is what a forward pass left halfway through its layers,
+        and what has other entries than those of its tokens.
         """
-        ids, cache = self.ids, self.cache
-        self.ids, self.cache = [], None
-        if cache is None or any(cache.is_sliding):
-            return None, 0
-        lengths = {cache.get_seq_length(layer) for layer in range(len(cache.layers))}
-        pairs = zip(ids[: min(lengths)], prompt[:-1], strict=False)
+        pairs = zip(self.ids[: self.read], prompt[:-1], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if len(lengths) > 1 or not same:
+        cache, read = self.cache, self.read
+        self.ids, self.read, self.cache = [], 0, None
+        if cache is None or not same or any(cache.is_sliding):
             return None, 0
-        cache.crop(same - min(lengths))
+        if any(cache.get_seq_length(layer) != read for layer in range(len(cache.layers))):
+            return None, 0
+        cache.crop(same - read)
         return cache, same
 
 
@@ -165,7 +167,7 @@ def stream(
         written = _written(model, [prompt], pad_id=0, choose=choose, cache=cache, read=read)
         for tokens, cache in islice(written, max_new_tokens):
             if kept is not None:
-                kept.ids, kept.cache = ids, cache
+                kept.ids, kept.read, kept.cache = ids, len(ids), cache
             token = int(tokens)
             if token in end_ids:
                 return
