@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "qadapt"
 
 RUNGS = (
     {"errors", "units", "quiet"},
-    {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
+    {"recipe", "recipe_file", "methods", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
     | {"control", "pause_rules", "stage", "run_folder", "hardware", "measured"},
     {"plan"},
     {"engine"},
@@ -22,6 +22,7 @@ RUNGS = (
         "run",
         "run_parts",
         "loading",
+        "keeping",
         "exporting",
         "export_job",
         "export_finish",

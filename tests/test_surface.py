@@ -38,6 +38,16 @@ COMMANDS = {
     "chat": "what --prompt --system --beside --temperature --top-p --seed --longest --folder --json",
     "recipes": "name --schema --json",
     "doctor": "--json --selftest",
+    "adapters add": "what --as --parent --revision --folder --store --json",
+    "adapters list": "--store --json",
+    "adapters show": "what --store --json",
+    "adapters use": "name what --store --json",
+    "adapters rollback": "name --store --json",
+    "adapters tag": "what tag --store --json",
+    "adapters diff": "first second --store --json",
+    "adapters remove": "what --store --json",
+    "adapters combine": "parts --to --how --rank --density --seed --folder --store --json",
+    "adapters gc": "--dry-run --store --json",
 }
 
 FIELDS = [
@@ -52,6 +62,7 @@ FIELDS = [
     "adapter.dropout",
     "adapter.targets",
     "adapter.dtype",
+    "adapter.activation",
     "data.sources.path",
     "data.sources.limit",
     "data.sources.split",

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from qadapt.cli.adapters import adapters
 from qadapt.cli.chat import chat
 from qadapt.cli.data import data
 from qadapt.cli.doctor import doctor
@@ -42,6 +43,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data)
+app.add_typer(adapters)
 
 
 @app.callback()
@@ -51,8 +53,9 @@ def _root(
     """Fine-tune 7B-class language models on the GPU you already own.
 
     Know the VRAM before the run (estimate, plan), see the rows as the model will (data check), watch it
-    during the run (train, watch), get a merged model after it (export), talk to it (chat). A recipe is a YAML
-    file or the name of a shipped one; any field can be set after it as section.key=value.
+    during the run (train, watch), get a merged model after it (export), talk to it (chat), keep its versions
+    (adapters). A recipe is a YAML file or the name of a shipped one; any field can be set after it as
+    section.key=value.
 
     First: `qadapt doctor`, then `qadapt estimate meta-llama/Llama-3.1-8B --card "RTX 4060 8GB" --length
     2048`.

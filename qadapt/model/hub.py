@@ -116,7 +116,7 @@ def snapshot(
     """
     quiet_libraries()
     kept = Path(cache / "hub" if cache else constants.HF_HUB_CACHE)
-    with _hub_errors(name, revision=revision, endpoint=endpoint), output_errors(kept):
+    with hub_errors(name, revision=revision, endpoint=endpoint), output_errors(kept):
         api = HfApi(endpoint=endpoint)
         try:
             # The first request is the one with a time limit: a firewall may swallow it without an answer.
@@ -251,7 +251,7 @@ def _no_model(name: str, files: Sequence[str]) -> BadModel:
 
 
 @contextmanager
-def _hub_errors(name: str, *, revision: str | None, endpoint: str | None) -> Iterator[None]:
+def hub_errors(name: str, *, revision: str | None, endpoint: str | None) -> Iterator[None]:
     """Says what the hub's answers mean for the user. Tokens and request headers never become text."""
     page = f"{endpoint or constants.ENDPOINT}/{name}"
     try:

@@ -1,0 +1,138 @@
+"""Whether an adapter's numbers can be put on a base: names and shapes, NaN, absurd sizes. Before it is kept.
+
+What the file must hold is not imitated: the adapter that its configuration describes is attached by PEFT to
+the base on `meta`, which takes no memory and reads no weight, and its names and shapes are compared. Nothing
+of a file is run: only safetensors and JSON are read. Knows neither runs nor the store.
+
+Legend: O output and I input width of a layer, R rank, N tokens, D width of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from qadapt.errors import BadAdapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MOST_RMS = 1.0
+"""Root mean square of an update's numbers: weights of language models have 0.01 to 0.1, updates far less."""
+MOST = 1e4
+"""Of any other trained number: magnitudes, scalings, biases and rows of tables stay below some hundreds."""
+Shape = tuple[int, ...]
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_ANEW = "Take the adapter from its run, or from where it is published, once more."
+
+
+def check_adapter(folder: Path, base: PreTrainedModel) -> None:
+    """Checks the adapter of a PEFT folder against a base.
+
+    Args:
+        folder: The adapter's.
+        base: On `meta`, not quantized; it is changed.
+
+    Raises:
+        BadAdapter: It cannot be read, its tensors are not those that its configuration has on this base, or a
+            number is NaN, infinite or absurdly large.
+    """
+    config, new_tokens = _config(folder)
+    tables = {name: tuple(tensor.shape) for name, tensor in base.named_parameters()}
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(base, config, autocast_adapter_dtype=False)
+            wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise BadAdapter(
+            f"The adapter in {folder} does not fit its base: {_first_line(error)}",
+            cure="Check that it was trained on this base, and that this release of PEFT knows its method.",
+        ) from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    shapes |= _row_shapes(new_tokens, tables)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_shapes(found, shapes, folder)
+            _check_numbers({name: file.get_tensor(name) for name in found}, model, folder)
+    except (SafetensorError, OSError) as error:
+        raise BadAdapter(f"{folder / WEIGHTS} cannot be read: {_first_line(error)}", cure=_ANEW) from None
+
+
+def _config(folder: Path) -> tuple[PeftConfig, dict[str, list[int]]]:
+    """What the adapter says of itself, for a start that needs no weights; and tables → ids of new tokens."""
+    try:
+        if not (folder / CONFIG).is_file():
+            raise ValueError("there is none")
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            return config, {}
+        config.init_lora_weights = True  # others read or change the base's weights before the first step
+        tables, config.trainable_token_indices = config.trainable_token_indices, None
+        return config, {"embed_tokens": tables} if isinstance(tables, list) else dict(tables or {})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise BadAdapter(
+            f"The {CONFIG} in {folder} describes no adapter: {_first_line(error)}", cure=_ANEW
+        ) from None
+
+
+def _row_shapes(tables: Mapping[str, list[int]], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Names and shapes of the rows of new tokens, (N, D); a tied head's table is the embeddings'."""
+    found: dict[str, Shape] = {}
+    for table, ids in tables.items():
+        for name, shape in shapes.items():
+            if name.endswith(f"{table}.weight"):
+                found[f"base_model.model.{name.removesuffix('.weight')}{_ROWS}"] = (len(ids), shape[1])
+    return found
+
+
+def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], folder: Path) -> None:
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} has no place there" for name in found if name not in wanted]
+    problems += [
+        f"{name} has the shape {found[name]}, its place {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" ({len(problems) - 1} more such)" if len(problems) > 1 else ""
+        raise BadAdapter(
+            f"The adapter in {folder} does not fit its base: {problems[0]}{more}.",
+            cure="Give the adapter of this base; what was edited by hand in its configuration does not fit.",
+        )
+
+
+def _check_numbers(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, folder: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BadAdapter(
+                f"The adapter in {folder} has a NaN or infinite number in {name}.",
+                cure="The training diverged: take an earlier checkpoint, or lower train.learning_rate.",
+            )
+        if tensor.numel() and (largest := tensor.abs().max().item()) > MOST:
+            raise _absurd(folder, f"{name} has {largest:.3g}, more than {MOST:g}")
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and f"{path}.lora_A.weight" in tensors:
+            a, b = (tensors[f"{path}.lora_{side}.weight"].double() for side in "AB")  # (R, I), (O, R)
+            squares = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)  # of the numbers of B·A, which is never made
+            rms = abs(module.scaling["default"]) * (squares / (b.shape[0] * a.shape[1])).sqrt().item()
+            if not rms <= MOST_RMS:
+                raise _absurd(
+                    folder,
+                    f"its update of {path} has a root mean square of {rms:.3g}, more than {MOST_RMS:g}",
+                )
+
+
+def _absurd(folder: Path, what: str) -> BadAdapter:
+    return BadAdapter(
+        f"The adapter in {folder} would drown its base: {what}.",
+        cure="Check adapter.alpha and train.learning_rate of its run; an adapter of others may be damaged.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

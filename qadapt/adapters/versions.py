@@ -1,0 +1,178 @@
+"""A version of an adapter: which files it has, and what is known of where they come from.
+
+A version is told by the sha256 of its description, `version.json`, which holds the sha256 of every file: the
+same id is the same adapter to the last bit, on every machine (as in git). No time stands in it, so that what
+is added twice is one version. Knows no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qadapt.adapters.facts import AdapterFacts
+from qadapt.errors import BadAdapter
+from qadapt.units import MIB
+
+VERSION_FILE = "version.json"
+_FORMAT = 1
+_ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt")
+"""Of the files that belong to an adapter; others are left out: notes, and pickles above all."""
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Of one file: its size and what recognizes its bytes."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of an adapter beside its files.
+
+    Attributes:
+        facts: What it was trained on.
+        method: Such as `lora`.
+        source: Where it was taken from, in words.
+        data: Hash of the rows it was trained on; empty where that is not known, so too the next.
+        recipe: Of its run, as plain values.
+        metrics: Losses in nats per learned token and counts, by name.
+    """
+
+    facts: AdapterFacts
+    method: str
+    source: str
+    data: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Version:
+    """An adapter as it is kept.
+
+    Attributes:
+        files: Path in its folder → what recognizes the file.
+        record: What is known of it.
+        parent: Id of the version it followed; None for a first one.
+    """
+
+    files: Mapping[str, FileFacts]
+    record: Record
+    parent: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The sha256 of its description."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(facts.bytes for facts in self.files.values())
+
+    def has_content_of(self, other: Version) -> bool:
+        """Whether two versions are the same but for what they followed."""
+        return replace(self, parent=None).text() == replace(other, parent=None).text()
+
+    def text(self) -> str:
+        """The description, the same text for the same version."""
+        values = {"version": _FORMAT, **asdict(self)}
+        return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_version(folder: Path) -> Version:
+    """The version that a folder of a store holds, by its description; the files are not looked at.
+
+    Raises:
+        BadAdapter: It is missing, or not what its folder is named after.
+    """
+    try:
+        text = (folder / VERSION_FILE).read_text(encoding="utf-8")
+        values = json.loads(text)
+        if values["version"] != _FORMAT:
+            raise ValueError(f"it has format {values['version']}, this release reads {_FORMAT}")
+        record = {**values["record"], "facts": AdapterFacts(**values["record"]["facts"])}
+        files = {name: FileFacts(**facts) for name, facts in values["files"].items()}
+        version = Version(files, Record(**record), values["parent"])
+        if version.id != folder.name:
+            raise ValueError("it was changed")
+        return version
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadAdapter(
+            f"The version {folder.name[:12]} has no sound {VERSION_FILE}: {error}.",
+            cure="Add the adapter again from where it came from; `qadapt adapters list` shows what is whole.",
+        ) from None
+
+
+def files_of(folder: Path) -> dict[str, FileFacts]:
+    """The files of an adapter's folder that belong to it, with their hashes.
+
+    Args:
+        folder: A PEFT folder or a side-car's. Its own subfolders may hold templates; nothing deeper counts.
+
+    Raises:
+        BadAdapter: A file is a link, which may lead anywhere; or its weights are a pickle, or missing.
+    """
+    found: dict[str, FileFacts] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise BadAdapter(
+                f"{name} in {folder} is a link to {path.readlink()}: an adapter's files lie in its folder.",
+                cure="Copy the file itself into the folder.",
+            )
+        if path.is_file() and belongs(name):
+            found[name] = FileFacts(path.stat().st_size, sha256_of(path))
+    check_weights(found, [path.name for path in folder.glob("*")], where=str(folder))
+    return found
+
+
+def belongs(name: str) -> bool:
+    """Whether a file, by its path in the folder, is one of an adapter's."""
+    return bool(_PLAIN.fullmatch(name)) and name.endswith(_ENDINGS)
+
+
+def check_weights(chosen: Iterable[str], names: Iterable[str], *, where: str) -> None:
+    """Checks that among an adapter's files there are weights that can be read safely.
+
+    Args:
+        chosen: The files that belong to it.
+        names: All files there are.
+        where: Folder or repository, for messages.
+
+    Raises:
+        BadAdapter: There are none.
+    """
+    if any(name.endswith(".safetensors") for name in chosen):
+        return
+    pickles = sorted(
+        (name for name in names if name.endswith(_PICKLED)), key=lambda name: "model" not in name
+    )
+    if pickles:
+        raise BadAdapter(
+            f"The weights in {where} are a pickle ({pickles[0]}), which can run code when it is read: only "
+            "safetensors are.",
+            cure="Ask its author to save it with safetensors, or choose another revision.",
+        )
+    raise BadAdapter(
+        f"{where} holds no adapter: it has no *.safetensors.", cure="Give an adapter's folder or a run."
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""What goes into the store: the adapter of a run, of a folder or of a hub, checked against its base first.
+
+Gathers what is known of an adapter (recipe, rows, losses) and hands it to `adapters/store.py`. What does not
+fit its base is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qadapt.adapters.check import CONFIG, check_adapter
+from qadapt.adapters.facts import AdapterFacts, read_facts
+from qadapt.adapters.store import Added, Store
+from qadapt.adapters.versions import Record, belongs, check_weights
+from qadapt.cache import cache_folder, output_errors, working_folder
+from qadapt.errors import BadAdapter, BadRun
+from qadapt.events import Evaluated, StepDone
+from qadapt.model.folder import read_config
+from qadapt.model.skeleton import skeleton_base
+from qadapt.model.source import find_model, is_here
+from qadapt.quiet import quiet_libraries
+from qadapt.run_folder import RunFolder, find_run
+from qadapt.run_parts import find_same_base
+from qadapt.train.stored_plan import read_plan
+from qadapt.view.journal import effective, read_events
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter that is to be kept: its folder, what is known of it, what to call it."""
+
+    folder: Path
+    record: Record
+    name: str
+
+
+def add(
+    what: str,
+    store: Store,
+    *,
+    name: str = "",
+    parent: str | None = None,
+    revision: str | None = None,
+    folder: str = "runs",
+) -> Added:
+    """Keeps an adapter in the store and lets a name mean it.
+
+    Args:
+        what: A run by name or path, an adapter's folder, or `owner/name` of a hub.
+        store: Where to keep it.
+        name: The name; by default the run's, the folder's or the repository's.
+        parent: The version it followed; by default the one that the name means now.
+        revision: Branch, tag or commit of a hub; its commit is what is kept.
+        folder: Where the runs are.
+
+    Raises:
+        BadAdapter: It is none, does not fit its base, has absurd numbers, or the name cannot be one.
+        BadRun: There is no such run, it has no adapter yet, or its base changed.
+        HubRefused: The hub said no.
+        BadOutput: The store is read-only or full.
+    """
+    quiet_libraries()
+    with _found(what, revision=revision, folder=folder) as found:
+        _check(found.folder, found.record.facts)
+        chosen = name or re.sub(r"[^a-z0-9._-]+", "-", found.name.lower())
+        return store.add(found.folder, found.record, name=chosen, parent=parent)
+
+
+def find_adapter(what: str, *, folder: str = "runs", store: str = "adapters") -> Path:
+    """The folder of an adapter.
+
+    Args:
+        what: A run by name or path, an adapter's folder, or a name, tag or version of the store.
+        folder: Where the runs are.
+        store: Where the store is.
+
+    Raises:
+        BadAdapter: There is nothing of that name, or it is a version of the store that is damaged.
+        BadRun: The run has no adapter yet.
+    """
+    if _is_run(what, folder):
+        return _finished(what, folder).adapter
+    if (Path(what) / CONFIG).is_file():
+        return Path(what)
+    kept = Store(Path(store))
+    try:
+        version = kept.find(what)
+    except BadAdapter as error:
+        raise BadAdapter(
+            f"{error.problem} {what} is no run in {folder} and no adapter's folder, either.", cure=error.cure
+        ) from None
+    return kept.folder_of(version)
+
+
+@contextmanager
+def _found(what: str, *, revision: str | None, folder: str) -> Iterator[Found]:
+    path = Path(what).expanduser()
+    if revision is not None and (_is_run(what, folder) or path.exists()):
+        raise BadAdapter(
+            f"{what} has no revisions ({revision!r}): only a hub's adapters do.",
+            cure="Leave the revision out.",
+        )
+    if _is_run(what, folder):
+        run = _finished(what, folder)
+        yield Found(run.adapter, _record_of_run(run), run.name)
+    elif path.is_dir():
+        yield Found(path, _record_of_folder(path, f"folder {path.resolve().name}"), path.resolve().name)
+    elif _HUB_ID.fullmatch(what):
+        from qadapt.model.hub_files import fetch_files
+
+        with output_errors(cache_folder()):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            with working_folder(cache_folder(), stem="adapter") as place:
+                commit = fetch_files(what, place, choose=_chooser(what), revision=revision)
+                yield Found(place, _record_of_folder(place, f"hub {what}@{commit}"), what.partition("/")[2])
+    else:
+        find_run(what, folder)  # says which runs there are
+
+
+def _chooser(name: str) -> Callable[[Sequence[str]], list[str]]:
+    """What of a hub's repository belongs to an adapter; its files must lie in the repository's own folder."""
+
+    def choose(names: Sequence[str]) -> list[str]:
+        chosen = [each for each in names if belongs(each)]
+        check_weights(chosen, names, where=name)
+        return chosen
+
+    return choose
+
+
+def _record_of_run(run: RunFolder) -> Record:
+    plan, events = read_plan(run.plan), effective(read_events(run.path))
+    trained = {event.step: event.loss for event in events if isinstance(event, StepDone)}
+    held_out = {event.step: event.loss for event in events if isinstance(event, Evaluated)}
+    metrics: dict[str, float] = {"steps": max(trained, default=0)}
+    if trained:
+        metrics["training loss"] = trained[max(trained)]
+    if held_out:
+        metrics["held-out loss"] = min(held_out.values())
+    return Record(
+        facts=read_facts(run.adapter),
+        method=_method_of(run.adapter),
+        source=f"run {run.name}",
+        data=plan.ingredients.rows,
+        recipe=plan.recipe,
+        metrics=metrics,
+    )
+
+
+def _record_of_folder(folder: Path, source: str) -> Record:
+    return Record(facts=read_facts(folder), method=_method_of(folder), source=source)
+
+
+def _method_of(folder: Path) -> str:
+    try:
+        values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = str(values["peft_type"]).lower()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadAdapter(
+            f"{folder} holds no adapter: no {CONFIG} says of which method it is.",
+            cure="Give the folder of an adapter, or a finished run.",
+        ) from None
+    refined = {"use_dora": "dora", "use_rslora": "rslora"}
+    return next((name for field, name in refined.items() if values.get(field)), kind)
+
+
+def _check(folder: Path, facts: AdapterFacts) -> None:
+    """Checks an adapter against its base: the very files if they are here, else what the hub says of them."""
+    if is_here(facts.base, revision=facts.revision):
+        model_folder = find_same_base(facts).folder
+    else:
+        model_folder = find_model(facts.base, revision=facts.revision, needs_weights=False).folder
+    values = read_config(model_folder, name=facts.base)
+    base = skeleton_base(values, quantization="none", double_quant=False, dtype=torch.float32)
+    check_adapter(folder, base)
+
+
+def _is_run(what: str, folder: str) -> bool:
+    return any((place / "events.jsonl").is_file() for place in (Path(folder) / what, Path(what)))
+
+
+def _finished(what: str, folder: str) -> RunFolder:
+    run = find_run(what, folder)
+    if not run.adapter.is_dir():
+        raise BadRun(
+            f"The run {run.name} has no adapter yet: it has not finished.",
+            cure=f"`qadapt resume {what}` goes on with it.",
+        )
+    return run

@@ -1,0 +1,126 @@
+"""The store on the screen: its names, one version, and how two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from qadapt.adapters.store import SHOWN, Store
+from qadapt.adapters.versions import Version
+from qadapt.units import format_bytes
+
+if TYPE_CHECKING:
+    from qadapt.adapters.difference import Difference
+
+MOST_CHANGES = 40
+
+
+def store_values(store: Store) -> dict[str, Any]:
+    """All of a store as plain values.
+
+    Raises:
+        BadAdapter: A name, a tag or a version in it is damaged.
+    """
+    names, tags = store.names(), store.tags()
+    versions = {}
+    for each in store.ids():
+        version = store.version(each)
+        record = version.record
+        versions[each] = {
+            "base": record.facts.base,
+            "method": record.method,
+            "source": record.source,
+            "metrics": dict(record.metrics),
+            "bytes": version.bytes,
+            "parent": version.parent,
+        }
+    return {
+        "schema": 1,
+        "names": {
+            each: {"id": name.current, "used": name.used, "left": name.left} for each, name in names.items()
+        },
+        "tags": tags,
+        "versions": versions,
+    }
+
+
+def store_table(store: Store) -> Table:
+    """Every version with what means it, names first.
+
+    Raises:
+        BadAdapter: A name, a tag or a version in it is damaged.
+    """
+    values = store_values(store)
+    table = Table("", "version", "method", "base", "held-out loss", "size", "from", box=None, pad_edge=False)
+    shown = [(name, each["id"]) for name, each in values["names"].items()]
+    shown += [(f"tag {tag}", each) for tag, each in values["tags"].items()]
+    meant = {each for _, each in shown}
+    former = {each for name in values["names"].values() for each in (*name["used"], *name["left"])}
+    for each in values["versions"]:
+        if each not in meant:
+            shown.append(("(before)" if each in former else "(unused)", each))
+    for words, each in shown:
+        version = values["versions"].get(each)
+        if version is None:
+            table.add_row(Text(words), each[:SHOWN], Text("is not in the store any more"))
+            continue
+        loss = version["metrics"].get("held-out loss")
+        table.add_row(
+            Text(words),
+            each[:SHOWN],
+            version["method"],
+            Text(version["base"]),
+            "" if loss is None else f"{loss:.4f}",
+            format_bytes(version["bytes"]),
+            Text(version["source"]),
+        )
+    return table
+
+
+def version_lines(version: Version, folder: Path) -> Iterator[str]:
+    """What is known of a version, one line each.
+
+    Args:
+        version: The version.
+        folder: Where its files are.
+    """
+    record, facts = version.record, version.record.facts
+    held = {"nf4": "4 bits (NF4)", "int8": "8 bits", "none": "16 or 32 bits"}[facts.quantization]
+    yield f"version   {version.id}"
+    yield f"from      {record.source}"
+    yield f"method    {record.method}"
+    yield f"base      {facts.base}{f'@{facts.revision}' if facts.revision else ''}, held in {held}"
+    yield f"base hash {facts.fingerprint}"
+    yield f"prompts   {facts.prompt_fingerprint}"
+    yield f"rows      {record.data or 'not known'}"
+    for name, value in record.metrics.items():
+        yield f"{name:<9} {value:.6g}"
+    yield f"parent    {version.parent or 'none'}"
+    yield f"files     {len(version.files)}, {format_bytes(version.bytes)}, each as it was added"
+    yield f"folder    {folder}"
+
+
+def difference_lines(found: Difference) -> Iterator[str]:
+    """How two versions differ, one line each."""
+    for change in found.changes[:MOST_CHANGES]:
+        yield f"{change.what}: {_said(change.first)} → {_said(change.second)}"
+    if len(found.changes) > MOST_CHANGES:
+        yield f"... and {len(found.changes) - MOST_CHANGES} more; --json has them all"
+    if not found.changed_tensors and not found.only_first and not found.only_second:
+        yield f"numbers: all {found.tensors} tensors are the same"
+        return
+    yield (
+        f"numbers: {found.changed_tensors} of {found.tensors} tensors differ, by {found.distance:.3g} of the "
+        f"first's length{f'; most in {found.furthest}' if found.furthest else ''}"
+    )
+    for whose, names in (("first", found.only_first), ("second", found.only_second)):
+        if names:
+            yield f"only in the {whose}: {len(names)} tensors, such as {names[0]}"
+
+
+def _said(value: object) -> str:
+    return "not known" if value is None else f"{value}"

@@ -1,0 +1,285 @@
+"""`qadapt adapters`: what goes into the store is checked against its base, and comes out as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hub_server import COMMIT, Hub, Repository, running_hub
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.adapters.store import Store
+from qadapt.cli.main import run
+from qadapt.errors import BadAdapter, BadRun, QadaptError
+from qadapt.keeping import add, find_adapter
+from qadapt.model.source import find_model
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+Tensors = dict[str, torch.Tensor]
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def facts_of(model: Path, **changed: object) -> AdapterFacts:
+    values: dict[str, Any] = {
+        "base": str(model), "revision": None, "fingerprint": find_model(str(model)).fingerprint,
+        "quantization": "nf4", "double_quant": True, "load_dtype": "fp32", "prompt_fingerprint": "e" * 64,
+    }  # fmt: skip
+    return AdapterFacts(**{**values, **changed})
+
+
+def write_adapter(folder: Path, model: Path, **options: Any) -> Path:
+    """A LoRA of PEFT's on a tiny model, with a second factor that is not zero."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(str(folder))
+    write_facts(facts_of(model), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "good", tiny_model("llama"))
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "mine"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "adapters")
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(store: Store, folder: Path, problem: str, kind: type[QadaptError] = BadAdapter) -> None:
+    with pytest.raises(kind, match=problem) as caught:
+        add(str(folder), store)
+    assert caught.value.cure
+    assert not store.path.exists()
+
+
+def test_an_adapter_comes_out_as_it_went_in(store: Store, folder: Path) -> None:
+    added = add(str(folder), store)
+    assert (added.name, added.is_new, added.version.record.method) == ("mine", True, "lora")
+    kept = find_adapter("mine", store=str(store.path))
+    for name in ("adapter_model.safetensors", "adapter_config.json", "qadapt.json"):
+        assert (kept / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({"use_rslora": True, "lora_alpha": 16}, "rslora"),
+        ({"use_dora": True}, "dora"),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1.0}}, "lora"),
+        ({"modules_to_save": ["lm_head"]}, "lora"),
+        ({"bias": "lora_only"}, "lora"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 5]}}, "lora"),
+    ],
+)
+def test_what_peft_can_save_fits(
+    store: Store, tmp_path: Path, tiny_model: TinyModel, options: dict[str, Any], method: str
+) -> None:
+    folder = write_adapter(tmp_path / "odd", tiny_model("qwen2"), **options)
+    assert add(str(folder), store).version.record.method == method
+
+
+def test_ia3_fits(store: Store, tmp_path: Path, tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "ia3"))
+    write_facts(facts_of(model), tmp_path / "ia3")
+    assert add(str(tmp_path / "ia3"), store).version.record.method == "ia3"
+
+
+CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "another width": (
+        lambda t: t.update({f"{LAYER}.lora_A.weight": torch.zeros(4, 7)}),
+        r"q_proj\.lora_A\.weight has the shape \(4, 7\), its place \(4, ",
+    ),
+    "a missing one": (lambda t: t.pop(f"{LAYER}.lora_B.weight"), r"q_proj\.lora_B\.weight is missing"),
+    "one more": (
+        lambda t: t.update({"base_model.model.model.layers.99.mlp.x": torch.zeros(1)}),
+        r"layers\.99\.mlp\.x has no place there",
+    ),
+    "a NaN": (
+        lambda t: t[f"{LAYER}.lora_A.weight"].view(-1)[3:4].fill_(float("nan")),
+        "a NaN or infinite number in .*q_proj",
+    ),
+    "an infinity": (
+        lambda t: t[f"{LAYER}.lora_A.weight"].view(-1)[3:4].fill_(-float("inf")),
+        "a NaN or infinite number in .*q_proj",
+    ),
+    "a huge number": (
+        lambda t: t[f"{LAYER}.lora_A.weight"].view(-1)[3:4].fill_(2e4),
+        r"would drown its base: .*lora_A\.weight has 2e\+04, more than 10000",
+    ),
+    "a huge update": (
+        lambda t: [t[f"{LAYER}.lora_{side}.weight"].mul_(200) for side in "AB"],
+        r"would drown its base: its update of .*q_proj has a root mean square of \S+, more than 1\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_do_not_fit_are_refused_by_name(store: Store, folder: Path, change: str) -> None:
+    apply, problem = CHANGES[change]
+    change_tensors(folder, apply)
+    refused(store, folder, problem)
+
+
+def test_an_absurd_alpha_is_refused(store: Store, folder: Path) -> None:
+    change_config(folder, lora_alpha=1e9)
+    refused(store, folder, "would drown its base: its update of")
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"target_modules": ["no_such"]}, "does not fit its base: Target modules"),
+        ({"r": 8}, "has the shape"),
+        ({"peft_type": "NO_SUCH"}, "describes no adapter"),
+        ({"r": 0}, "does not fit its base"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(
+    store: Store, folder: Path, values: dict[str, Any], problem: str
+) -> None:
+    change_config(folder, **values)
+    refused(store, folder, problem)
+
+
+def test_a_damaged_file_is_refused(store: Store, folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    refused(store, folder, r"adapter_model\.safetensors cannot be read")
+
+
+def test_a_folder_without_configuration_or_facts_is_refused(store: Store, folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    refused(store, folder, r"no adapter_config\.json says of which method")
+    (folder / "qadapt.json").unlink()
+    refused(store, folder, "holds no adapter that qadapt trained", BadRun)
+
+
+def test_another_base_is_refused(store: Store, folder: Path, tiny_model: TinyModel) -> None:
+    write_facts(facts_of(tiny_model("llama"), fingerprint="0" * 64), folder)
+    refused(store, folder, "is not the model this adapter was trained on", BadRun)
+    write_facts(facts_of(tiny_model("llama", layers=3)), folder)
+    refused(store, folder, "does not fit its base")
+
+
+def test_a_hub_adapter_is_pinned_by_its_commit_and_its_pickles_stay_there(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"training_args.bin": b"\x80\x04."}
+    with running_hub() as hub:
+        serve(hub, files, monkeypatch)
+        added = add("owner/mine", store)
+        assert added.version.record.source == f"hub owner/mine@{COMMIT}"
+        assert not hub.downloads(".bin")
+        assert (added.name, len(added.version.files)) == ("mine", 3)
+        again = add("owner/mine", store, revision="main")
+        assert (again.version.id, again.is_new) == (added.version.id, False)
+
+
+@pytest.mark.parametrize(
+    ("file", "problem", "kind"),
+    [
+        ("adapter_model.bin", "are a pickle", BadAdapter),
+        ("../evil.safetensors", "holds no adapter", BadAdapter),
+    ],
+)
+def test_a_hub_repository_that_is_no_adapter_is_refused_before_anything_is_fetched(
+    store: Store, monkeypatch: pytest.MonkeyPatch, file: str, problem: str, kind: type[QadaptError]
+) -> None:
+    with running_hub() as hub:
+        serve(hub, {file: b"x", "adapter_config.json": b"{}"}, monkeypatch)
+        with pytest.raises(kind, match=problem):
+            add("owner/mine", store)
+        assert not hub.downloads(".json")
+
+
+def serve(hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["owner/mine"] = Repository(files)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+
+
+def test_a_folder_has_no_revisions(store: Store, folder: Path) -> None:
+    with pytest.raises(BadAdapter, match=r"has no revisions \('v1'\)"):
+        add(str(folder), store, revision="v1")
+
+
+def test_what_is_nothing_says_what_there_is(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(BadRun, match="There is no run 'nothing'"):
+        add("nothing", store, folder=str(tmp_path))
+    with pytest.raises(BadAdapter, match=r"nothing is no run in .* and no adapter's folder, either"):
+        find_adapter("nothing", folder=str(tmp_path), store=str(store.path))
+
+
+def test_the_commands_follow_each_other(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--store", str(tmp_path / "kept")]
+
+    def said(*words: str) -> str:
+        assert run(["adapters", *words, *where]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    def values(*words: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(said(*words, "--json"))
+        return found
+
+    first = values("add", str(folder), "--as", "summaries")["id"]
+    change_tensors(folder, lambda t: t[f"{LAYER}.lora_A.weight"].mul_(1.5))
+    assert "The store keeps" in said("add", str(folder), "--as", "summaries")
+    second = values("list")["names"]["summaries"]["id"]
+    found = values("diff", first[:8], "summaries")
+    assert (found["changed_tensors"], found["furthest"]) == (1, f"{LAYER}.lora_A.weight")
+    assert "1 of" in said("diff", first[:8], "summaries")
+    assert f"best stands for {first[:12]}" in said("tag", first[:8], "best")
+    assert values("show", "best")["id"] == first
+    assert "each as it was added" in said("show", "summaries")
+    assert f"means {first[:12]} again, no more {second[:12]}" in said("rollback", "summaries")
+    assert "(before)" in said("list")
+    assert said("use", "next", second[:6]).startswith(f"next means {second[:12]}")
+    assert said("remove", "next") == "Removed the name next.\n"
+    assert said("remove", "summaries") == "Removed the name summaries.\n"
+    assert values("gc", "--dry-run")["versions"] == [second]
+    assert said("gc").startswith("Removed 1 version")
+    assert run(["adapters", "show", "summaries", *where]) == 2
+    assert "There is no name, tag or version 'summaries'" in capsys.readouterr().err
+    assert "Traceback" not in capsys.readouterr().err
