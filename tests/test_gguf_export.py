@@ -462,6 +462,24 @@ def test_a_small_update_that_is_left_out_is_found_in_every_type(kind, tiny_model
     assert "model.layers.0.mlp.up_proj.weight" in {fault.place for fault in proof.faults}
 
 
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_what_llama_quantize_makes_of_a_16_bit_file_is_no_fault(kind, tiny_model: TinyModel, tmp_path):
+    model = tiny_model("llama")
+    adapter = make_adapter(model, tmp_path / "adapter")
+    merged = merged_folder(model, adapter, tmp_path / "merged")  # float16, as the file that it is given
+    written(merged, tmp_path / "t.gguf", kind=kind)
+    if kind == "Q8_0":
+        assert not proof_of(tmp_path / "t.gguf", model, adapter, described=merged).holds, "a control"
+    data = (tmp_path / "t.gguf").read_bytes()
+    key = b"general.file_type" + (4).to_bytes(4, "little")
+    own = key + int(gguf.LlamaFileType[f"MOSTLY_{kind}"]).to_bytes(4, "little")
+    assert own in data
+    theirs = key + int(gguf.LlamaFileType.MOSTLY_Q4_K_M).to_bytes(4, "little")
+    (tmp_path / "t.gguf").write_bytes(data.replace(own, theirs))
+    proof = proof_of(tmp_path / "t.gguf", model, adapter, described=merged)
+    assert proof.holds, proof.sentence()
+
+
 def test_metadata_and_rotary_factors_that_are_not_the_models_are_found(tiny_model: TinyModel, tmp_path):
     model = own_model(tmp_path / "model", "llama", tiny_model("llama"), rope_parameters=LLAMA3)
     written(model, tmp_path / "t.gguf")

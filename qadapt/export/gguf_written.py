@@ -18,6 +18,7 @@ import torch
 from qadapt.export.gguf_front import Front, Place, is_same_value, read_front
 from qadapt.export.gguf_metadata import Architecture, read_architecture
 from qadapt.export.gguf_types import allowed_error, ggml_type, is_quantized
+from qadapt.export.llama_quantize import K_FORMS
 from qadapt.export.tensor_fault import MISSING, UNEXPECTED, Fault
 from qadapt.model.gguf_layout import Stored, row_order
 from qadapt.model.shards import TensorEntry
@@ -26,6 +27,10 @@ from qadapt.model.tensor_files import rows_of
 _PLUS_ONE_ROUNDING = 2.0**-23
 """What adding 1 and taking it away again costs a float32, relative to the sum."""
 _SIXTEEN_BITS = ("F16", "BF16")
+_BY_LLAMA_QUANTIZE = frozenset(int(gguf.LlamaFileType[f"MOSTLY_{kind}"]) for kind in K_FORMS.values())
+"""Types of whole files, by their number in the metadata, that are made from a file in float16."""
+_TWICE_ROUNDED = 3 * 2.0**-11
+"""Of the largest number: what float16 in between moves a number, its block's scale and its lowest value."""
 
 
 class GgufWritten:
@@ -48,6 +53,7 @@ class GgufWritten:
     def __init__(self, path: Path, *, described: Path, names: Iterable[str]) -> None:
         architecture, front = read_architecture(described), read_front(path)
         self._path = path
+        self._is_from_16_bits = front.values.get("general.file_type") in _BY_LLAMA_QUANTIZE
         left = set(front.tensors) - set(architecture.tensors)
         self.entries: dict[str, TensorEntry] = {}
         self._places: dict[str, tuple[Stored, Place]] = {}
@@ -86,16 +92,21 @@ class GgufWritten:
             return (exact.abs() + 1) * _PLUS_ONE_ROUNDING
         if place.kind == "F32":
             return None
-        return torch.from_numpy(allowed_error(exact.double().numpy(), place.kind))
+        bound = torch.from_numpy(allowed_error(exact.double().numpy(), place.kind))
+        if self._is_from_16_bits and place.kind != "F16":
+            bound = bound + exact.abs().amax(1, keepdim=True) * _TWICE_ROUNDED
+        return bound
 
     def moved(
         self, name: str, values: torch.Tensor, *, exact: torch.Tensor, first: int
     ) -> torch.Tensor | None:
         """(n, I) which numbers are not what the exact ones become in the type; None: that is not known.
 
-        Scales of K-quants are searched for by llama.cpp alone.
+        Scales of K-quants are searched for by llama.cpp alone; what else it quantizes, it does from 16 bits.
         """
         stored, place = self._places[name]
+        if self._is_from_16_bits and place.kind != "F16":
+            return None
         if stored.is_plus_one or not (is_quantized(place.kind) or place.kind in _SIXTEEN_BITS):
             return None
         with np.errstate(over="ignore", invalid="ignore"):
