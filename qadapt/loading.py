@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from qadapt.adapters.facts import read_facts
-from qadapt.adapters.lora import load_lora
+from qadapt.adapters.method import load_adapter
 from qadapt.cache import ignore
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, exported_contract, load_contract, saved_contract
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
@@ -137,7 +137,7 @@ def load_tuned(
 
     base = _if_it_fits(load, f"The base {facts.base} of the adapter in {adapter}", device)
     set_tiles(base, tiles)
-    return Tuned(load_lora(base, adapter), saved_contract(adapter, files.folder))
+    return Tuned(load_adapter(base, adapter), saved_contract(adapter, files.folder))
 
 
 def _said(tuned: Tuned, adapter: Path, *, where: str, device: torch.device) -> Loaded:

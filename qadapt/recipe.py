@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qadapt.methods import METHODS, Method
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.shape import Part
 from qadapt.units import parse_bytes
@@ -54,18 +55,27 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """What is trained."""
 
-    method: Literal["lora"] = "lora"
-    """The adapter method (arXiv:2106.09685)."""
+    method: Method = "lora"
+    """LoRA (arXiv:2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), IA3 (2205.05638), or bottleneck
+    adapters: houlsby (1902.00751), pfeiffer (2005.00247), parallel (2110.04366)."""
     rank: Positive = 16
-    """Inner width of the low-rank update."""
+    """Inner width of the low-rank update, or of a bottleneck."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Scale: the update is multiplied by alpha / rank."""
+    """Scale: the update is multiplied by alpha / rank, in rsLoRA by alpha / the root of rank."""
     dropout: Share = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32."""
+
+    @model_validator(mode="after")
+    def _has_no_idle_fields(self) -> AdapterSection:
+        facts, given = METHODS[self.method], self.model_dump()
+        for name in facts.unused:
+            if given[name] != type(self).model_fields[name].default:
+                raise ValueError(f"{name} = {given[name]} means nothing to {facts.title}; leave it out")
+        return self
 
 
 class SourceSection(Section):

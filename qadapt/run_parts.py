@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
-from qadapt.adapters.lora import Lora, attach_lora, trainable
-from qadapt.adapters.new_rows import new_rows_of
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.method import Adapter, adapted_layers, attach
 from qadapt.cache import cache_folder, ignore, output_errors
 from qadapt.data.batches import widest_share
 from qadapt.data.prepared import skipped_lines
@@ -29,6 +29,7 @@ from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageS
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.claims import SharedCard, claiming
 from qadapt.material import Material, order_of, step_count
+from qadapt.methods import activation_of, said
 from qadapt.model.load import load_base
 from qadapt.model.placement import decoder_layers
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
@@ -206,7 +207,7 @@ def started(recipe: Recipe, plan: StoredPlan, run: RunFolder) -> RunStarted:
     return RunStarted(
         name=run.name,
         model=recipe.model.source,
-        method=f"{recipe.adapter.method}, rank {recipe.adapter.rank}",
+        method=said(recipe.adapter.method, recipe.adapter.rank),
         device=plan.device,
         steps=plan.steps,
         folder=str(run.path),
@@ -309,14 +310,16 @@ def adapt(
     recipe: Recipe, plan: StoredPlan, base: PreTrainedModel, *, new_ids: Sequence[int]
 ) -> Generator[Event, None, PeftModel]:
     """Attaches the recipe's adapter to the base, and the rows of its new tokens."""
-    adapter = recipe.adapter
+    section = recipe.adapter
     base_parameters = base.num_parameters()
-    lora = Lora(rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets)
-    model = attach_lora(base, lora, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed, new_ids=new_ids)
-    trained = trainable(model)
+    activation = activation_of(section.method)
+    adapter = Adapter(
+        section.method, section.rank, section.alpha, section.dropout, section.targets, activation
+    )
+    model = attach(base, adapter, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed, new_ids=new_ids)
     yield AdapterAttached(
-        trainable=sum(parameter.numel() for parameter in trained.values()),
-        adapted_layers=(len(trained) - len(new_rows_of(model))) // 2,
+        trainable=sum(parameter.numel() for parameter in trainable(model).values()),
+        adapted_layers=adapted_layers(model),
         base_parameters=base_parameters,
         new_tokens=len(new_ids),
     )

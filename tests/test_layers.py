@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "qadapt"
 
 RUNGS = (
     {"errors", "units", "quiet"},
-    {"recipe", "recipe_file", "methods", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
-    | {"control", "pause_rules", "stage", "run_folder", "hardware", "measured"},
+    {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
+    | {"methods", "control", "pause_rules", "stage", "run_folder", "hardware", "measured"},
     {"plan"},
     {"engine"},
     {"model", "adapters", "data"},
@@ -23,6 +23,7 @@ RUNGS = (
         "run_parts",
         "loading",
         "keeping",
+        "bisecting",
         "exporting",
         "export_job",
         "export_finish",

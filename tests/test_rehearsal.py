@@ -320,7 +320,7 @@ def test_rehearse_only_prints_measured_against_predicted_and_leaves_no_run(
     assert run_command(["train", str(recipe), "--rehearse-only"]) == 0
     said = capsys.readouterr().out
     assert "MiB measured, " in said and "MiB predicted (" in said
-    assert "first: lora, rank 4" in said and "it fits" in said
+    assert "first: LoRA, rank 4" in said and "it fits" in said
     assert "step 1/" not in said
     assert list((tmp_path / "runs").iterdir()) == []
 

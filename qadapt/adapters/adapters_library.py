@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qadapt.adapters.bottleneck import Activation, Bottleneck, Kind, bottleneck_shapes, places_of
+from qadapt.adapters.bottleneck import Bottleneck, Kind, bottleneck_shapes, places_of
 from qadapt.adapters.side_car_files import write_side_car
 from qadapt.errors import BadAdapter, Unsupported
+from qadapt.methods import Activation
 
 CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 _PLACES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}

@@ -1,11 +1,11 @@
 """Bottleneck adapters on a frozen decoder: down to a few values, a nonlinearity, up again, added.
 
-* `houlsby`: after attention and after the feed-forward part (arXiv:1902.00751): o + s · f(o);
-* `pfeiffer`: after the feed-forward part, of the sum it goes into (arXiv:2005.00247): o + s · f(h + o);
-* `parallel`: beside the feed-forward part, of what goes into its norm (arXiv:2110.04366): o + s · f(h).
+* `houlsby`: after attention and after the feed-forward part (arXiv:1902.00751): o + f(o);
+* `pfeiffer`: after the feed-forward part, of the sum it goes into (arXiv:2005.00247): o + f(h + o);
+* `parallel`: beside the feed-forward part, of what goes into its norm (arXiv:2110.04366): o + f(h).
 
 o is what a part adds to the residual stream (after Gemma's second norm), h the stream it is added to, f the
-bottleneck, s = alpha / width. The places are those of the library `adapters` 1.3 on Llama, and the numbers,
+bottleneck times alpha / width. The places are those of the library `adapters` 1.3 on Llama, and the numbers,
 too (`tools/bench/parity_adapters.py`). The projection up starts at zero: the first forward pass is the base's
 to the bit. Every token is treated by itself, so packed rows and a KV cache change nothing.
 
@@ -30,13 +30,12 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
 from qadapt.adapters.side_car_files import read_settings, read_tensors
+from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
+from qadapt.methods import Activation
 
 Kind = Literal["houlsby", "pfeiffer", "parallel"]
-Activation = Literal["relu", "gelu", "silu", "tanh"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-USUAL_ACTIVATION: Mapping[Kind, Activation] = {"houlsby": "silu", "pfeiffer": "relu", "parallel": "relu"}
-"""What the library `adapters` takes for each."""
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -72,7 +71,7 @@ class Bottleneck:
         kind: Where they are, and what they see.
         width: R.
         activation: The nonlinearity.
-        scale: s.
+        scale: What its output is multiplied by.
         norm: A layer norm on what enters.
         dropout: On what enters, after the norm.
     """
@@ -107,7 +106,7 @@ class BottleneckPart(Part):
         self._stream = weakref.ref(arguments[0])
 
     def change_output(self, _: nn.Module, arguments: object, output: Any) -> Any:
-        """Hook of what makes o, alone or first of a tuple: o + s · f(...)."""
+        """Hook of what makes o, alone or first of a tuple: o + f(...)."""
         if not self.is_on:
             return output
         if isinstance(output, tuple):
@@ -122,7 +121,7 @@ class BottleneckPart(Part):
             stream = self._stream()
             assert stream is not None, "the layer holds it"
             entering = stream + output if self.bottleneck.kind == "pfeiffer" else stream
-        return torch.add(output, self(entering), alpha=self.bottleneck.scale)
+        return output + cast(Tensor, self(entering))
 
     def forward(self, values: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         """f, in the type of its input."""
@@ -132,7 +131,7 @@ class BottleneckPart(Part):
             values = functional.layer_norm(values, self.norm.normalized_shape, weight, bias, self.norm.eps)
         values = functional.dropout(values, self.bottleneck.dropout, training=self.training)
         inner = self.activation(self.down(values))  # (B, T, R)
-        return cast(Tensor, self.up(inner))
+        return cast(Tensor, self.up(inner, scale=self.bottleneck.scale))
 
 
 class Projection(nn.Module):
@@ -143,17 +142,23 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, values: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
-        return functional.linear(values, self.weight.to(values.dtype), self.bias.to(values.dtype))
+    def forward(self, values: Tensor, *, scale: float | None = None) -> Tensor:
+        """(..., inputs) -> (..., outputs), times a scale; of the inputs, which are few, not of the outputs."""
+        weight, bias = self.weight.to(values.dtype), self.bias.to(values.dtype)
+        if scale is not None:
+            values, bias = values * scale, bias * scale
+        return functional.linear(values, weight, bias)
 
 
-def attach_bottleneck(model: PreTrainedModel, bottleneck: Bottleneck, *, seed: int = 0) -> SideCar:
-    """The base with new adapters, which alone are trainable, in fp32 on the CPU.
+def attach_bottleneck(
+    model: PreTrainedModel, bottleneck: Bottleneck, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> SideCar:
+    """The base with new adapters, which alone are trainable.
 
     Args:
         model: The base; its parameters are frozen.
         bottleneck: The adapters.
+        dtype: Type of what is trained.
         seed: Of the projections down.
 
     Raises:
@@ -167,12 +172,14 @@ def attach_bottleneck(model: PreTrainedModel, bottleneck: Bottleneck, *, seed: i
             cure=f"Set adapter.rank to less than {width}; {max(1, width // 16)}, a 16th, is usual.",
         )
     model.requires_grad_(False)
+    device = device_of(model)
     draw, parts = torch.Generator().manual_seed(seed), {}
     for number, layer in enumerate(decoder_layers(model)):
         mine = nn.ModuleDict()
         for place in places_of(bottleneck.kind):
             part = BottleneckPart(bottleneck, width)
             nn.init.kaiming_uniform_(part.down.weight, a=math.sqrt(5), generator=draw)  # as nn.Linear's
+            part.to(device, dtype)
             _connect(layer, part, places, is_attention=place == "attention")
             mine[place] = parts[f"layers.{number}.{place}"] = part
         layer.add_module("bottleneck", mine)
@@ -200,7 +207,7 @@ def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool 
     adapted = attach_bottleneck(model, bottleneck)
     for name, part in adapted.parts.items():
         for key, parameter in part.named_parameters():
-            parameter.data = tensors[f"{name}.{key}"]
+            parameter.data = tensors[f"{name}.{key}"].to(parameter.device)
             parameter.requires_grad_(is_trainable)
     return adapted
 

@@ -16,9 +16,11 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from qadapt.engine.linear import adapted_linear
+from qadapt.adapters.dora import Dora
+from qadapt.engine.linear import adapted_linear, row_lengths, scaled_rows
 
 
 def use_fused_layers(config: LoraConfig) -> None:
@@ -35,6 +37,10 @@ def use_fused_layers(config: LoraConfig) -> None:
 class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]
     """LoRA on a layer in 4 bits."""
 
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """DoRA as here, or what else PEFT has."""
+        return Dora() if config.use_dora else super().resolve_lora_variant(config=config, **kwargs)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the case is the plain one.
 
@@ -50,6 +56,10 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]
 class FusedLinear8bit(PeftLinear8bit):  # type: ignore[misc]
     """LoRA on a layer in 8 bits."""
 
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """DoRA as here, or what else PEFT has."""
+        return Dora() if config.use_dora else super().resolve_lora_variant(config=config, **kwargs)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the case is the plain one."""
         if is_fusible(self, has_more=bool(args or kwargs)):
@@ -61,6 +71,10 @@ class FusedLinear8bit(PeftLinear8bit):  # type: ignore[misc]
 class FusedLinear(peft_layer.Linear):  # type: ignore[misc]
     """LoRA on a layer that is not quantized."""
 
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """DoRA as here, or what else PEFT has."""
+        return Dora() if config.use_dora else super().resolve_lora_variant(config=config, **kwargs)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the case is the plain one."""
         if is_fusible(self, has_more=bool(args or kwargs)) and self.get_base_layer().weight.dtype == x.dtype:
@@ -70,7 +84,9 @@ class FusedLinear(peft_layer.Linear):  # type: ignore[misc]
 
 
 def is_fusible(layer: peft_layer.LoraLayer, *, has_more: bool) -> bool:
-    """Whether a layer's pass is the plain case: one adapter that is on, not merged, no variant, no autocast.
+    """Whether a layer's pass is the plain case: one adapter that is on, not merged, no autocast.
+
+    A variant is none, but for DoRA without dropout.
 
     Args:
         layer: Of PEFT.
@@ -79,7 +95,10 @@ def is_fusible(layer: peft_layer.LoraLayer, *, has_more: bool) -> bool:
     if has_more or layer.disable_adapters or layer.merged or _casts_itself():
         return False
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    return len(active) == 1 and active[0] not in layer.lora_variant and not layer.lora_bias[active[0]]
+    if len(active) != 1 or layer.lora_bias[active[0]]:
+        return False
+    is_dropping = isinstance(layer.lora_dropout[active[0]], nn.Dropout)
+    return active[0] not in layer.lora_variant or (layer.use_dora[active[0]] and not is_dropping)
 
 
 def fused(layer: peft_layer.LoraLayer, inputs: Tensor) -> Tensor:
@@ -87,8 +106,13 @@ def fused(layer: peft_layer.LoraLayer, inputs: Tensor) -> Tensor:
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     dropout = layer.lora_dropout[name]
     share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-    factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return adapted_linear(inputs, layer.get_base_layer(), factors, scale=layer.scaling[name], dropout=share)
+    factors, scale = (layer.lora_A[name].weight, layer.lora_B[name].weight), layer.scaling[name]
+    base = layer.get_base_layer()
+    made = adapted_linear(inputs, base, factors, scale=scale, dropout=share)
+    if name not in layer.lora_variant:
+        return made
+    lengths = row_lengths(base, factors, scale=scale, dtype=inputs.dtype)
+    return scaled_rows(made, layer.lora_magnitude_vector[name].weight / lengths, bias=base.bias)
 
 
 def _casts_itself() -> bool:

@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) on a frozen base, through PEFT; on disk a plain PEFT folder.
+"""LoRA (arXiv:2106.09685), rsLoRA and DoRA on a frozen base, through PEFT; on disk a plain PEFT folder.
 
 Beside PEFT's two files stand the facts of `facts.py`: which base, how it was held, which prompt contract; and
 the tokenizer, if it has new tokens. Their rows (`new_rows.py`) are saved as PEFT's own.
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -18,9 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qadapt.adapters.dora import start_magnitudes
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.fused import use_fused_layers
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
+from qadapt.adapters.side_car import SideCar
+from qadapt.adapters.side_car_files import save_side_car
 from qadapt.cache import FULL, require_free
 from qadapt.durable import whole_folder
 from qadapt.engine.host import device_of
@@ -33,12 +37,17 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapters: an update of `rank`, times alpha / rank, on `targets` (`all-linear` or names)."""
+    """The adapters: an update of `rank`, times alpha / rank, on `targets` (`all-linear` or names).
+
+    rsLoRA multiplies by alpha / the root of rank. DoRA then gives each row of the adapted weight a length of
+    its own, which is trained, too; it takes no dropout.
+    """
 
     rank: int
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
+    variant: Literal["lora", "rslora", "dora"] = "lora"
 
 
 def attach_lora(
@@ -59,15 +68,8 @@ def attach_lora(
         BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
         Unsupported: See `attach_new_rows`.
     """
-    linears = linear_layers(model)
-    chosen = set(linears) if lora.targets == "all-linear" else set(lora.targets)
-    unknown = sorted(chosen - set(linears))
-    if unknown:
-        raise BadRecipe(
-            f"adapter.targets: {', '.join(unknown)} matches no linear layer of this model.",
-            cure=f"Choose from: {', '.join(linears)}; or all-linear.",
-        )
-    narrowest = min(linears[name] for name in chosen)
+    chosen = chosen_layers(model, lora.targets)
+    narrowest = min(chosen.values())
     if lora.rank > narrowest:
         raise BadRecipe(
             f"adapter.rank is {lora.rank}; the narrowest adapted layer is {narrowest} wide.",
@@ -77,7 +79,9 @@ def attach_lora(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=sorted(chosen),
+        target_modules=list(chosen),
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
         task_type="CAUSAL_LM",
     )
     use_fused_layers(config)
@@ -86,10 +90,33 @@ def attach_lora(
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if new_ids:
         attach_new_rows(model, new_ids, dtype=dtype)
-    device = device_of(model)  # PEFT puts them where the base's weights are, which may be the host
-    for parameter in trainable(adapted).values():
-        parameter.data = parameter.data.to(device, dtype)
+    put_beside(adapted, dtype=dtype)
+    start_magnitudes(adapted)
     return adapted
+
+
+def put_beside(model: PeftModel, *, dtype: torch.dtype) -> None:
+    """Puts what is trained on the device that computes, in a type; PEFT puts it where its layer lies."""
+    device = device_of(model)
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.to(device, dtype)
+
+
+def chosen_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, int]:
+    """Name → narrowest side of the layers that targets mean.
+
+    Raises:
+        BadRecipe: A target matches no linear layer.
+    """
+    linears = linear_layers(model)
+    chosen = sorted(linears if targets == "all-linear" else set(targets))
+    unknown = [name for name in chosen if name not in linears]
+    if unknown:
+        raise BadRecipe(
+            f"adapter.targets: {', '.join(unknown)} matches no linear layer of this model.",
+            cure=f"Choose from: {', '.join(linears)}; or all-linear.",
+        )
+    return {name: linears[name] for name in chosen}
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, int]:
@@ -123,7 +150,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     beside: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes the adapter as a plain PEFT folder with its facts, whole or not at all.
+    """Writes the adapter as a plain PEFT folder, or a side-car, with its facts, whole or not at all.
 
     Args:
         model: The base with the adapter.
@@ -136,13 +163,16 @@ def save_adapter(
         NoRoom: The place is too full, or filled up meanwhile; the adapter that was there is whole.
         BadOutput: The place is read-only.
     """
-    config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = facts.base, facts.revision
     needed_bytes = sum(tensor.nbytes for tensor in trainable(model).values())
     require_free(folder.parent, needed_bytes, purpose="The adapter", or_else="move the run to a larger one")
     try:
         with whole_folder(folder) as building:
-            model.save_pretrained(str(building), save_embedding_layers=False)
+            if isinstance(model, SideCar):
+                save_side_car(model, building)
+            else:
+                config = model.peft_config["default"]
+                config.base_model_name_or_path, config.revision = facts.base, facts.revision
+                model.save_pretrained(str(building), save_embedding_layers=False)
             if rows := new_rows_of(model):
                 _add_new_rows(building, rows)
                 tokenizer.save_pretrained(str(building))
@@ -165,12 +195,13 @@ def _is_full(error: OSError | SafetensorError) -> bool:
 
 
 def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """The base with the adapter of a folder, in the type it was saved in, and its new tokens' rows."""
+    """The base with the adapter of a PEFT folder, in the type it was saved in, and its new tokens' rows."""
     config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
-    tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
     config.inference_mode = not is_trainable
-    use_fused_layers(config)
+    tables = None
+    if isinstance(config, LoraConfig):
+        tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
+        use_fused_layers(config)
     device, frozen = device_of(model), {id(parameter) for parameter in model.parameters()}
     adapted = PeftModel.from_pretrained(
         model,

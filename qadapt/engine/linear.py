@@ -109,6 +109,33 @@ def _multiply(
     rows.addmm_(between, up.to(flat.dtype).t(), alpha=scale)  # (N, R) by (R, O)
 
 
+@torch.no_grad()
+def row_lengths(
+    layer: nn.Linear, factors: tuple[Tensor, Tensor], *, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """(O,) the lengths of the rows of W + scale B A, in fp32; W dequantized into a type.
+
+    DoRA (arXiv:2402.09353, 4.3) takes them for constants in the backward pass. They come from the square's
+    three terms, so that no second matrix of W's size is made.
+    """
+    down, up = (factor.float() for factor in factors)  # (R, I), (O, R)
+    weight = dense_weight(layer, dtype)  # (O, I)
+    own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+    both = (weight @ down.to(dtype).t()).float().mul_(up).sum(1)
+    update = (up @ (down @ down.t())).mul_(up).sum(1)
+    lengths: Tensor = own.add_(both, alpha=2 * scale).add_(update, alpha=scale**2).sqrt_()
+    return lengths
+
+
+def scaled_rows(made: Tensor, factors: Tensor, *, bias: Tensor | None) -> Tensor:
+    """A layer's output as if each row of its weight were multiplied by a factor, (O,); the bias stays."""
+    typed = factors.to(made.dtype)
+    if bias is None:
+        return made * typed
+    bias = bias.to(made.dtype)
+    return torch.addcmul(bias, made - bias, typed)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """Hands over what is kept, and an empty result, which is filled afterwards.
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qadapt.engine.adapted import Adapted
 from qadapt.engine.documents import Documents
 from qadapt.engine.target import capability_for
 from qadapt.plan.workspace import loss_piece
@@ -113,7 +113,7 @@ def loss_sum(
         chunk: As of `summed_loss`.
     """
     packed = {} if documents is None else {"position_ids": documents.position_ids, "documents": documents}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, Adapted) else model
     head = head_of(cast(PreTrainedModel, base))
     if head is None:
         kept = {"logits_to_keep": positions, **packed}

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qadapt.methods import METHODS, SCALED_INPUTS
 from qadapt.plan.attention import Attention, attention_core_bytes, mask_bytes, score_bytes
+from qadapt.plan.bottleneck import bottleneck_bytes
 from qadapt.plan.setting import Setting
 from qadapt.shape import Linear, ModelShape
 
@@ -60,7 +62,8 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
     kept += _adapter(last, setting, is_kept_already=is_kept)
     if shape.family == "gemma2":
         kept += _wide_norm(shape, setting)
-    return kept * setting.tokens + score_bytes(shape, setting, attention)
+    beside = bottleneck_bytes(shape, setting, "attention")
+    return kept * setting.tokens + score_bytes(shape, setting, attention) + beside
 
 
 def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -70,14 +73,15 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
     """
     if setting.mlp_tiles > 1:
         norms = 2 if shape.family == "gemma2" else 1
-        return (norms * _wide_norm(shape, setting) + shape.width * setting.compute_bytes) * setting.tokens
+        kept = norms * _wide_norm(shape, setting) + shape.width * setting.compute_bytes
+        return kept * setting.tokens + bottleneck_bytes(shape, setting, "mlp")
     first = [linear for linear in shape.linears if linear.name in MLP_NAMES]
     last = [linear for linear in shape.linears if linear.name == "down_proj"]
     kept = _wide_norm(shape, setting) + _adapter(first, setting)
     kept += 3 * shape.mlp_width * setting.compute_bytes + _adapter(last, setting)
     if shape.family == "gemma2":
         kept += _wide_norm(shape, setting)
-    return kept * setting.tokens
+    return kept * setting.tokens + bottleneck_bytes(shape, setting, "mlp")
 
 
 def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
@@ -115,14 +119,30 @@ def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: boo
 
 
 def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:
-    """What LoRA on layers that share one input keeps: that input and the R values between A and B."""
-    between = sum(setting.adapts(linear) for linear in linears) * setting.rank * setting.compute_bytes
-    return between + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
+    """What adapters on layers that share one input keep.
+
+    LoRA: that input and the R values between A and B; DoRA besides the output before its rows are scaled.
+    IA3: what it scales, be it input or output.
+    """
+    adapted = [linear for linear in linears if setting.adapts(linear)]
+    scaled = [each.outputs for each in adapted if scales_output(each, setting)]
+    between = [setting.rank for _ in adapted if METHODS[setting.method].has_rank]
+    kept = setting.compute_bytes * (sum(scaled) + sum(between))
+    return kept + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
+
+
+def scales_output(linear: Linear, setting: Setting) -> bool:
+    """Whether an adapter multiplies a layer's output by what it has learned."""
+    is_scaled = setting.method == "dora" or (setting.method == "ia3" and linear.name not in SCALED_INPUTS)
+    return is_scaled and setting.adapts(linear)
 
 
 def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:
     """Per token: the input that fused layers share and keep, and with dropout a mask of a byte each."""
-    adapted = [linear for linear in linears if setting.adapts(linear)]
+    is_idle = setting.method == "ia3"
+    adapted = [
+        each for each in linears if setting.adapts(each) and not (is_idle and scales_output(each, setting))
+    ]
     if not adapted:
         return 0
     masks = len(adapted) if setting.dropout > 0 else 0

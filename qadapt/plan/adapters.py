@@ -1,14 +1,16 @@
 """Bytes of what is trained: the adapter, its gradient, its optimizer state. Exact, tensor by tensor.
 
 Knows nothing of activations. A LoRA pair on a layer (outputs O, inputs I) is A (R, I) and B (O, R),
-arXiv:2106.09685; N new tokens have rows (N, D) in embedding and head, D the width. Checked to the byte
-against PEFT's in `tests/test_estimate.py`.
+arXiv:2106.09685, with a magnitude (O,) in DoRA; IA3 has (O,) or (I,) alone. N new tokens have rows (N, D) in
+embedding and head, D the width. Checked to the byte against PEFT's in `tests/test_estimate.py`.
 """
 
 from __future__ import annotations
 
 import math
 
+from qadapt.methods import SCALED_INPUTS
+from qadapt.plan.bottleneck import bottleneck_tensors, stands_beside
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -21,7 +23,13 @@ EIGHT_BIT_BLOCK = 256
 def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     """The number of values of each trained tensor of one decoder layer."""
     adapted = [linear for linear in shape.linears if setting.adapts(linear)]
-    return tuple(setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs))
+    if stands_beside(setting):
+        return bottleneck_tensors(shape, setting)
+    if setting.method == "ia3":
+        return tuple(each.inputs if each.name in SCALED_INPUTS else each.outputs for each in adapted)
+    pairs = [setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs)]
+    magnitudes = [linear.outputs for linear in adapted] if setting.method == "dora" else []
+    return (*pairs, *magnitudes)
 
 
 def token_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import Card
+from qadapt.methods import METHODS
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.knobs import KNOBS, LEAST_PLANNED_PIECE
 from qadapt.plan.room import Room
@@ -89,8 +90,11 @@ def most(
         card: Where it runs.
 
     Raises:
-        BadRecipe: See `check_setting`.
+        BadRecipe: See `check_setting`; or a rank is asked for, and the method has none.
     """
+    facts = METHODS[setting.method]
+    if what == "rank" and not facts.has_rank:
+        raise BadRecipe(f"--max rank: {facts.title} has no rank.", cure="Ask for --max length or --max rows.")
     free, rows_per_step = freedom
     if what == "rows":
         free -= {"micro_batch"}
@@ -246,6 +250,8 @@ def _at(setting: Setting, what: What, value: int, *, rows_per_step: int) -> Sett
 def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int) -> Ceiling:
     if what == "length":
         return Ceiling(shape.context, f"the context of {shape.name}")
+    if what == "rank" and METHODS[setting.method].usual_activation is not None:
+        return Ceiling(shape.width - 1, "one less than the width of the model")
     if what == "rank":
         adapted = [linear for linear in shape.linears if setting.adapts(linear)]
         narrowest = min(min(linear.inputs, linear.outputs) for linear in adapted)

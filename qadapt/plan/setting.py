@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qadapt.errors import BadRecipe
+from qadapt.methods import METHODS, Activation, Method, activation_of
 from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ class Setting:
     length: int = 2048
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     double_quant: bool = True
-    method: Literal["lora"] = "lora"
+    method: Method = "lora"
     rank: int = 16
     dropout: float = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    activation: Activation = "relu"
     adapter_dtype: Literal["bf16", "fp32"] = "bf16"
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw-8bit"
@@ -113,6 +115,8 @@ class Setting:
 
     def adapts(self, linear: Linear) -> bool:
         """Whether a linear layer carries an adapter."""
+        if METHODS[self.method].usual_activation is not None:
+            return False
         return self.targets == "all-linear" or linear.name in self.targets
 
     def tensor_bytes(self, count: int, value_bytes: float) -> int:
@@ -243,8 +247,15 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
                 f"adapter target {target!r} is no linear layer of {shape.name}.",
                 cure=f"{hint}It has: {', '.join(names)}.",
             )
+    if METHODS[setting.method].usual_activation is not None and setting.rank >= shape.width:
+        raise BadRecipe(
+            f"rank = {setting.rank}: a bottleneck is narrower than {shape.name}, {shape.width} wide.",
+            cure=f"Give a rank of less than {shape.width}; {max(1, shape.width // 16)}, a 16th, is usual.",
+        )
+    if METHODS[setting.method].usual_activation is not None:
+        return
     narrowest = min(min(linear.inputs, linear.outputs) for linear in shape.linears if setting.adapts(linear))
-    if setting.rank > narrowest:
+    if METHODS[setting.method].has_rank and setting.rank > narrowest:
         raise BadRecipe(
             f"rank = {setting.rank} is above {narrowest}, the narrowest adapted layer of {shape.name}.",
             cure=f"Give a rank of at most {narrowest}; 8 to 64 is usual.",
@@ -308,6 +319,7 @@ def setting_of(
         rank=adapter.rank,
         dropout=adapter.dropout,
         targets=adapter.targets,
+        activation=activation_of(adapter.method),
         adapter_dtype=adapter_dtype if adapter.dtype == "auto" else adapter.dtype,
         compute_dtype=compute_dtype if memory.compute_dtype == "auto" else memory.compute_dtype,
         optimizer=optimizer,

@@ -12,9 +12,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes
+from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes, scales_output
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
+from qadapt.plan.bottleneck import bottleneck_bytes, stands_beside
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
 from qadapt.shape import Linear, ModelShape
@@ -44,11 +45,18 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     through_down = wide * c + dequantized_bytes(down, setting)
     is_dropped = setting.dropout > 0 and setting.adapts(down)
     moments = [through_down, (2 if is_dropped else 1) * wide * c, 3 * wide * c - product]
+    if setting.adapts(down) and setting.method == "ia3":  # its factors' gradient, spread over the tokens
+        moments.append(3 * wide * c)
     if shape.family == "phi3":  # the fused layer's weight is the largest; what it made is gone by then
-        moments.append(dequantized_bytes(up, setting) + gradient - wide * c - product)
+        scaled = up.outputs * c * tokens if scales_output(up, setting) else 0
+        moments.append(dequantized_bytes(up, setting) + gradient - wide * c - product - scaled)
+    if setting.method == "dora" and setting.adapts(down):  # what it scaled is gone by then
+        moments = [moment - gradient for moment in moments]
     if shape.family == "gemma2":  # the norm after the feed-forward part, in fp32, is gone by then
         norm = shape.width * FP32 * tokens
         moments = [5 * norm, *(moment - norm for moment in moments)]
+    if stands_beside(setting):
+        moments = _beside_moments(shape, setting, moments)
     held = _held_gradient_bytes(shape, setting)
     if is_recomputed and "boundaries" in setting.offload and c < FP32:
         held += shape.width * c * tokens  # the layer's input, which its norm keeps a copy of, is still there
@@ -61,6 +69,18 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     )
 
 
+def _beside_moments(shape: ModelShape, setting: Setting, moments: Sequence[int]) -> list[int]:
+    """What passes as a half goes backward where an adapter stands beside it: its own moment comes first.
+
+    Then what it kept is gone, and the gradients of the stream and of what is added to it are two tensors, up
+    to the first operation.
+    """
+    gradient = shape.width * setting.compute_bytes * setting.tokens
+    kept = bottleneck_bytes(shape, setting, "mlp")
+    first, *others = (moment - kept for moment in moments)
+    return [2 * gradient, first + gradient, *others]
+
+
 def _tiled_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     """The feed-forward half going backward in pieces: the layer's gradient, that of its input, and one piece.
 
@@ -69,23 +89,29 @@ def _tiled_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     piece = piece_of(setting)
     within = mlp_bytes(shape, piece) - norm_bytes(shape, piece)
     within += mlp_passing_bytes(shape, piece, is_recomputed=True)
-    return shape.width * setting.compute_bytes * (2 * setting.tokens - piece.tokens) + within
+    passing = shape.width * setting.compute_bytes * (2 * setting.tokens - piece.tokens) + within
+    if not stands_beside(setting):
+        return passing
+    own, later = _beside_moments(shape, setting, [passing])
+    return max(own + shape.width * setting.compute_bytes * setting.tokens, later)
 
 
 def piece_of(setting: Setting) -> Setting:
     """The tokens that a feed-forward part or a norm takes at once, as a setting of its own."""
     tokens = -(-setting.tokens // setting.mlp_tiles)
-    return dataclasses.replace(setting, rows=1, length=tokens, packed=False, mlp_tiles=1)
+    piece = dataclasses.replace(setting, rows=1, length=tokens, packed=False, mlp_tiles=1)
+    return dataclasses.replace(piece, method="lora", targets=()) if stands_beside(setting) else piece
 
 
 def _held_gradient_bytes(shape: ModelShape, setting: Setting) -> int:
     """Gradients that wait while a layer is computed again: up to the first operation that needs its values.
 
-    That is the down projection with its adapter; without one, the product before it; in gemma2 the norm
-    after it.
+    That is the down projection with its adapter; without one, the product before it, with IA3 the product's
+    scaling; in gemma2 the norm after it.
     """
     per_token = shape.width * setting.compute_bytes
-    if shape.family != "gemma2" and not setting.adapts(_linear(shape, "down_proj")):
+    is_passed = setting.method == "ia3" or not setting.adapts(_linear(shape, "down_proj"))
+    if shape.family != "gemma2" and is_passed and not stands_beside(setting):
         per_token += shape.mlp_width * setting.compute_bytes
     return per_token * setting.tokens
 
@@ -102,14 +128,16 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     wide, hidden = shape.mlp_width * tokens, shape.width * c * tokens
     product = adapter_input_bytes([down], setting) * tokens
     residual = hidden if c < FP32 else 0  # in fp32 a norm keeps it
-    normed = 0 if setting.adapts(up) else hidden
+    normed = 0 if adapter_input_bytes([up], setting) else hidden
     later = product + (up.outputs - shape.mlp_width) * tokens * c  # one layer for both: not activated yet
+    later += up.outputs * tokens * c if scales_output(up, setting) else 0  # not scaled yet
+    later += (beside := bottleneck_bytes(shape, setting, "mlp"))
     moments = [dequantized_bytes(up, setting, is_forward=True) + residual + normed - later]
-    is_whole = not is_recomputed or shape.family == "gemma2"
+    is_whole = not is_recomputed or shape.family == "gemma2" or beside > 0
     if is_whole or setting.adapts(down):
-        taken = 0 if setting.adapts(down) else wide * c
+        taken = 0 if setting.adapts(down) and setting.method != "ia3" else wide * c
         base = dequantized_bytes(down, setting, is_forward=True) if is_whole else 0
-        moments.append(base + residual + normed + hidden + taken)
+        moments.append(base + residual + normed + hidden + taken - beside)
     if setting.adapts(down) and setting.dropout > 0:
         moments.append(wide * c + residual + normed)
     return moments
@@ -123,6 +151,11 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
     cast let go. Scores made without fusing: the same two, and what the kernel of the softmax's gradient
     takes. Where documents of a packed row come one after another, their scores and kernels do, too.
     """
+    passing = _scores_passing_bytes(shape, setting, attention)
+    return passing - bottleneck_bytes(shape, setting, "attention")
+
+
+def _scores_passing_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
     query, key_value = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     c, at_once = setting.compute_bytes, 1 if attention.is_joined else setting.rows
     scores = at_once * shape.heads * setting.length**2

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.lora import without_adapter
 from qadapt.data.prompt import PromptContract
+from qadapt.engine.adapted import Adapted
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
@@ -229,7 +230,7 @@ class Chat:
     def _voice(self) -> AbstractContextManager[None]:
         if self.uses_adapter:
             return nullcontext()
-        assert isinstance(self.model, PeftModel), "only an adapter can be switched off"
+        assert isinstance(self.model, Adapted), "only an adapter can be switched off"
         return without_adapter(self.model)
 
     def _does_not_fit(self, tokens: int) -> DoesNotFit:

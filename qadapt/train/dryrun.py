@@ -21,7 +21,8 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.method import Adapter, attach
 from qadapt.batch_shape import BatchShape, packed_shape
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.arrangement import arrange
@@ -123,10 +124,12 @@ def skeleton_model(
         within=lambda: target_functions(target),
     )
     choose_attention(base, dtype=DTYPES[setting.compute_dtype], capability=target.capability)
-    lora = Lora(rank=setting.rank, alpha=setting.rank, dropout=setting.dropout, targets=setting.targets)
+    adapter = Adapter(
+        setting.method, setting.rank, setting.rank, setting.dropout, setting.targets, setting.activation
+    )
     rows = base.get_output_embeddings().out_features
     new_ids = range(rows - setting.new_tokens, rows)
-    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
+    return attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
 
 
 def batch_of(setting: Setting) -> BatchShape:

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from qadapt.methods import METHODS
 from qadapt.plan.answer import Answer
 from qadapt.plan.categories import CATEGORIES, STATIC, TITLES
 from qadapt.plan.inverse import What
@@ -100,14 +101,17 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
     elif setting.quantization == "none":
         base = f"base in {setting.compute_dtype}"
     where = "all linear layers" if setting.targets == "all-linear" else ", ".join(setting.targets)
-    rank = "" if asked == "rank" else f" rank {setting.rank}"
+    facts = METHODS[setting.method]
+    rank = f" rank {setting.rank}" if facts.has_rank and asked != "rank" else ""
+    if facts.usual_activation is not None:
+        rank, where = rank.replace("rank", "width"), "every layer"
     rows = "rows" if asked == "rows" else "1 row" if setting.rows == 1 else f"{setting.rows} rows"
     length = "" if asked == "length" else f" of {setting.length:,} tokens"
     packed = ", packed" if setting.packed else ""
     learned = "" if setting.supervised_share == 1 else f", {setting.supervised_share:.0%} of them learned"
     parts = (
         base,
-        f"LoRA{rank} in {setting.adapter_dtype} on {where}",
+        f"{facts.title}{rank} in {setting.adapter_dtype} on {where}",
         f"{rows}{length}{packed}{learned}",
         recomputed_words(setting.recompute),
         *arranged_words(

@@ -1,0 +1,87 @@
+"""The adapter methods behind their names: how each is attached to a base, and loaded again.
+
+A method that PEFT has is trained in PEFT's own parameters and stands on disk as a plain PEFT folder, which
+`lora.save_adapter` writes. What is known of a method without tensors is in `methods.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck, load_bottleneck
+from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
+from qadapt.adapters.lora import Lora, attach_lora, load_lora
+from qadapt.adapters.side_car import Part
+from qadapt.adapters.side_car_files import is_side_car
+from qadapt.errors import Unsupported
+from qadapt.methods import METHODS, Activation, Method
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained, as a recipe's adapter section has it."""
+
+    method: Method
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+    activation: Activation = "relu"
+
+
+def attach(
+    model: PreTrainedModel, adapter: Adapter, *, dtype: torch.dtype, seed: int, new_ids: Sequence[int] = ()
+) -> PeftModel:
+    """The base with a new adapter, which alone is trainable, and the rows of new tokens.
+
+    The first forward pass equals the base's.
+
+    Args:
+        model: The frozen base.
+        adapter: The adapter.
+        dtype: Type of what is trained.
+        seed: Of what starts at random.
+        new_ids: Ids of new tokens, in order.
+
+    Raises:
+        BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
+        Unsupported: The method trains no rows of new tokens; or see `attach_new_rows`.
+    """
+    if adapter.method not in ("lora", "rslora", "dora"):
+        if new_ids:
+            raise Unsupported(
+                f"data.new_tokens: {METHODS[adapter.method].title} trains no rows of new tokens.",
+                cure="Leave data.new_tokens out, or set adapter.method=lora.",
+            )
+        if adapter.method == "ia3":
+            return attach_ia3(model, adapter.targets, dtype=dtype)
+        return attach_bottleneck(model, _bottleneck(adapter), dtype=dtype, seed=seed)
+    lora = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, variant=adapter.method)
+    return attach_lora(model, lora, dtype=dtype, seed=seed, new_ids=new_ids)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+    """The base with the adapter of a folder, of whatever method, in the type it was saved in."""
+    if is_side_car(folder):
+        return load_bottleneck(model, folder, is_trainable=is_trainable)
+    adapted = load_lora(model, folder, is_trainable=is_trainable)
+    use_typed_layers(adapted)
+    return adapted
+
+
+def adapted_layers(model: PeftModel) -> int:
+    """How many layers of a base have an adapter, or how many adapters stand beside them."""
+    return sum(isinstance(module, BaseTunerLayer | Part) for module in model.modules())
+
+
+def _bottleneck(adapter: Adapter) -> Bottleneck:
+    assert adapter.method in KINDS
+    scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
+    return Bottleneck(adapter.method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)

@@ -1,0 +1,306 @@
+"""Every adapter method: against plain PEFT, and from the recipe to the proven export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import pytest
+import torch
+from peft import IA3Config, PeftModel, get_peft_model
+from test_closed_form import FULL, HALF, compared
+from test_dryrun import SETTING, config, counted
+from test_estimate import CPU, folders, shape_of, values_of
+from test_linear import BASES, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
+from test_train import make_recipe, only
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qadapt.adapters.ia3 import use_typed_layers
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.method import Adapter, attach
+from qadapt.engine.linear import dense_weight
+from qadapt.errors import BadRecipe, Unsupported
+from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished
+from qadapt.exporting import export
+from qadapt.methods import METHODS, Method, said
+from qadapt.model.load import load_base
+from qadapt.plan.adapters import trainable as planned
+from qadapt.plan.estimate import estimate_step
+from qadapt.plan.inverse import most
+from qadapt.plan.room import Room
+from qadapt.recipe import AdapterSection, Recipe
+from qadapt.recipe_file import check_recipe
+from qadapt.run import evaluate, load, resume, train
+from qadapt.train.dryrun import dry_run
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+__all__ = ["folders"]  # a fixture
+NAMES: tuple[Method, ...] = ("lora", "rslora", "dora", "ia3")
+"""Those that PEFT has."""
+OTHERS = tuple(name for name in NAMES if name != "lora")
+FP32 = torch.float32
+
+
+# --- what a layer computes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_dora_in_fp32_is_plain_pefts(base: str, bias: bool) -> None:
+    ours, plain = (
+        adapted(base, (FP32, FP32), fused=each, bias=bias, use_dora=True, use_rslora=True)
+        for each in (True, False)
+    )
+    for each in (ours, plain):
+        magnitude = next(value for name, value in trainable(each).items() if "magnitude" in name)
+        magnitude.data.abs_().add_(1)
+    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
+    assert max(off.values()) < 2 * TOLERANCE[FP32], off
+
+
+def scaled(base: str, dtype: torch.dtype, *, is_input: bool, bias: bool, typed: bool) -> PeftModel:
+    """A block with IA3, with layers as here or of stock PEFT, its factors random."""
+    block = Block(frozen(base, dtype, bias=bias))
+    block.is_loaded_in_4bit, block.is_loaded_in_8bit = "nf4" in base, base == "int8"
+    names = ["projection"]
+    made = get_peft_model(
+        block, IA3Config(target_modules=names, feedforward_modules=names if is_input else [])
+    )
+    if typed:
+        use_typed_layers(made)
+    torch.manual_seed(2)
+    for parameter in trainable(made).values():
+        parameter.data = 1 + 0.2 * torch.randn(parameter.shape)
+    return made.train()
+
+
+@pytest.mark.parametrize("base", [each for each in BASES if each != "int8"])
+@pytest.mark.parametrize(("is_input", "bias"), [(True, False), (True, True), (False, True)])
+def test_ia3_in_fp32_is_plain_pefts(base: str, is_input: bool, bias: bool) -> None:
+    ours, plain = (scaled(base, FP32, is_input=is_input, bias=bias, typed=each) for each in (True, False))
+    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
+    assert max(off.values()) < TOLERANCE[FP32], off
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_ia3_in_bf16_is_near_fp32_and_stays_in_bf16(base: str) -> None:
+    ours = scaled(base, torch.bfloat16, is_input=False, bias=False, typed=True)
+    exact = scaled("plain", FP32, is_input=False, bias=False, typed=True)
+    source, target = (next(m for m in each.modules() if hasattr(m, "ia3_l")) for each in (ours, exact))
+    target.base_layer.weight.data = dense_weight(source.base_layer, FP32)
+    found = outcome(ours, inputs_of(torch.bfloat16))
+    assert found["output"].dtype is torch.bfloat16
+    off = errors(found, outcome(exact, inputs_of(torch.bfloat16).detach().float().requires_grad_()))
+    assert max(off.values()) < TOLERANCE[torch.bfloat16], off
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("method", NAMES)
+def test_the_first_pass_is_the_bases(
+    method: Method, quantization: str, dtype: torch.dtype, tiny_model: TinyModel
+) -> None:
+    model = attached(method, tiny_model("qwen2"), quantization=quantization, dtype=dtype)
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.equal(found, model(input_ids=ids).logits)
+
+
+def attached(
+    method: Method, folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP32, **options: Any
+) -> PeftModel:
+    base = load_base(
+        folder, quantization=quantization, double_quant=True, dtype=dtype, device=torch.device("cpu")
+    )
+    return attach(base, Adapter(method, 4, 8), dtype=FP32, seed=0, **options).train()
+
+
+# --- what is planned --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"compute_dtype": "bf16", "adapter_dtype": "bf16"}])
+@pytest.mark.parametrize("method", OTHERS)
+def test_the_dry_run_of_a_method_is_its_step_to_the_byte(
+    method: Method, changes: dict[str, Any], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = dataclasses.replace(SETTING, method=method, **changes)
+    monkeypatch.setattr("test_dryrun.build", lambda folder, setting: built(folder, setting))
+    ledger, dry = counted(folders["llama"], setting), dry_run(config("llama"), setting)
+    assert dry.peak == ledger.peak
+    categories = estimate_step(shape_of("llama"), setting).categories
+    for category in ("base_weights", "quantization_constants", "unquantized", "adapters", "optimizer"):
+        assert dry.static[category] == categories[category], category
+
+
+def built(folder: Path, setting: Any) -> PeftModel:
+    """As `test_estimate.build`, of any method."""
+    from qadapt.engine.arrangement import arrange
+    from qadapt.model.precision import DTYPES
+
+    base = load_base(
+        folder,
+        quantization=setting.quantization,
+        double_quant=setting.double_quant,
+        dtype=DTYPES[setting.compute_dtype],
+        device=torch.device("cpu"),
+    )
+    arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
+    adapter = Adapter(setting.method, setting.rank, 16, setting.dropout, setting.targets)
+    return attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "changes"),
+    [
+        ("SmolLM2-360M", None, {"length": 300, "recompute": "none", **FULL}),
+        ("Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, **HALF}),
+        ("Llama-3.2-1B", "RTX 3090", {"length": 2000, "mlp_tiles": 4}),
+        ("Llama-3.2-1B", "RTX 3090", {"length": 2000, "targets": ("k_proj", "v_proj", "down_proj")}),
+        ("Qwen3-0.6B", "T4", {"rows": 2, "length": 512, "quantization": "none", **HALF}),
+        ("gemma-2-2b", "T4", {"length": 1000, **HALF}),
+        ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "rank": 64}),
+    ],
+)
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+def test_the_closed_form_of_a_method_is_its_dry_run_within_three_percent(
+    method: Method, model: str, card: str | None, changes: dict[str, Any]
+) -> None:
+    found = compared(model, card, method=method, supervised_share=0.05, **changes)
+    for part in ("peak", "working"):
+        assert abs(found.errors[part]) <= 0.03, "\n".join(found.lines())
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_plan_counts_what_is_trained(method: Method, folders: dict[str, Path]) -> None:
+    setting = dataclasses.replace(CPU, method=method, rank=4, targets=("q_proj", "down_proj"))
+    model = built(folders["llama"], setting)
+    assert sum(each.numel() for each in trainable(model).values()) == planned(shape_of("llama"), setting)
+    assert values_of("llama")["num_hidden_layers"] == 3
+
+
+# --- from the recipe to the export ------------------------------------------------------------------------
+
+
+def recipe_of(method: Method, folder: Path, model: Path, **fields: Any) -> Recipe:
+    values = make_recipe(folder, model, **fields).model_dump(mode="json")
+    values["adapter"] = {"method": method} | ({"rank": 4} if METHODS[method].has_rank else {})
+    return check_recipe(values, origin="the test")
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_method_trains_resumes_reloads_and_exports_proven(
+    method: Method, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    runs = str(tmp_path / "runs")
+    straight = list(train(recipe_of(method, tmp_path, tiny_model("qwen2"))))
+    assert isinstance(straight[-1], RunFinished)
+    assert only(AdapterAttached, straight)[0].adapted_layers == 2 * 7
+    whole = (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes()
+    (tmp_path / "runs/first").rename(tmp_path / "straight")
+
+    events = train(recipe_of(method, tmp_path, tiny_model("qwen2")))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    assert isinstance(list(resume("first", folder=runs))[-1], RunFinished)
+    assert (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes() == whole
+
+    found = evaluate("first", folder=runs)
+    assert found.loss < found.base_loss
+    *_, exported = export("first", folder=runs, form="merged-fp32", to=tmp_path / "out")
+    assert isinstance(exported, Exported)
+    assert json.loads((tmp_path / "out/proof.json").read_text(encoding="utf-8"))["holds"] is True
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    live = logits(load("first", folder=runs, device="cpu").model)
+    assert (merged - live).abs().max() < 1e-4 * live.abs().max()
+    assert torch.equal(live, logits_elsewhere(runs, tmp_path / "logits.pt"))
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=torch.arange(3, 43).view(2, 20)).logits
+    return found.float()
+
+
+def logits_elsewhere(runs: str, file: Path) -> Tensor:
+    """The logits that another process finds."""
+    program = (
+        "import sys, torch; from safetensors.torch import save_file; from qadapt.run import load\n"
+        "torch.set_num_threads(1); model = load('first', folder=sys.argv[1], device='cpu').model.eval()\n"
+        "with torch.no_grad(): found = model(input_ids=torch.arange(3, 43).view(2, 20)).logits\n"
+        "save_file({'logits': found.float()}, sys.argv[2])"
+    )
+    from safetensors.torch import load_file
+
+    subprocess.run([sys.executable, "-c", program, runs, str(file)], check=True, capture_output=True)
+    return load_file(file)["logits"]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_stock_peft_loads_what_a_run_saved(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    values = recipe_of(method, tmp_path, model, steps=2).model_dump(mode="json")
+    values["model"]["quantization"] = "none"
+    list(train(check_recipe(values, origin="the test")))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=FP32)
+    stock = logits(PeftModel.from_pretrained(base, tmp_path / "runs/first/adapter"))
+    ours = logits(load("first", folder=str(tmp_path / "runs"), device="cpu").model)
+    assert (stock - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def test_a_field_that_means_nothing_to_a_method_is_refused_by_name() -> None:
+    for method, field, value in (("ia3", "rank", 8), ("ia3", "alpha", 1.0), ("dora", "dropout", 0.1)):
+        least = {"model": "m", "data": {"sources": [{"path": "p"}]}, "run": {"name": "n"}}
+        with pytest.raises(BadRecipe, match=f"{field} = {value} means nothing to {METHODS[method].title}"):
+            check_recipe({**least, "adapter": {"method": method, field: value}}, origin="the test")
+
+
+def test_an_unknown_method_is_refused_with_the_list() -> None:
+    least = {"model": "m", "data": {"sources": [{"path": "p"}]}, "run": {"name": "n"}}
+    with pytest.raises(BadRecipe, match=r"adapter\.method") as refused:
+        check_recipe({**least, "adapter": {"method": "lore"}}, origin="the test")
+    assert all(name in str(refused.value) for name in NAMES)
+
+
+def test_ia3_trains_no_new_tokens(tiny_model: TinyModel) -> None:
+    with pytest.raises(Unsupported, match="IA3 trains no rows of new tokens") as refused:
+        attached("ia3", tiny_model("llama"), new_ids=[300])
+    assert "adapter.method=lora" in refused.value.cure
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_target_that_matches_nothing_is_refused_with_what_would(
+    method: Method, tiny_model: TinyModel
+) -> None:
+    base = load_base(
+        tiny_model("llama"), quantization="nf4", double_quant=True, dtype=FP32, device=torch.device("cpu")
+    )
+    with pytest.raises(BadRecipe, match="qkv_proj matches no linear layer") as refused:
+        attach(base, Adapter(method, 4, 8, targets=("qkv_proj",)), dtype=FP32, seed=0)
+    assert "q_proj" in refused.value.cure
+
+
+def test_every_method_has_a_title_and_a_source() -> None:
+    assert set(METHODS) == set(get_args(Method)) >= set(NAMES)
+    assert said("dora", 8) == "DoRA, rank 8"
+    assert said("ia3", 16) == "IA3"
+    fields = AdapterSection.model_fields
+    assert all(name in fields for facts in METHODS.values() for name in facts.unused)
+
+
+def test_the_highest_rank_of_a_method_without_one_is_refused() -> None:
+    question = dataclasses.replace(CPU, method="ia3")
+    with pytest.raises(BadRecipe, match="IA3 has no rank") as refused:
+        most(shape_of("llama"), question, what="rank", room=Room(1 << 40))
+    assert "--max length" in refused.value.cure
