@@ -35,6 +35,7 @@ from qadapt.plan.adapters import adapter_bytes, optimizer_bytes
 from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.categories import STATIC
 from qadapt.plan.host import pinned_bytes, table_bytes
+from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, shared_stream_bytes, stands_beside
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
 from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes
@@ -180,11 +181,15 @@ def estimate_step(shape: ModelShape, setting: Setting, *, card: Card | None = No
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a layer keeps; what it holds at the highest moment of its way back, and what passes then."""
+    """What a layer keeps; what it holds at the highest moment of its way back, and what passes then.
+
+    `idle_bytes` of what it keeps the very first layer does not, as nothing goes back that far.
+    """
 
     kept_bytes: int
     widest_bytes: int
     passing_bytes: int
+    idle_bytes: int
 
 
 def _moments(
@@ -243,7 +248,7 @@ def _at_widest_layer(
         for place in (last, first) if first <= last else ():
             held = layer.widest_bytes + kept.kept_bytes * max(0, place - count)
             if place and not count:
-                held -= first_input_bytes(shape, setting)
+                held -= layer.idle_bytes
             waiting = boundaries_there(setting, min(place + 1, count), is_turn=place < count)
             at_layer = {
                 "gradients": earlier or whole * (layers - 1 - place) // layers,
@@ -261,10 +266,10 @@ def _boundaries_before(shape: ModelShape, setting: Setting) -> int:
 
 
 def _kept_layers_bytes(shape: ModelShape, setting: Setting, layer: _Layer) -> int:
-    """What the kept layers keep; the very first input needs no gradient (`first_input_bytes`)."""
+    """What the kept layers keep."""
     recomputed = setting.recomputed_layers(shape.layers)
     kept = (shape.layers - recomputed) * layer.kept_bytes
-    return kept if recomputed else kept - first_input_bytes(shape, setting)
+    return kept if recomputed else kept - layer.idle_bytes
 
 
 def _layer(shape: ModelShape, setting: Setting, attention: Attention, *, is_recomputed: bool) -> _Layer:
@@ -273,7 +278,18 @@ def _layer(shape: ModelShape, setting: Setting, attention: Attention, *, is_reco
     kept = half + mlp_bytes(shape, setting)
     both = (kept, mlp_passing_bytes(shape, setting, is_recomputed=is_recomputed))
     alone = (half, attention_passing_bytes(shape, setting, attention))
-    return _Layer(kept, *max(both, alone, key=sum))
+    return _Layer(kept, *max(both, alone, key=sum), idle_bytes=_idle_bytes(shape, setting, half))
+
+
+def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
+    """What comes before the first trained value: its norm (`first_input_bytes`), or all but the adapters."""
+    if not stands_beside(setting):
+        return first_input_bytes(shape, setting)
+    before = half - bottleneck_bytes(shape, setting, "attention") + mask_bytes(shape, setting)
+    if setting.method == "houlsby":
+        return before
+    before += mlp_bytes(shape, setting) - bottleneck_bytes(shape, setting, "mlp")
+    return before - shared_stream_bytes(shape, setting)
 
 
 def _loading_bytes(shape: ModelShape) -> int:
