@@ -18,6 +18,7 @@ import torch
 
 from qadapt.adapters.check import CONFIG, check_adapter
 from qadapt.adapters.facts import AdapterFacts, read_facts
+from qadapt.adapters.side_car_files import is_side_car, read_settings
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import Record, belongs, check_weights
 from qadapt.cache import cache_folder, output_errors, working_folder
@@ -90,16 +91,16 @@ def find_adapter(what: str, *, folder: str = "runs", store: str = "adapters") ->
     """
     if _is_run(what, folder):
         return _finished(what, folder).adapter
-    if (Path(what) / CONFIG).is_file():
+    if (Path(what) / CONFIG).is_file() or is_side_car(Path(what)):
         return Path(what)
     kept = Store(Path(store))
-    try:
-        version = kept.find(what)
-    except BadAdapter as error:
+    if not kept.meant(what):
         raise BadAdapter(
-            f"{error.problem} {what} is no run in {folder} and no adapter's folder, either.", cure=error.cure
-        ) from None
-    return kept.folder_of(version)
+            f"{what} is no run in {folder}, no adapter's folder, and no name, tag or version in the store "
+            f"{store}.",
+            cure="`qadapt adapters list` shows what the store has.",
+        )
+    return kept.folder_of(kept.find(what))
 
 
 @contextmanager
@@ -162,6 +163,8 @@ def _record_of_folder(folder: Path, source: str) -> Record:
 
 
 def _method_of(folder: Path) -> str:
+    if is_side_car(folder):
+        return str(read_settings(folder).get("kind"))
     try:
         values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = str(values["peft_type"]).lower()

@@ -15,7 +15,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qadapt.adapters.bottleneck import bottleneck_shapes
 from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.adapters.side_car_files import write_side_car
 from qadapt.adapters.store import Store
 from qadapt.cli.main import run
 from qadapt.errors import BadAdapter, BadRun, QadaptError
@@ -178,6 +180,58 @@ def test_a_configuration_that_does_not_fit_is_refused(
     refused(store, folder, problem)
 
 
+def side_car(folder: Path, model: Path, **changed: object) -> Path:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = {
+        "kind": "pfeiffer", "width": 2, "activation": "relu", "scale": 1.0, "norm": False, "dropout": 0.0,
+        "layers": config["num_hidden_layers"], "model_width": config["hidden_size"],
+        "model_type": config["model_type"], **changed,
+    }  # fmt: skip
+    shapes = bottleneck_shapes(settings, folder)
+    folder.mkdir()
+    write_side_car(
+        folder, settings=settings, tensors={name: torch.ones(shape) for name, shape in shapes.items()}
+    )
+    write_facts(facts_of(model), folder)
+    return folder
+
+
+def test_a_side_car_is_kept_under_its_method(store: Store, tmp_path: Path, tiny_model: TinyModel) -> None:
+    folder = side_car(tmp_path / "mine", tiny_model("llama"))
+    version = add(str(folder), store).version
+    assert version.record.method == "pfeiffer"
+    assert find_adapter("mine", store=str(store.path)) == store.folder_of(version.id)
+    assert find_adapter(str(folder), store=str(store.path)) == folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"model_width": 24}, "for a base whose model_width is 24"),
+        ({"model_type": "gemma2"}, "for a base whose model_type is gemma2"),
+        ({"scale": 1e6}, r"would drown its base: its scale is 1e\+06"),
+    ],
+)
+def test_a_side_car_that_does_not_fit_is_refused(
+    store: Store, tmp_path: Path, tiny_model: TinyModel, changed: dict[str, Any], problem: str
+) -> None:
+    refused(store, side_car(tmp_path / "mine", tiny_model("llama"), **changed), problem)
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"), [(float("nan"), "that is none"), (1e5, r"would drown its base: layers\.0\.")]
+)
+def test_a_side_car_with_absurd_numbers_is_refused(
+    store: Store, tmp_path: Path, tiny_model: TinyModel, number: float, problem: str
+) -> None:
+    folder = side_car(tmp_path / "mine", tiny_model("llama"))
+    path = folder / "side_car.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = number
+    save_file(tensors, path)
+    refused(store, folder, problem)
+
+
 def test_a_damaged_file_is_refused(store: Store, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -246,7 +300,9 @@ def test_a_folder_has_no_revisions(store: Store, folder: Path) -> None:
 def test_what_is_nothing_says_what_there_is(store: Store, tmp_path: Path) -> None:
     with pytest.raises(BadRun, match="There is no run 'nothing'"):
         add("nothing", store, folder=str(tmp_path))
-    with pytest.raises(BadAdapter, match=r"nothing is no run in .* and no adapter's folder, either"):
+    with pytest.raises(
+        BadAdapter, match=r"nothing is no run in .*, no adapter's folder, and no name, tag or version"
+    ):
         find_adapter("nothing", folder=str(tmp_path), store=str(store.path))
 
 

@@ -35,7 +35,7 @@ COMMANDS = {
     "evaluate": "run --data --answers --longest --folder --json",
     "export": "run --form --base --weight --with --to --no-proof --push --private --folder --json",
     "verify": "export --run --folder --json",
-    "chat": "what --prompt --system --beside --temperature --top-p --seed --longest --folder --json",
+    "chat": "what --prompt --system --beside --temperature --top-p --seed --longest --folder --store --json",
     "recipes": "name --schema --json",
     "doctor": "--json --selftest",
     "adapters add": "what --as --parent --revision --folder --store --json",
@@ -47,6 +47,7 @@ COMMANDS = {
     "adapters diff": "first second --store --json",
     "adapters remove": "what --store --json",
     "adapters combine": "parts --to --how --rank --density --seed --folder --store --json",
+    "adapters bisect": "what --prompt --expect --longest --store --json",
     "adapters gc": "--dry-run --store --json",
 }
 
@@ -62,7 +63,6 @@ FIELDS = [
     "adapter.dropout",
     "adapter.targets",
     "adapter.dtype",
-    "adapter.activation",
     "data.sources.path",
     "data.sources.limit",
     "data.sources.split",

@@ -1,8 +1,8 @@
 """Whether an adapter's numbers can be put on a base: names and shapes, NaN, absurd sizes. Before it is kept.
 
-What the file must hold is not imitated: the adapter that its configuration describes is attached by PEFT to
-the base on `meta`, which takes no memory and reads no weight, and its names and shapes are compared. Nothing
-of a file is run: only safetensors and JSON are read. Knows neither runs nor the store.
+What the file must hold is not imitated: the adapter that its configuration describes is attached to the base
+on `meta`, which takes no memory and reads no weight, and its names and shapes are compared. Nothing of a file
+is run: only safetensors and JSON are read. Knows neither runs nor the store.
 
 Legend: O output and I input width of a layer, R rank, N tokens, D width of a table.
 """
@@ -18,6 +18,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from qadapt.adapters.bottleneck import bottleneck_shapes, load_bottleneck
+from qadapt.adapters.side_car_files import is_side_car, read_settings, read_tensors
 from qadapt.errors import BadAdapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -31,16 +33,19 @@ _ANEW = "Take the adapter from its run, or from where it is published, once more
 
 
 def check_adapter(folder: Path, base: PreTrainedModel) -> None:
-    """Checks the adapter of a PEFT folder against a base.
+    """Checks an adapter against a base.
 
     Args:
-        folder: The adapter's.
+        folder: A PEFT folder, or a side-car's.
         base: On `meta`, not quantized; it is changed.
 
     Raises:
         BadAdapter: It cannot be read, its tensors are not those that its configuration has on this base, or a
             number is NaN, infinite or absurdly large.
     """
+    if is_side_car(folder):
+        _check_side_car(folder, base)
+        return
     config, new_tokens = _config(folder)
     tables = {name: tuple(tensor.shape) for name, tensor in base.named_parameters()}
     try:
@@ -58,9 +63,20 @@ def check_adapter(folder: Path, base: PreTrainedModel) -> None:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _check_shapes(found, shapes, folder)
-            _check_numbers({name: file.get_tensor(name) for name in found}, model, folder)
+            tensors = {name: file.get_tensor(name) for name in found}
+            _check_sizes(tensors, folder)
+            _check_updates(tensors, model, folder)
     except (SafetensorError, OSError) as error:
         raise BadAdapter(f"{folder / WEIGHTS} cannot be read: {_first_line(error)}", cure=_ANEW) from None
+
+
+def _check_side_car(folder: Path, base: PreTrainedModel) -> None:
+    load_bottleneck(base, folder)  # it refuses what is of another base
+    settings = read_settings(folder)
+    _check_sizes(read_tensors(folder, bottleneck_shapes(settings, folder)), folder)
+    scale = float(settings["scale"])
+    if not abs(scale) <= MOST:
+        raise _absurd(folder, f"its scale is {scale:.3g}, more than {MOST:g}")
 
 
 def _config(folder: Path) -> tuple[PeftConfig, dict[str, list[int]]]:
@@ -106,7 +122,7 @@ def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], folde
         )
 
 
-def _check_numbers(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, folder: Path) -> None:
+def _check_sizes(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadAdapter(
@@ -115,6 +131,9 @@ def _check_numbers(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, 
             )
         if tensor.numel() and (largest := tensor.abs().max().item()) > MOST:
             raise _absurd(folder, f"{name} has {largest:.3g}, more than {MOST:g}")
+
+
+def _check_updates(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, folder: Path) -> None:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and f"{path}.lora_A.weight" in tensors:
             a, b = (tensors[f"{path}.lora_{side}.weight"].double() for side in "AB")  # (R, I), (O, R)

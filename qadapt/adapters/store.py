@@ -107,24 +107,27 @@ class Store:
         Raises:
             BadAdapter: Nothing, or more than one version, is meant.
         """
-        names, tags, ids = self.names(), self.tags(), self.ids()
-        if what in names or what in tags:
-            found = names[what].current if what in names else tags[what]
-            if found not in ids:
-                raise BadAdapter(
-                    f"{what} stands for the version {found[:SHOWN]}, which is not in {self.path} any more.",
-                    cure="Add that adapter again, or let it stand for another with `qadapt adapters use`.",
-                )
-            return found
-        meant = [each for each in ids if pointers.looks_like_id(what) and each.startswith(what)]
+        meant = self.meant(what)
         if len(meant) > 1:
             shown = ", ".join(each[: max(SHOWN, len(what) + 4)] for each in meant)
             raise BadAdapter(
                 f"{what} is the beginning of {len(meant)} versions: {shown}.", cure="Give more characters."
             )
         if not meant:
-            raise self._unknown(what, [*names, *tags])
+            raise self._unknown(what, [*self.names(), *self.tags()])
+        if meant[0] not in self.ids():
+            raise BadAdapter(
+                f"{what} stands for the version {meant[0][:SHOWN]}, which is not in {self.path} any more.",
+                cure="Add that adapter again, or let it stand for another with `qadapt adapters use`.",
+            )
         return meant[0]
+
+    def meant(self, what: str) -> list[str]:
+        """The ids that a text may stand for, as `find` reads it; none if it says nothing here."""
+        names, tags = self.names(), self.tags()
+        if what in names or what in tags:
+            return [names[what].current if what in names else tags[what]]
+        return [each for each in self.ids() if pointers.looks_like_id(what) and each.startswith(what)]
 
     def folder_of(self, version_id: str) -> Path:
         """The folder with a version's files, every byte of which is as it was added.

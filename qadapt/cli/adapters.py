@@ -165,6 +165,36 @@ def remove(what: What, store: StoreOption = "adapters", json: JsonOption = False
 
 
 @adapters.command()
+def bisect(
+    what: What,
+    *,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    expect: Annotated[str, typer.Option(help="What a right answer holds.")],
+    longest: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    store: StoreOption = "adapters",
+    json: JsonOption = False,
+) -> None:
+    """Finds the version where an answer broke, among a broken version and those it followed.
+
+    Example: `qadapt adapters bisect summaries --prompt "Two loaves for Ada." --expect Ada`.
+    """
+    from qadapt.bisecting import bisect as find_break
+
+    tries, asked = find_break(_store(store), what, prompt=prompt, expected=expect, longest=longest), []
+    while True:
+        try:
+            tried = next(tries)
+        except StopIteration as end:
+            found = end.value
+            break
+        asked.append(asdict(tried))
+        said = "right" if tried.is_right else "broken"
+        console(is_quiet=json).print(f"{_short(tried.version)} {said}: {tried.answer.strip()}", markup=False)
+    values = {"schema": 1, **asdict(found), "asked": asked}
+    _say(json, values, f"It broke with {_short(found.broken)}; {_short(found.right)} before it is right.")
+
+
+@adapters.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     store: StoreOption = "adapters",

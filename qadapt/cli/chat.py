@@ -23,7 +23,8 @@ def chat(
     what: Annotated[
         str,
         typer.Argument(
-            help="Name of a run, or the path of a run, adapter or exported model, or a .gguf file."
+            help="Name of a run, the path of a run, adapter or exported model, a .gguf file, or a name, tag "
+            "or version of the store."
         ),
     ],
     prompt: Annotated[
@@ -43,6 +44,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Draw the same again.")] = None,
     longest: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
+    store: Annotated[str, typer.Option(help="Where the store of adapters is.")] = "adapters",
     json: Annotated[
         bool, typer.Option("--json", help="Print the answers as JSON, and nothing else.")
     ] = False,
@@ -62,7 +64,7 @@ def chat(
         )
     if not temperature and (top_p < 1 or seed is not None):
         error_console().print("note: --top-p and --seed change nothing at --temperature 0")
-    partner = _found(what, folder, is_beside=beside)
+    partner = _found(what, folder, store, is_beside=beside)
     loaded = _loaded(partner)
     from qadapt.serve.chat import Chat, Manner
 
@@ -79,10 +81,10 @@ def chat(
         raise typer.Exit(_talk(chats, loaded, partner))
 
 
-def _found(what: str, folder: str, *, is_beside: bool) -> Partner:
+def _found(what: str, folder: str, store: str, *, is_beside: bool) -> Partner:
     from qadapt.serve.partner import find_partner
 
-    partner = find_partner(what, folder)
+    partner = find_partner(what, folder, store=store)
     if is_beside and not partner.has_adapter:
         raise BadRecipe(
             f"--beside needs an adapter to switch off; {partner.path} has none.",

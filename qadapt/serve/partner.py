@@ -1,4 +1,4 @@
-"""What a chat is asked to talk to: a run, an adapter's folder, an exported model, or a GGUF file.
+"""What a chat is asked to talk to: a run, an adapter (its folder, or of the store), a model, a GGUF file.
 
 Looks at names and at which files there are; loads nothing and imports no torch, so that a mistyped name is
 said at once.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qadapt.adapters.store import Store
 from qadapt.errors import BadRun
 from qadapt.run_folder import find_run
 
@@ -22,7 +23,7 @@ class Partner:
     """Whom a chat is with.
 
     Attributes:
-        kind: `run`, `adapter` (a PEFT folder beside no run), `model` (merged or 4-bit weights), or `gguf`.
+        kind: `run`, `adapter` (its folder, beside no run), `model` (merged or 4-bit weights), or `gguf`.
         path: The run's folder, the adapter's, the model's, or the file.
     """
 
@@ -35,14 +36,16 @@ class Partner:
         return self.kind in ("run", "adapter")
 
 
-def find_partner(what: str, folder: str | Path = "runs") -> Partner:
+def find_partner(what: str, folder: str | Path = "runs", *, store: str | Path = "adapters") -> Partner:
     """Finds whom to talk to.
 
     Args:
-        what: A run's name, or a path.
+        what: A run's name, a path, or a name, tag or version of the store, looked for in this order.
         folder: Where the runs are.
+        store: Where the store is.
 
     Raises:
+        BadAdapter: A version of the store is damaged, or more than one is meant.
         BadRun: There is nothing of that name, a run has no adapter yet, or a folder is none of these.
     """
     path = Path(what).expanduser()
@@ -53,6 +56,9 @@ def find_partner(what: str, folder: str | Path = "runs") -> Partner:
         return _of_folder(path)
     if not is_run and path.exists():
         raise BadRun(f"{what} is no model.", cure=f"Give {_WHAT}.")
+    kept = Store(Path(store))
+    if not is_run and kept.meant(what):
+        return Partner("adapter", kept.folder_of(kept.find(what)))
     run = find_run(what, folder)
     if not run.adapter.is_dir():
         raise BadRun(
@@ -63,7 +69,7 @@ def find_partner(what: str, folder: str | Path = "runs") -> Partner:
 
 
 def _of_folder(path: Path) -> Partner:
-    if (path / "adapter_config.json").is_file():
+    if any((path / name).is_file() for name in ("adapter_config.json", "side_car.json")):
         return Partner("adapter", path)
     if (path / "config.json").is_file():
         return Partner("model", path)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from qadapt.adapters.store import SHOWN, Store
 from qadapt.adapters.versions import Version
+from qadapt.errors import BadAdapter
 from qadapt.units import format_bytes
 
 if TYPE_CHECKING:
@@ -22,22 +23,13 @@ MOST_CHANGES = 40
 def store_values(store: Store) -> dict[str, Any]:
     """All of a store as plain values.
 
+    A version whose description is damaged is there with its `fault` and nothing else.
+
     Raises:
-        BadAdapter: A name, a tag or a version in it is damaged.
+        BadAdapter: A name or a tag is damaged.
     """
     names, tags = store.names(), store.tags()
-    versions = {}
-    for each in store.ids():
-        version = store.version(each)
-        record = version.record
-        versions[each] = {
-            "base": record.facts.base,
-            "method": record.method,
-            "source": record.source,
-            "metrics": dict(record.metrics),
-            "bytes": version.bytes,
-            "parent": version.parent,
-        }
+    versions = {each: _version_values(store, each) for each in store.ids()}
     return {
         "schema": 1,
         "names": {
@@ -48,11 +40,27 @@ def store_values(store: Store) -> dict[str, Any]:
     }
 
 
+def _version_values(store: Store, version_id: str) -> dict[str, Any]:
+    try:
+        version = store.version(version_id)
+    except BadAdapter as error:
+        return {"fault": error.problem}
+    record = version.record
+    return {
+        "base": record.facts.base,
+        "method": record.method,
+        "source": record.source,
+        "metrics": dict(record.metrics),
+        "bytes": version.bytes,
+        "parent": version.parent,
+    }
+
+
 def store_table(store: Store) -> Table:
     """Every version with what means it, names first.
 
     Raises:
-        BadAdapter: A name, a tag or a version in it is damaged.
+        BadAdapter: A name or a tag is damaged.
     """
     values = store_values(store)
     table = Table("", "version", "method", "base", "held-out loss", "size", "from", box=None, pad_edge=False)
@@ -65,8 +73,9 @@ def store_table(store: Store) -> Table:
             shown.append(("(before)" if each in former else "(unused)", each))
     for words, each in shown:
         version = values["versions"].get(each)
-        if version is None:
-            table.add_row(Text(words), each[:SHOWN], Text("is not in the store any more"))
+        if version is None or "fault" in version:
+            what = "is not in the store any more" if version is None else "is damaged"
+            table.add_row(Text(words), each[:SHOWN], Text(what))
             continue
         loss = version["metrics"].get("held-out loss")
         table.add_row(

@@ -1,0 +1,141 @@
+"""Trained runs in the store: what is known of them, talking to them by name, and finding what broke."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from killed_store import RECORD, source
+from test_train import make_recipe
+
+from qadapt import bisecting
+from qadapt.adapters.store import Store
+from qadapt.bisecting import Break, Tried, ancestors, bisect
+from qadapt.cli.main import run as command
+from qadapt.errors import BadAdapter
+from qadapt.keeping import add
+from qadapt.loading import load_tuned
+from qadapt.run import load, train
+from qadapt.train.stored_plan import read_plan
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby"])
+def test_a_run_is_kept_with_all_that_is_known_and_answers_by_its_name(
+    method: str, tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"))
+    adapter = type(recipe.adapter)(method=method, rank=4, alpha=4)  # type: ignore[arg-type]
+    recipe = recipe.model_copy(update={"adapter": adapter})
+    list(train(recipe))
+    store, runs = Store(tmp_path / "adapters"), recipe.run.folder
+    version = add("first", store, name="summaries", folder=runs).version
+    plan = read_plan(Path(runs) / "first" / "plan.json")
+    assert (version.record.source, version.record.method) == ("run first", method)
+    assert version.record.data == plan.ingredients.rows
+    assert version.record.recipe == plan.recipe
+    assert version.record.metrics["steps"] == plan.steps
+    assert version.record.facts.prompt_fingerprint == plan.ingredients.template
+
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        kept = load_tuned(store.folder_of(version.id), device=torch.device("cpu"))
+        expected = load("first", folder=runs).model(input_ids=ids).logits
+        assert torch.equal(kept.model(input_ids=ids).logits, expected)
+
+    def answers(what: str) -> Any:
+        words = [what, "--prompt", "say 3", "--longest", "6", "--folder", runs, "--store", str(store.path)]
+        assert command(["chat", *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["answers"]
+
+    assert answers("summaries") == answers(version.id[:8]) == answers("first")
+
+
+def history(place: Path, count: int) -> tuple[Store, list[str]]:
+    """A store with a line of versions, `0` to `count - 1`."""
+    store = Store(place / "adapters")
+    added = [store.add(source(place, str(number)), RECORD, name="bot") for number in range(count)]
+    return store, [each.version.id for each in added]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is asked; a version answers its number, which its weights begin with."""
+    asked: list[int] = []
+
+    def answer(folder: Path, prompt: str, *, longest: int) -> str:
+        assert (prompt, longest) == ("Which?", 256)
+        weights = (folder / "adapter_model.safetensors").read_text()
+        asked.append(int(weights[: len(weights) // 100]))
+        return "right" if asked[-1] < BROKEN[0] else "wrong"
+
+    monkeypatch.setattr(bisecting, "_answer", answer)
+    return asked
+
+
+BROKEN = [0]
+
+
+def kept_end(tries: Generator[Tried, None, Break]) -> Iterator[Any]:
+    """What is yielded, and then what is returned."""
+    found = yield from tries
+    yield found
+
+
+@pytest.mark.parametrize("broken", range(1, 9))
+def test_the_version_that_broke_is_found_by_asking_few(
+    tmp_path: Path, answers: list[int], broken: int
+) -> None:
+    BROKEN[0] = broken
+    store, line = history(tmp_path, 9)
+    tries = kept_end(bisect(store, "bot", prompt="Which?", expected="right"))
+    asked = list(tries)
+    found = asked.pop()
+    assert found == Break(right=line[broken - 1], broken=line[broken])
+    assert [line.index(each.version) for each in asked] == answers
+    assert len(asked) <= 2 + 3
+    assert all(each.is_right == (line.index(each.version) < broken) for each in asked)
+
+
+def test_what_is_not_broken_or_never_was_right_is_said(tmp_path: Path, answers: list[int]) -> None:
+    store, line = history(tmp_path, 3)
+    for broken, problem in (
+        (9, f"{line[2][:12]} answers right"),
+        (0, f"{line[0][:12]}, does not answer right"),
+    ):
+        BROKEN[0] = broken
+        with pytest.raises(BadAdapter, match=problem):
+            list(bisect(store, "bot", prompt="Which?", expected="right"))
+    with pytest.raises(BadAdapter, match="does not answer right"):
+        list(bisect(store, line[0], prompt="Which?", expected="right"))
+
+
+def test_a_line_goes_back_as_far_as_the_store_has_it(tmp_path: Path) -> None:
+    store, line = history(tmp_path, 4)
+    side = store.add(source(tmp_path, "9"), replace(RECORD, method="dora"), name="side", parent=line[1])
+    assert ancestors(store, line[3]) == line
+    assert ancestors(store, side.version.id) == [*line[:2], side.version.id]
+    store.remove(line[1])
+    assert ancestors(store, line[3]) == line[2:]
+
+
+def test_the_command_says_every_answer_and_what_broke(
+    tmp_path: Path, answers: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    BROKEN[0] = 2
+    store, line = history(tmp_path, 4)
+    words = ["bot", "--prompt", "Which?", "--expect", "right", "--store", str(store.path)]
+    assert command(["adapters", "bisect", *words]) == 0
+    said = capsys.readouterr().out
+    assert f"{line[3][:12]} broken: wrong" in said
+    assert f"It broke with {line[2][:12]}; {line[1][:12]} before it is right." in said
+    assert command(["adapters", "bisect", *words, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["right"], values["broken"], len(values["asked"])) == (line[1], line[2], 4)
