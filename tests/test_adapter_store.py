@@ -292,8 +292,8 @@ def test_a_version_that_somebody_deleted_is_said(shelf: Shelf) -> None:
 def test_a_link_in_the_folder_is_refused(shelf: Shelf, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "odd", "one")
     (tmp_path / "secret.json").write_text("{}")
-    (folder / "more.json").symlink_to(tmp_path / "secret.json")
-    with pytest.raises(BadAdapter, match=r"more\.json in .* is a link to .*secret\.json"):
+    (folder / "prompt.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(BadAdapter, match=r"prompt\.json in .* is a link to .*secret\.json"):
         shelf.store.add(folder, RECORD, name="odd")
 
 
@@ -325,6 +325,25 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(
         shelf.add("one")
     assert shelf.store.ids() == []
     assert shelf.store.names() == {}
+
+
+def test_what_does_not_belong_to_an_adapter_is_left_out(shelf: Shelf, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "odd", "one")
+    for name in (
+        "checkpoint-5/adapter_model.safetensors",
+        "model.safetensors",
+        "trainer_state.json",
+        "x/LICENSE",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("more")
+    kept = ("LICENSE.txt", "additional_chat_templates/rag.jinja", "tokenizer.json", "prompt.json")
+    for name in kept:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    version = shelf.store.add(folder, RECORD, name="odd").version
+    assert set(version.files) == {*kept, "adapter_config.json", "adapter_model.safetensors", "qadapt.json"}
+    assert files_of(shelf.store.folder_of(version.id)) == version.files
 
 
 def test_a_full_disk_is_refused_before_the_first_byte(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

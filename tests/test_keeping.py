@@ -20,8 +20,9 @@ from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.side_car_files import write_side_car
 from qadapt.adapters.store import Store
 from qadapt.cli.main import run
-from qadapt.errors import BadAdapter, BadRun, QadaptError
+from qadapt.errors import BadAdapter, BadModel, BadRun, QadaptError
 from qadapt.keeping import add, find_adapter
+from qadapt.model.hub_files import fetch_files
 from qadapt.model.source import find_model
 
 if TYPE_CHECKING:
@@ -281,6 +282,18 @@ def test_a_hub_repository_that_is_no_adapter_is_refused_before_anything_is_fetch
         with pytest.raises(kind, match=problem):
             add("owner/mine", store)
         assert not hub.downloads(".json")
+
+
+@pytest.mark.parametrize("file", ["../evil.json", "/evil.json", "a/../../evil.json", "..\\evil.json"])
+def test_a_hub_file_that_would_lie_outside_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (tmp_path / "place").mkdir()
+    with running_hub() as hub:
+        serve(hub, {file: b"x"}, monkeypatch)
+        with pytest.raises(BadModel, match="which lies outside its folder"):
+            fetch_files("owner/mine", tmp_path / "place", choose=list)
+    assert [path.name for path in tmp_path.rglob("*")] == ["place"]
 
 
 def serve(hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

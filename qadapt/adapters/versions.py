@@ -21,10 +21,15 @@ from qadapt.units import MIB
 
 VERSION_FILE = "version.json"
 _FORMAT = 1
-_ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt")
-"""Of the files that belong to an adapter; others are left out: notes, and pickles above all."""
+_WEIGHTS = ("adapter_model.safetensors", "side_car.safetensors")
+_FILES = (
+    *_WEIGHTS, "adapter_config.json", "side_car.json", "qadapt.json", "prompt.json", "combination.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""What belongs to an adapter; others are left out: notes, checkpoints, and pickles above all."""
+_OTHERS = re.compile(r"(LICENSE|NOTICE|USE_POLICY)[\w.-]*|additional_chat_templates/\w[\w.-]*\.jinja")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def files_of(folder: Path) -> dict[str, FileFacts]:
     """The files of an adapter's folder that belong to it, with their hashes.
 
     Args:
-        folder: A PEFT folder or a side-car's. Its own subfolders may hold templates; nothing deeper counts.
+        folder: A PEFT folder or a side-car's.
 
     Raises:
         BadAdapter: A file is a link, which may lead anywhere; or its weights are a pickle, or missing.
@@ -126,12 +131,14 @@ def files_of(folder: Path) -> dict[str, FileFacts]:
     found: dict[str, FileFacts] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if not belongs(name):
+            continue
         if path.is_symlink():
             raise BadAdapter(
                 f"{name} in {folder} is a link to {path.readlink()}: an adapter's files lie in its folder.",
                 cure="Copy the file itself into the folder.",
             )
-        if path.is_file() and belongs(name):
+        if path.is_file():
             found[name] = FileFacts(path.stat().st_size, sha256_of(path))
     check_weights(found, [path.name for path in folder.glob("*")], where=str(folder))
     return found
@@ -139,7 +146,7 @@ def files_of(folder: Path) -> dict[str, FileFacts]:
 
 def belongs(name: str) -> bool:
     """Whether a file, by its path in the folder, is one of an adapter's."""
-    return bool(_PLAIN.fullmatch(name)) and name.endswith(_ENDINGS)
+    return name in _FILES or bool(_OTHERS.fullmatch(name))
 
 
 def check_weights(chosen: Iterable[str], names: Iterable[str], *, where: str) -> None:
@@ -153,7 +160,7 @@ def check_weights(chosen: Iterable[str], names: Iterable[str], *, where: str) ->
     Raises:
         BadAdapter: There are none.
     """
-    if any(name.endswith(".safetensors") for name in chosen):
+    if any(name in _WEIGHTS for name in chosen):
         return
     pickles = sorted(
         (name for name in names if name.endswith(_PICKLED)), key=lambda name: "model" not in name
@@ -165,7 +172,8 @@ def check_weights(chosen: Iterable[str], names: Iterable[str], *, where: str) ->
             cure="Ask its author to save it with safetensors, or choose another revision.",
         )
     raise BadAdapter(
-        f"{where} holds no adapter: it has no *.safetensors.", cure="Give an adapter's folder or a run."
+        f"{where} holds no adapter: it has none of {', '.join(_WEIGHTS)}.",
+        cure="Give an adapter's folder, or a run.",
     )
 
 
