@@ -24,6 +24,8 @@ class MethodFacts:
         source: Where it was published.
         unused: Fields of the recipe's adapter section that mean nothing to it.
         has_rank: Whether `adapter.rank` is the rank of an update.
+        is_near_one: Whether it trains factors of about one, of which bf16 knows every 128th: they are fp32
+            unless the recipe says otherwise.
         usual_activation: Of a bottleneck adapter, which stands beside a layer's parts and whose width
             `adapter.rank` is; None for methods that adapt linear layers.
     """
@@ -32,6 +34,7 @@ class MethodFacts:
     source: str
     unused: tuple[str, ...] = ()
     has_rank: bool = True
+    is_near_one: bool = False
     usual_activation: Activation | None = None
 
 
@@ -39,8 +42,10 @@ _BESIDE = ("targets",)
 METHODS: Mapping[Method, MethodFacts] = {
     "lora": MethodFacts("LoRA", "arXiv:2106.09685"),
     "rslora": MethodFacts("rsLoRA", "arXiv:2312.03732"),
-    "dora": MethodFacts("DoRA", "arXiv:2402.09353", unused=("dropout",)),
-    "ia3": MethodFacts("IA3", "arXiv:2205.05638", unused=("rank", "alpha", "dropout"), has_rank=False),
+    "dora": MethodFacts("DoRA", "arXiv:2402.09353", unused=("dropout",), is_near_one=True),
+    "ia3": MethodFacts(
+        "IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), has_rank=False, is_near_one=True
+    ),
     "houlsby": MethodFacts("Houlsby adapters", "arXiv:1902.00751", _BESIDE, usual_activation="silu"),
     "pfeiffer": MethodFacts("Pfeiffer adapters", "arXiv:2005.00247", _BESIDE, usual_activation="relu"),
     "parallel": MethodFacts("parallel adapters", "arXiv:2110.04366", _BESIDE, usual_activation="relu"),

@@ -67,7 +67,8 @@ class AdapterSection(Section):
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32."""
+    """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32, as for
+    IA3 and DoRA."""
 
     @model_validator(mode="after")
     def _has_no_idle_fields(self) -> AdapterSection:

@@ -28,8 +28,10 @@ def recipe_folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file of every recipe that ships with qadapt, sorted by name."""
-    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+    """Name → file of every recipe that ships with qadapt, sorted by name; `adapters/` has one per method."""
+    root = recipe_folder()
+    files = [*sorted(root.glob("*.yaml")), *sorted(root.glob("adapters/*.yaml"))]
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 
 def find_recipe(name: str) -> Path:

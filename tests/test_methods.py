@@ -33,6 +33,7 @@ from qadapt.plan.adapters import trainable as planned
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import most
 from qadapt.plan.room import Room
+from qadapt.plan.setting import setting_of
 from qadapt.recipe import AdapterSection, Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import evaluate, load, resume, train
@@ -304,3 +305,16 @@ def test_the_highest_rank_of_a_method_without_one_is_refused() -> None:
     with pytest.raises(BadRecipe, match="IA3 has no rank") as refused:
         most(shape_of("llama"), question, what="rank", room=Room(1 << 40))
     assert "--max length" in refused.value.cure
+
+
+def test_factors_near_one_are_fp32_unless_asked_otherwise() -> None:
+    least = {"model": "m", "data": {"sources": [{"path": "p"}]}, "run": {"name": "n"}}
+    for method, dtype, expected in (
+        ("lora", "auto", "bf16"),
+        ("dora", "auto", "fp32"),
+        ("ia3", "auto", "fp32"),
+        ("ia3", "bf16", "bf16"),
+    ):
+        recipe = check_recipe({**least, "adapter": {"method": method, "dtype": dtype}}, origin="the test")
+        setting = setting_of(recipe, None, device="cuda", compute_dtype="bf16", adapter_dtype="bf16")
+        assert setting.adapter_dtype == expected

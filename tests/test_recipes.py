@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from demo_task import make_rows
 from recipe_headers import needs, stated_bytes
 
 from qadapt.events import Evaluated, RunFinished, StepDone
+from qadapt.methods import METHODS
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import apply_override, read_recipe, shipped_recipes
 from qadapt.shape import find_shape
@@ -30,7 +32,12 @@ NAMES = [
     "quickstart-smollm2-135m",
     "qwen2.5-7b-qlora-12gb",
     "qwen3-8b-qlora-16gb",
+    "adapters/dora",
+    "adapters/ia3",
+    "adapters/rslora",
 ]
+DEMO = [name for name in NAMES if name.startswith(("quickstart", "adapters/"))]
+"""Those on the quick-start model, for the demo's rows."""
 
 
 def header(name: str) -> dict[str, str]:
@@ -48,8 +55,11 @@ def test_exactly_these_recipes_are_shipped() -> None:
 def test_a_header_says_what_the_recipe_is_for_and_is_true(name: str) -> None:
     recipe, said = read_recipe(name), header(name)
     shape = find_shape(recipe.model.source)
-    assert f"rank {recipe.adapter.rank} " in said["What it trains"] or "rank 16," in said["What it trains"]
-    if name != "quickstart-smollm2-135m":
+    facts = METHODS[recipe.adapter.method]
+    if facts.has_rank:
+        assert re.search(rf"(rank|width) {recipe.adapter.rank}[ ,]", said["What it trains"])
+    assert name in DEMO[:1] or facts.title in said["What it trains"].replace("QLoRA", "LoRA")
+    if name not in DEMO:
         assert recipe.model.source.rpartition("/")[2].lower() in said["What it trains"].lower()
         assert f"{recipe.data.length:,} tokens" in said["What it trains"]
     assert recipe.data.length <= shape.context
@@ -99,7 +109,7 @@ def rows_for(family: str, folder: Path, *, count: int, held_out: bool) -> Path:
 def on_tiny_model(name: str, folder: Path, tiny_model: TinyModel) -> Recipe:
     """The recipe as shipped, but for the size of the model, the rows and the number of steps."""
     family = find_shape(read_recipe(name).model.source).family
-    kind = "smollm2" if name.startswith("quickstart") else family
+    kind = "smollm2" if name in DEMO else family
     tiny = tiny_model(kind, width=128)  # the narrowest layer takes rank 64
     values = {
         "model.source": tiny.as_posix(),
@@ -132,9 +142,9 @@ def test_a_recipe_trains_two_steps_on_a_tiny_model(name: str, tmp_path: Path, ti
     assert isinstance(events[-1], RunFinished)
     adapter = Path(recipe.run.folder) / recipe.run.name / "adapter"
     assert (adapter / "adapter_model.safetensors").stat().st_size > 1000
-    assert (
-        json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"] == recipe.adapter.rank
-    )
+    if METHODS[recipe.adapter.method].has_rank:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        assert config["r"] == recipe.adapter.rank
 
 
 def test_an_override_of_a_shipped_recipe_starts_from_its_short_model_form() -> None:

@@ -17,7 +17,7 @@ from qadapt.methods import METHODS, Activation, Method, activation_of
 from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
-    from qadapt.recipe import Recipe
+    from qadapt.recipe import AdapterSection, Recipe
 
 VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one value of each type."""
@@ -287,6 +287,12 @@ def not_offloaded(asked: object, kept: Sequence[str]) -> str | None:
     return f"memory.offload: on a CPU {' and '.join(left)} lie on the host as it is." if left else None
 
 
+def _adapter_dtype(adapter: AdapterSection, *, usual: Literal["bf16", "fp32"]) -> Literal["bf16", "fp32"]:
+    if adapter.dtype != "auto":
+        return adapter.dtype
+    return "fp32" if METHODS[adapter.method].is_near_one else usual
+
+
 def setting_of(
     recipe: Recipe,
     shape: ModelShape | None,
@@ -320,7 +326,7 @@ def setting_of(
         dropout=adapter.dropout,
         targets=adapter.targets,
         activation=activation_of(adapter.method),
-        adapter_dtype=adapter_dtype if adapter.dtype == "auto" else adapter.dtype,
+        adapter_dtype=_adapter_dtype(adapter, usual=adapter_dtype),
         compute_dtype=compute_dtype if memory.compute_dtype == "auto" else memory.compute_dtype,
         optimizer=optimizer,
         supervised_share=supervised_share,
