@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qadapt.adapters.adapters_library import import_bottleneck
 from qadapt.adapters.bottleneck import (
     KINDS,
-    Activation,
     Bottleneck,
     Kind,
     attach_bottleneck,
@@ -28,6 +27,7 @@ from qadapt.adapters.side_car_files import save_side_car
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
+from qadapt.methods import Activation
 from qadapt.model.load import load_base
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gemma3_text")

@@ -143,7 +143,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, values: Tensor, *, scale: float | None = None) -> Tensor:
-        """(..., inputs) -> (..., outputs), times a scale; of the inputs, which are few, not of the outputs."""
+        """(..., inputs) -> (..., outputs), times a scale, which the inputs are given as they are fewer."""
         weight, bias = self.weight.to(values.dtype), self.bias.to(values.dtype)
         if scale is not None:
             values, bias = values * scale, bias * scale

@@ -29,9 +29,7 @@ def bottleneck_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
 
 
 def bottleneck_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
-    """What the adapter beside one half of a layer keeps; 0 if there is none.
-
-    """
+    """What the adapter beside one half of a layer keeps; 0 if there is none."""
     if not stands_beside(setting) or (half == "attention" and setting.method != "houlsby"):
         return 0
     c = setting.compute_bytes

@@ -33,9 +33,9 @@ from qadapt.plan.activations import (
 )
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes
 from qadapt.plan.attention import Attention, attention_of
+from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, shared_stream_bytes, stands_beside
 from qadapt.plan.categories import STATIC
 from qadapt.plan.host import pinned_bytes, table_bytes
-from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, shared_stream_bytes, stands_beside
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
 from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes

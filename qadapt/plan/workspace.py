@@ -78,7 +78,8 @@ def _beside_moments(shape: ModelShape, setting: Setting, moments: Sequence[int])
     gradient = shape.width * setting.compute_bytes * setting.tokens
     kept = bottleneck_bytes(shape, setting, "mlp")
     first, *others = (moment - kept for moment in moments)
-    return [2 * gradient, first + gradient, *others]
+    is_norm_between = shape.family == "gemma2" and setting.mlp_tiles > 1
+    return [2 * gradient, first + (0 if is_norm_between else gradient), *others]
 
 
 def _tiled_passing_bytes(shape: ModelShape, setting: Setting) -> int:

@@ -1,0 +1,231 @@
+"""Bottleneck adapters from a recipe to an answer: trained, stopped, resumed, loaded in another process."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench.closed_form import BAR
+from conftest import TinyModel
+from safetensors.torch import load_file
+from test_closed_form import FULL, HALF, compared
+from test_estimate import CPU, folders, shape_of, values_of
+from test_train import assert_same, changed, make_recipe, only
+
+from qadapt import control
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.method import Adapter, attach
+from qadapt.adapters.side_car import SideCar
+from qadapt.adapters.side_car_files import save_side_car
+from qadapt.data.batches import MicroBatch
+from qadapt.engine.arrangement import arrange
+from qadapt.engine.ledger import Ledger
+from qadapt.engine.moments import watched
+from qadapt.engine.target import Target, kernels_of
+from qadapt.errors import BadRecipe, Unsupported
+from qadapt.events import AdapterAttached, RunFinished, StepDone
+from qadapt.methods import Method, activation_of
+from qadapt.model.load import load_base
+from qadapt.model.precision import DTYPES
+from qadapt.plan.adapters import trainable as trainable_count
+from qadapt.plan.estimate import estimate_step
+from qadapt.plan.setting import Setting
+from qadapt.recipe import Recipe
+from qadapt.run import evaluate, load, resume, train
+from qadapt.train.dryrun import dry_run
+from qadapt.train.memory import static_tensors
+from qadapt.train.optimizer import make_optimizer
+from qadapt.train.step import evaluate_loss, train_step
+
+__all__ = ["folders"]  # a fixture
+KINDS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
+PROGRAM = """
+import sys, torch
+from safetensors.torch import save_file
+from qadapt.run import load
+torch.set_num_threads(1)
+found = {}
+for method in sys.argv[3:]:
+    tuned = load("first", folder=f"{sys.argv[1]}/{method}/runs")
+    with torch.no_grad():
+        found[method] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits.contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+def bottleneck_recipe(folder: Path, model: Path, method: str) -> Recipe:
+    recipe = make_recipe(folder, model)
+    adapter = type(recipe.adapter)(method=method, rank=4, alpha=4)  # type: ignore[arg-type]
+    return recipe.model_copy(update={"adapter": adapter})
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "side_car.safetensors")
+
+
+def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_model: TinyModel) -> None:
+    logits = {}
+    for method in KINDS:
+        (tmp_path / method).mkdir()
+        recipe = bottleneck_recipe(tmp_path / method, tiny_model("qwen2"), method)
+        events = list(train(recipe))
+        (attached,), (finished,) = only(AdapterAttached, events), only(RunFinished, events)
+        assert attached.adapted_layers == (4 if method == "houlsby" else 2)
+        losses = [event.loss for event in only(StepDone, events)]
+        assert losses[-1] < losses[0]
+        adapter = Path(finished.adapter)
+        assert sum(each.numel() for each in adapter_of(adapter.parent).values()) == attached.trainable
+        assert {path.name for path in adapter.iterdir()} == {
+            "side_car.json", "side_car.safetensors", "qadapt.json", "prompt.json",
+        }  # fmt: skip
+        tuned = load("first", folder=recipe.run.folder)
+        with torch.no_grad():
+            logits[method] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
+    place = tmp_path / "logits.safetensors"
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), str(place), *KINDS], check=True)
+    assert_same(load_file(place), logits)
+
+
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, tiny_model: TinyModel) -> None:
+    adapters = []
+    for name in ("straight", "broken"):
+        (tmp_path / name).mkdir()
+        recipe = bottleneck_recipe(tmp_path / name, tiny_model("gemma2"), "pfeiffer")
+        for event in train(changed(recipe, "adapter", dropout=0.1)):
+            if name == "broken" and isinstance(event, StepDone) and event.step == 2:
+                control.ask(Path(recipe.run.folder) / "first", "stop")
+        if name == "broken":
+            list(resume("first", folder=recipe.run.folder))
+        adapters.append(adapter_of(Path(recipe.run.folder) / "first"))
+    assert_same(*adapters)
+
+
+def test_a_rehearsed_run_is_evaluated_with_and_without_its_adapter(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = bottleneck_recipe(tmp_path, tiny_model("phi3"), "parallel")
+    recipe = changed(recipe, "train", rehearse=True, steps=12, sample_prompts=("say 3",))
+    list(train(recipe))
+    found = evaluate("first", folder=recipe.run.folder, answers=1, max_new_tokens=4)
+    assert found.loss < found.base_loss
+    assert len(found.answers) == 1
+
+
+def beside(method: Method, **changes: Any) -> Setting:
+    return dataclasses.replace(CPU, method=method, rank=6, activation=activation_of(method), **changes)
+
+
+def counted(folder: Path, setting: Setting, *, alpha: float) -> Ledger:
+    """The ledger of a real step."""
+    base = load_base(
+        folder,
+        quantization=setting.quantization,
+        double_quant=setting.double_quant,
+        dtype=DTYPES[setting.compute_dtype],
+        device=torch.device("cpu"),
+    )
+    arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
+    adapter = Adapter(setting.method, setting.rank, alpha, setting.dropout, activation=setting.activation)
+    model = attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
+    optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
+    count = math.ceil(setting.length * setting.supervised_share)
+    ids = torch.randint(3, 1003, (setting.rows, setting.length))
+    batch = MicroBatch(
+        input_ids=ids,
+        positions=torch.arange(count),
+        targets=torch.randint(3, 1003, (setting.rows, count)),
+        tokens=setting.tokens,
+        supervised_tokens=setting.rows * count,
+        loss_chunk=setting.loss_chunk,
+    )
+    ledger = Ledger(inside=kernels_of(Target()))
+    with ledger.during("load"):
+        for category, tensors in static_tensors(model, optimizer).items():
+            ledger.hold(category, tensors)
+    with watched(ledger, model.get_base_model(), optimizer=optimizer.inner), ledger:
+        train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
+        evaluate_loss(model, [batch])
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes"),
+    [
+        ("llama", "houlsby", {}),
+        ("llama", "pfeiffer", {"recompute": "none"}),
+        ("gemma2", "houlsby", {"recompute": 2, "dropout": 0.1}),
+        ("phi3", "parallel", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
+        ("mistral", "parallel", {"mlp_tiles": 3}),
+        ("qwen3", "pfeiffer", {"compute_dtype": "bf16"}),
+    ],
+)
+def test_the_dry_run_is_the_real_step_to_the_byte_whatever_the_scale(
+    family: str, method: Method, changes: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    setting = beside(method, accumulates=False, **changes)
+    dry = dry_run({"model_type": family, **values_of(family)}, setting)
+    for alpha in (6, 12):
+        ledger = counted(folders[family], setting, alpha=alpha)
+        assert dry.peak == ledger.peak
+        assert dry.phase_bytes == dict(ledger.phase_bytes)
+
+
+@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize(
+    ("model", "card", "changes"),
+    [
+        ("SmolLM2-360M", None, {"length": 300, "recompute": "none", "dropout": 0.1, **FULL}),
+        ("Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096, "supervised_share": 0.1}),
+        ("Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, "supervised_share": 0.05, **HALF}),
+        ("gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none", "supervised_share": 0.05}),
+        ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "supervised_share": 0.02}),
+        ("Qwen3-0.6B", "RTX 4060 8GB", {"rows": 2, "length": 777, "supervised_share": 0.02, "mlp_tiles": 4}),
+    ],
+)
+def test_the_closed_form_is_the_dry_run_within_three_percent(
+    model: str, card: str | None, changes: dict[str, Any], method: Method
+) -> None:
+    found = compared(model, card, method=method, rank=64, **changes)
+    for part in ("peak", "working"):
+        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_the_adapters_size_on_disk_is_known_to_the_byte(
+    method: Method, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    setting = beside(method, adapter_dtype="bf16")
+    base = load_base(
+        folders["qwen2"],
+        quantization="nf4",
+        double_quant=True,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    model = attach(base, Adapter(method, 6, 6.0), dtype=torch.bfloat16, seed=0)
+    assert isinstance(model, SideCar)
+    save_side_car(model, tmp_path)
+    stored = load_file(tmp_path / "side_car.safetensors").values()
+    shape = shape_of("qwen2")
+    assert sum(each.nbytes for each in stored) == 2 * trainable_count(shape, setting) > 0
+    path = tmp_path / "side_car.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == header + 2 * trainable_count(shape, setting)
+
+
+def test_a_bottleneck_as_wide_as_the_model_is_refused_by_the_plan() -> None:
+    setting = dataclasses.replace(beside("houlsby"), rank=shape_of("llama").width)
+    with pytest.raises(BadRecipe, match=r"a bottleneck is narrower than .*\n.*a 16th, is usual"):
+        estimate_step(shape_of("llama"), setting)
+
+
+def test_new_tokens_beside_a_bottleneck_are_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = changed(bottleneck_recipe(tmp_path, tiny_model("qwen2"), "houlsby"), "data", new_tokens=("<a>",))
+    with pytest.raises(Unsupported, match=r"data.new_tokens: Houlsby adapters.*\n.*adapter.method=lora"):
+        list(train(recipe))
