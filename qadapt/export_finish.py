@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from qadapt.adapters.facts import SIDE_CAR_FILES, is_side_car
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport
 from qadapt.events import BasesCompared, Event, Warned
 from qadapt.export.card import Made, card_text, comparison
 from qadapt.export.tensor_proof import prove_tensors
 from qadapt.export_job import Job
+from qadapt.methods import said
 from qadapt.proving import prove_export
 
 
@@ -55,7 +57,10 @@ class Finish:
         if job.is_mix:
             self.findings.insert(0, job.mixed)
         file = next((path.name for path in folder.glob("*.gguf")), "")
-        made = Made(job.form, self.base, file, self.findings, is_proven=self._is_proven)
+        if is_side_car(folder):
+            file = SIDE_CAR_FILES[0]
+        method = said(job.recipe.adapter.method, job.recipe.adapter.rank)
+        made = Made(job.form, self.base, file, self.findings, is_proven=self._is_proven, method=method)
         (folder / "README.md").write_text(card_text(job.card, made), encoding="utf-8")
 
     def _proven(self, folder: Path) -> Iterator[Event]:

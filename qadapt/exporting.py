@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from qadapt.adapters.facts import read_facts
+from qadapt.adapters.facts import is_side_car, read_facts
 from qadapt.data.prompt import saved_contract
 from qadapt.data.tokens import Tokens
 from qadapt.engine.out_of_memory import free_memory
-from qadapt.errors import BadData, BadExport, BadRecipe, BadRun
+from qadapt.errors import BadData, BadExport, BadRecipe, BadRun, Unsupported
 from qadapt.events import Event, Exported, Warned
 from qadapt.export.choose_base import AUTO, choose_base
 from qadapt.export.folder import copy_files, copy_licence, exported, write_other_files
@@ -47,6 +47,7 @@ from qadapt.export.staging import new_folder, refuse_existing
 from qadapt.export_finish import Finish
 from qadapt.export_job import Job
 from qadapt.material import rows_to_evaluate
+from qadapt.methods import METHODS
 from qadapt.model.folder import read_config
 from qadapt.model.precision import choose_device
 from qadapt.model.source import quantized_type_of
@@ -105,6 +106,7 @@ def export(
     facts, recipe = read_facts(run.adapter), read_recipe(str(run.recipe))
     chosen = form or recipe.export.form
     _check_choices(chosen, base)
+    _check_side_cars(runs, chosen)
     if runs != ((run, 1),):
         _check_mix(chosen, to)
     target = to or run.export(chosen)
@@ -137,6 +139,23 @@ def _finished_runs(weights: Mapping[str, float], folder: str) -> Iterator[tuple[
         read_facts(run.adapter)
         check_finished(run, Earlier(effective(read_events(run.path))))
         yield run, weight
+
+
+def _check_side_cars(runs: Sequence[tuple[RunFolder, float]], form: str) -> None:
+    """Refuses to make weights of adapters that no weights can be made of.
+
+    Raises:
+        Unsupported: One stands beside the base's layers, and the form is not the adapter alone.
+    """
+    for run, _ in runs:
+        if form != ADAPTER and is_side_car(run.adapter):
+            method = METHODS[read_recipe(str(run.recipe)).adapter.method].title
+            raise Unsupported(
+                f"The run {run.name} has {method}, which compute beside the base's layers: no weights are "
+                f"the same function, so there is no {form} of it.",
+                cure="Choose --form adapter, which qadapt reads; `qadapt chat` and `qadapt evaluate` use the "
+                "run as it is.",
+            )
 
 
 def _check_mix(form: str, to: Path | None) -> None:

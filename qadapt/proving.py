@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from qadapt.adapters.facts import AdapterFacts, read_facts
+from qadapt.adapters.facts import AdapterFacts, own_files, read_facts
 from qadapt.data.prompt import PromptContract, saved_contract
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens
@@ -65,7 +65,6 @@ _LEFT_OUT = {
 _TOKENS_OF_GGUF = (
     "the tokens of prompts: llama.cpp's own code cuts texts, by what the file says of the run's tokenizer"
 )
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _run_of(export: Path, made_of: MadeOf, folder: str) -> RunFolder | None:
 def _made_of(run: RunFolder, facts: AdapterFacts, *, form: str, base: str) -> MadeOf:
     digest = hashlib.sha256()
     try:
-        for name in _ADAPTER_FILES:
+        for name in own_files(run.adapter):
             with (run.adapter / name).open("rb") as file:
                 while piece := file.read(MIB):
                     digest.update(piece)

@@ -30,6 +30,10 @@ from qadapt.engine.moments import watched
 from qadapt.engine.target import Target, kernels_of
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, RunFinished, StepDone
+from qadapt.export.adapter_proof import prove_copied
+from qadapt.export.tensor_fault import OTHER_FILE, Fault
+from qadapt.exporting import export
+from qadapt.loading import load_partner
 from qadapt.methods import Method, activation_of
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
@@ -38,6 +42,7 @@ from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.recipe import Recipe
 from qadapt.run import evaluate, load, resume, train
+from qadapt.serve.partner import find_partner
 from qadapt.train.dryrun import dry_run
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import make_optimizer
@@ -229,3 +234,28 @@ def test_new_tokens_beside_a_bottleneck_are_refused(tmp_path: Path, tiny_model: 
     recipe = changed(bottleneck_recipe(tmp_path, tiny_model("qwen2"), "houlsby"), "data", new_tokens=("<a>",))
     with pytest.raises(Unsupported, match=r"data.new_tokens: Houlsby adapters.*\n.*adapter.method=lora"):
         list(train(recipe))
+
+
+def test_a_run_is_exported_as_an_adapter_and_as_nothing_else(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = bottleneck_recipe(tmp_path, tiny_model("qwen2"), "pfeiffer")
+    list(train(recipe))
+    for form in ("merged-fp16", "gguf-lora", "gguf-q8_0", "bnb-4bit"):
+        with pytest.raises(Unsupported, match=rf"Pfeiffer adapters, .*no {form} of it.\n.*--form"):
+            list(export("first", form=form, folder=recipe.run.folder))
+    list(export("first", form="adapter", folder=recipe.run.folder))
+    folder = Path(recipe.run.folder) / "first" / "export" / "adapter"
+    run = Path(recipe.run.folder) / "first" / "adapter"
+    for name in ("side_car.json", "side_car.safetensors", "qadapt.json", "prompt.json"):
+        assert (folder / name).read_bytes() == (run / name).read_bytes()
+    card = (folder / "README.md").read_text("utf-8")
+    assert "library_name: qadapt" in card
+    assert "by Pfeiffer adapters, width 4; this is the adapter alone" in card
+    assert "tensors as written are the run's own, byte for byte" in card
+    partner = load_partner(find_partner(str(folder)))
+    tuned = load("first", folder=recipe.run.folder)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(partner.model(input_ids=ids).logits, tuned.model(input_ids=ids).logits)
+    path = folder / "side_car.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    assert prove_copied(folder, run).faults == (Fault(path.name, OTHER_FILE),)

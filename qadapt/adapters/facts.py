@@ -9,7 +9,20 @@ from pathlib import Path
 from qadapt.errors import BadRun
 
 FACTS_FILE = "qadapt.json"
+PEFT_FILES = "adapter_model.safetensors", "adapter_config.json"
+SIDE_CAR_FILES = "side_car.safetensors", "side_car.json"
+"""Tensors and settings of an adapter whose modules stand beside the base's layers."""
 _QUANTIZATIONS, _DTYPES = ("nf4", "int8", "none"), ("bf16", "fp16", "fp32")
+
+
+def is_side_car(folder: Path) -> bool:
+    """Whether a folder holds a side-car, and not an adapter of PEFT's."""
+    return (folder / SIDE_CAR_FILES[1]).is_file()
+
+
+def own_files(folder: Path) -> tuple[str, str]:
+    """Names of the two files that an adapter's folder has: its tensors and its settings."""
+    return SIDE_CAR_FILES if is_side_car(folder) else PEFT_FILES
 
 
 @dataclass(frozen=True)

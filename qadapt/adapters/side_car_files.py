@@ -15,17 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qadapt.adapters.facts import SIDE_CAR_FILES
+from qadapt.adapters.facts import is_side_car as is_side_car
 from qadapt.adapters.side_car import SideCar
 from qadapt.errors import BadAdapter
 
-SETTINGS_FILE, TENSORS_FILE = "side_car.json", "side_car.safetensors"
+TENSORS_FILE, SETTINGS_FILE = SIDE_CAR_FILES
 VERSION = 1
 _AGAIN = "Take the adapter's files from where they were made."
-
-
-def is_side_car(folder: Path) -> bool:
-    """Whether a folder holds a side-car, and not an adapter of PEFT's."""
-    return (folder / SETTINGS_FILE).is_file()
 
 
 def save_side_car(model: SideCar, folder: Path) -> None:

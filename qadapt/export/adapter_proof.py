@@ -11,15 +11,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qadapt.adapters.facts import FACTS_FILE
+from qadapt.adapters.facts import FACTS_FILE, own_files
 from qadapt.errors import BadModel
 from qadapt.export.staging import sha256_of
 from qadapt.export.stored_tensors import StoredTensors
 from qadapt.export.tensor_fault import MISSING, OTHER_FILE, Fault
 from qadapt.export.tensor_proof import TensorProof
-
-_WEIGHTS = "adapter_model.safetensors"
-_FILES = (_WEIGHTS, "adapter_config.json", FACTS_FILE)
 
 
 def prove_copied(folder: Path, adapter_folder: Path) -> TensorProof:
@@ -33,7 +30,7 @@ def prove_copied(folder: Path, adapter_folder: Path) -> TensorProof:
         BadModel: The run's own file is damaged.
     """
     try:
-        with StoredTensors([adapter_folder / _WEIGHTS]) as stored:
+        with StoredTensors([adapter_folder / own_files(adapter_folder)[0]]) as stored:
             shapes = [entry.shape for entry in stored.entries.values()]
     except (SafetensorError, OSError) as error:
         raise BadModel(
@@ -54,7 +51,7 @@ def prove_copied(folder: Path, adapter_folder: Path) -> TensorProof:
 
 
 def _faults(folder: Path, adapter_folder: Path) -> Iterator[Fault]:
-    for name in _FILES:
+    for name in (*own_files(adapter_folder), FACTS_FILE):
         if not (folder / name).is_file():
             yield Fault(name, MISSING)
         elif sha256_of(folder / name) != sha256_of(adapter_folder / name):

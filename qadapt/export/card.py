@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qadapt.adapters.facts import AdapterFacts
+from qadapt.adapters.facts import SIDE_CAR_FILES, AdapterFacts
 from qadapt.events import BasesCompared, Evaluated, Event, MemoryMeasured, Planned, RunStarted, StepDone
 from qadapt.export.llama_quantize import K_FORMS
 from qadapt.units import format_bytes
@@ -64,6 +64,7 @@ class Made:
         file: Name of the one file to use, for forms that have one.
         findings: One sentence each: which base is better, what the proof compared.
         is_proven: Whether it was proven.
+        method: How the adapter was trained.
     """
 
     form: str
@@ -71,6 +72,7 @@ class Made:
     file: str = ""
     findings: Sequence[str] = ()
     is_proven: bool = True
+    method: str = "low-rank adaptation"
 
 
 def card_facts(
@@ -145,7 +147,7 @@ def card_text(facts: CardFacts, made: Made) -> str:
         facts: What is known of the run.
         made: What was made of it.
     """
-    kind = _kind_of(made.form)
+    kind = _kind_of(made)
     front = ["---", f"library_name: {kind.library}", "pipeline_tag: text-generation"]
     if facts.revision:  # only what is on a hub can be linked to
         front += [f"base_model: {facts.model}", f"base_model_relation: {kind.relation}"]
@@ -155,9 +157,12 @@ def card_text(facts: CardFacts, made: Made) -> str:
     return "\n".join([*front, *_body(facts, made, kind)]) + "\n"
 
 
-def _kind_of(form: str) -> _Kind:
+def _kind_of(made: Made) -> _Kind:
+    form = made.form
     if form in K_FORMS:
         return replace(_KINDS["gguf"], numbers=_BY_LLAMA_QUANTIZE)
+    if form == "adapter" and made.file in SIDE_CAR_FILES:
+        return replace(_KINDS["adapter"], library="qadapt", use=_SIDE_CAR)
     return _KINDS[form if form in _KINDS else form.partition("-")[0]]
 
 
@@ -167,7 +172,7 @@ def _body(facts: CardFacts, made: Made, kind: _Kind) -> list[str]:
     lines = [
         f"# A fine-tuned {facts.model or 'model'}",
         "",
-        f"Made from {name}{at} by low-rank adaptation; {kind.what}.",
+        f"Made from {name}{at} by {made.method}; {kind.what}.",
         "",
         f"* Form: {made.form}; {kind.numbers}.",
     ]
@@ -236,6 +241,9 @@ tokenizer = AutoTokenizer.from_pretrained("{base}")  # from the folder, if it ho
 ```
 
 With vLLM: `vllm serve {base} --enable-lora --lora-modules tuned=.`"""
+_SIDE_CAR = """\
+With qadapt: `qadapt chat FOLDER`, FOLDER being where this card lies. What {file} holds computes beside the
+base's layers, so no other program reads it."""
 _GGUF = """\
 With llama.cpp: `llama-cli -m {file} -cnv`. With Ollama: `ollama create tuned -f Modelfile`, then
 `ollama run tuned`."""

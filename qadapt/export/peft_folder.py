@@ -1,4 +1,4 @@
-"""The adapter alone as a PEFT folder for others: plain PEFT, vLLM, a hub.
+"""The adapter alone for others: a PEFT folder, for plain PEFT, vLLM, a hub; a side-car, for qadapt.
 
 The numbers are those of the run, byte for byte, in the type they were trained in; the base is named as it was
 trained on, with its revision. Tokenizer and template come along only if they are not the base's. Whoever
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qadapt.adapters.facts import FACTS_FILE
+from qadapt.adapters.facts import FACTS_FILE, own_files
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, StageStarted
@@ -25,7 +25,6 @@ from qadapt.model.tensor_values import tensor_of
 
 FORM = "adapter"
 STAGE = "writing the adapter"
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def copy_adapter(
@@ -47,14 +46,15 @@ def copy_adapter(
     """
     started, writing = time.monotonic(), writing or Writing()
     yield StageStarted(stage=STAGE)
-    for name in (_WEIGHTS, _CONFIG, FACTS_FILE):
+    files = *own_files(adapter_folder), FACTS_FILE
+    for name in files:
         if not (adapter_folder / name).is_file():
             raise BadRun(f"{adapter_folder} has no {name}.", cure="Give the folder of a finished adapter.")
     check_numbers(adapter_folder)
-    needed_bytes = (adapter_folder / _WEIGHTS).stat().st_size + OTHER_FILES_BYTES
+    needed_bytes = (adapter_folder / files[0]).stat().st_size + OTHER_FILES_BYTES
     with new_folder(target, needed_bytes=needed_bytes) as building:
         folder = building.path
-        copy_files(adapter_folder, folder, (_WEIGHTS, _CONFIG, FACTS_FILE))
+        copy_files(adapter_folder, folder, files)
         copy_licence(model_folder, folder)
         if (source := _changed_tokenizer(model_folder, adapter_folder)) is not None:
             copy_tokenizer(source, folder)
@@ -70,7 +70,7 @@ def check_numbers(adapter_folder: Path) -> None:
         BadExport: One is not.
         BadModel: The file is damaged.
     """
-    with TensorReader([adapter_folder / _WEIGHTS]) as reader:
+    with TensorReader([adapter_folder / own_files(adapter_folder)[0]]) as reader:
         for name, entry in reader.entries.items():
             if not tensor_of(reader.read(name), entry.dtype, entry.shape).isfinite().all():
                 raise BadExport(
