@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["lora", "rslora", "dora", "ia3", "houlsby", "pfeiffer", "parallel"]
+Method = Literal["lora", "rslora", "dora", "pissa", "ia3", "houlsby", "pfeiffer", "parallel"]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 SCALED_INPUTS = ("down_proj",)
 """Where IA3 scales a layer's inputs, as its paper does in the feed-forward part; elsewhere its outputs."""
@@ -43,6 +43,7 @@ METHODS: Mapping[Method, MethodFacts] = {
     "lora": MethodFacts("LoRA", "arXiv:2106.09685"),
     "rslora": MethodFacts("rsLoRA", "arXiv:2312.03732"),
     "dora": MethodFacts("DoRA", "arXiv:2402.09353", unused=("dropout",), is_near_one=True),
+    "pissa": MethodFacts("PiSSA", "arXiv:2404.02948"),
     "ia3": MethodFacts(
         "IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), has_rank=False, is_near_one=True
     ),

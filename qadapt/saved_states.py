@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from qadapt.adapters.lora import adapter_tensors
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, Warned
 from qadapt.resumption import Earlier
@@ -39,7 +40,7 @@ def restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
         if earlier.has_other_plan:  # whose memory is measured from here on
             values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
             checkpoint = replace(checkpoint, values=values)
-        check_fits(run, checkpoint, loop.optimizer.parameters)
+        check_fits(run, checkpoint, adapter_tensors(loop.model))
         loop.restore(checkpoint)
         saved = loop.saved(checkpoint_folder(run.path, checkpoint.step))
         if not earlier.has_saved(saved):  # killed between the checkpoint and its line

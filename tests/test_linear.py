@@ -310,9 +310,9 @@ def test_what_is_saved_is_plain_peft_and_loads_either_way(folders: dict[str, Pat
     assert torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("case", ["dora", "off", "merged", "two", "named", "autocast"])
+@pytest.mark.parametrize("case", ["dora with dropout", "off", "merged", "two", "named", "autocast"])
 def test_what_is_not_the_plain_case_is_plain_peft_s(case: str) -> None:
-    lora = {"use_dora": True} if case == "dora" else {}
+    lora = {"use_dora": True, "lora_dropout": 0.3} if case == "dora with dropout" else {}
     outputs = []
     for fused in (True, False):
         base = "plain" if case == "merged" else "nf4"

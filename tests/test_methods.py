@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 import torch
 from peft import IA3Config, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from test_closed_form import FULL, HALF, compared
 from test_dryrun import SETTING, config, counted
 from test_estimate import CPU, folders, shape_of, values_of
-from test_linear import BASES, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
+from test_linear import BASES, RANK, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
 from test_train import make_recipe, only
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.ia3 import use_typed_layers
-from qadapt.adapters.lora import trainable
-from qadapt.adapters.method import Adapter, attach
+from qadapt.adapters.lora import save_adapter, trainable
+from qadapt.adapters.method import Adapter, attach, load_adapter
+from qadapt.adapters.pissa import add_starts, start_of
 from qadapt.engine.linear import dense_weight
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-NAMES: tuple[Method, ...] = ("lora", "rslora", "dora", "ia3")
+NAMES: tuple[Method, ...] = ("lora", "rslora", "dora", "pissa", "ia3")
 """Those that PEFT has."""
 OTHERS = tuple(name for name in NAMES if name != "lora")
 FP32 = torch.float32
@@ -102,6 +105,36 @@ def test_ia3_in_bf16_is_near_fp32_and_stays_in_bf16(base: str) -> None:
     assert max(off.values()) < TOLERANCE[torch.bfloat16], off
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_pissa_trains_the_principal_part_and_leaves_the_exact_residual(base: str) -> None:
+    model = adapted(base, (FP32, FP32), fused=True, bias=True)
+    torch.manual_seed(5)
+    add_starts(model)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    start, scale = start_of(layer), layer.scaling["default"]
+    assert start is not None
+    weight = dense_weight(layer.get_base_layer(), FP32)
+    left, values, right = torch.linalg.svd(weight)
+    best = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+    found = scale * start.up @ start.down
+    lost = torch.linalg.norm(weight - found) / torch.linalg.norm(weight - best)
+    assert 1 <= lost < 1.01, "the principal part is not the largest"
+    differences = {name: 0.1 * torch.randn(each.shape) for name, each in trainable(model).items()}
+    for name, parameter in trainable(model).items():
+        parameter.data = differences[name]
+    a, b = differences.values()
+
+    inputs = inputs_of(FP32)
+    down, up = ((each.detach()).requires_grad_() for each in (start.down + a, start.up + b))
+    residual = weight - found.detach()
+    output = inputs @ residual.t() + scale * (inputs @ down.t()) @ up.t() + layer.get_base_layer().bias
+    wanted = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    output.backward(wanted)
+    naive = {"output": output.detach(), "inputs": inputs.grad, "a": down.grad, "b": up.grad}
+    off = errors(dict(zip(naive, outcome(model, inputs_of(FP32)).values(), strict=True)), naive)
+    assert max(off.values()) < 2 * TOLERANCE[FP32], off
+
+
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("method", NAMES)
@@ -119,10 +152,14 @@ def test_the_first_pass_is_the_bases(
 def attached(
     method: Method, folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP32, **options: Any
 ) -> PeftModel:
-    base = load_base(
+    base = base_of(folder, quantization=quantization, dtype=dtype)
+    return attach(base, Adapter(method, 4, 8), dtype=FP32, seed=0, **options).train()
+
+
+def base_of(folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP32) -> PreTrainedModel:
+    return load_base(
         folder, quantization=quantization, double_quant=True, dtype=dtype, device=torch.device("cpu")
     )
-    return attach(base, Adapter(method, 4, 8), dtype=FP32, seed=0, **options).train()
 
 
 # --- what is planned --------------------------------------------------------------------------------------
@@ -171,7 +208,7 @@ def built(folder: Path, setting: Any) -> PeftModel:
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "rank": 64}),
     ],
 )
-@pytest.mark.parametrize("method", ["dora", "ia3"])
+@pytest.mark.parametrize("method", ["dora", "pissa", "ia3"])
 def test_the_closed_form_of_a_method_is_its_dry_run_within_three_percent(
     method: Method, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
@@ -223,6 +260,38 @@ def test_a_method_trains_resumes_reloads_and_exports_proven(
     live = logits(load("first", folder=runs, device="cpu").model)
     assert (merged - live).abs().max() < 1e-4 * live.abs().max()
     assert torch.equal(live, logits_elsewhere(runs, tmp_path / "logits.pt"))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_what_is_saved_is_the_live_model(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
+    folder = tiny_model("qwen2")
+    live = attached(method, folder)
+    torch.manual_seed(6)
+    for parameter in trainable(live).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    found = logits(live)
+    with live.disable_adapter():
+        assert not torch.allclose(found, logits(live), atol=1e-2)
+    facts = AdapterFacts(str(folder), None, "", "nf4", True, "fp32", "")
+    save_adapter(live, tmp_path / "adapter", facts=facts, tokenizer=AutoTokenizer.from_pretrained(folder))
+    again = load_adapter(base_of(folder), tmp_path / "adapter")
+    assert not trainable(again)
+    assert torch.equal(found, logits(again))
+
+
+def test_a_resumed_pissa_goes_on_from_the_start_it_had(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "runs/first/adapter/adapter_model.safetensors"
+    list(train(recipe_of("pissa", tmp_path, tiny_model("llama"))))
+    whole = file.read_bytes()
+    (tmp_path / "runs/first").rename(tmp_path / "straight")
+    events = train(recipe_of("pissa", tmp_path, tiny_model("llama")))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    monkeypatch.setattr("qadapt.adapters.pissa._ROUNDS", 0)  # as on another machine: it finds another one
+    list(resume("first", folder=str(tmp_path / "runs")))
+    assert file.read_bytes() == whole
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -284,11 +353,8 @@ def test_ia3_trains_no_new_tokens(tiny_model: TinyModel) -> None:
 def test_a_target_that_matches_nothing_is_refused_with_what_would(
     method: Method, tiny_model: TinyModel
 ) -> None:
-    base = load_base(
-        tiny_model("llama"), quantization="nf4", double_quant=True, dtype=FP32, device=torch.device("cpu")
-    )
     with pytest.raises(BadRecipe, match="qkv_proj matches no linear layer") as refused:
-        attach(base, Adapter(method, 4, 8, targets=("qkv_proj",)), dtype=FP32, seed=0)
+        attach(base_of(tiny_model("llama")), Adapter(method, 4, 8, targets=("qkv_proj",)), dtype=FP32, seed=0)
     assert "q_proj" in refused.value.cure
 
 

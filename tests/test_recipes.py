@@ -33,7 +33,11 @@ NAMES = [
     "qwen2.5-7b-qlora-12gb",
     "qwen3-8b-qlora-16gb",
     "adapters/dora",
+    "adapters/houlsby",
     "adapters/ia3",
+    "adapters/parallel",
+    "adapters/pfeiffer",
+    "adapters/pissa",
     "adapters/rslora",
 ]
 DEMO = [name for name in NAMES if name.startswith(("quickstart", "adapters/"))]
@@ -144,7 +148,7 @@ def test_a_recipe_trains_two_steps_on_a_tiny_model(name: str, tmp_path: Path, ti
     assert (adapter / "adapter_model.safetensors").stat().st_size > 1000
     if METHODS[recipe.adapter.method].has_rank:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        assert config["r"] == recipe.adapter.rank
+        assert config["r"] == recipe.adapter.rank * (2 if recipe.adapter.method == "pissa" else 1)
 
 
 def test_an_override_of_a_shipped_recipe_starts_from_its_short_model_form() -> None:

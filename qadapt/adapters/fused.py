@@ -20,7 +20,10 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from qadapt.adapters.dora import Dora
+from qadapt.adapters.pissa import start_of
 from qadapt.engine.linear import adapted_linear, row_lengths, scaled_rows
+
+_NO_OTHER_PASS = "PEFT's own pass knows nothing of what PiSSA starts from"
 
 
 def use_fused_layers(config: LoraConfig) -> None:
@@ -44,11 +47,15 @@ class FusedLinear4bit(PeftLinear4bit):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the case is the plain one.
 
-        A single token at a time, as in generation, goes to the library's kernel for it.
+        A single token at a time, as in generation, goes to the library's kernel for it; not with DoRA, whose
+        matrices PEFT makes anew for each token, nor with PiSSA, which is ours.
         """
         is_plain = is_fusible(self, has_more=bool(args or kwargs))
-        if is_plain and self.get_base_layer().compute_dtype == x.dtype and (self.training or x.shape[-2] > 1):
+        is_own = bool(self.lora_variant) or start_of(self) is not None
+        is_plain = is_plain and self.get_base_layer().compute_dtype == x.dtype
+        if is_plain and (is_own or self.training or x.shape[-2] > 1):
             return fused(self, x)
+        assert self.disable_adapters or start_of(self) is None, _NO_OTHER_PASS
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
@@ -64,6 +71,7 @@ class FusedLinear8bit(PeftLinear8bit):  # type: ignore[misc]
         """The layer's output, fused where the case is the plain one."""
         if is_fusible(self, has_more=bool(args or kwargs)):
             return fused(self, x)
+        assert self.disable_adapters or start_of(self) is None, _NO_OTHER_PASS
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
@@ -79,6 +87,7 @@ class FusedLinear(peft_layer.Linear):  # type: ignore[misc]
         """The layer's output, fused where the case is the plain one."""
         if is_fusible(self, has_more=bool(args or kwargs)) and self.get_base_layer().weight.dtype == x.dtype:
             return fused(self, x)
+        assert self.disable_adapters or start_of(self) is None, _NO_OTHER_PASS
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
@@ -107,6 +116,8 @@ def fused(layer: peft_layer.LoraLayer, inputs: Tensor) -> Tensor:
     dropout = layer.lora_dropout[name]
     share = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     factors, scale = (layer.lora_A[name].weight, layer.lora_B[name].weight), layer.scaling[name]
+    if (start := start_of(layer)) is not None:
+        factors = start.joined(*factors)
     base = layer.get_base_layer()
     made = adapted_linear(inputs, base, factors, scale=scale, dropout=share)
     if name not in layer.lora_variant:

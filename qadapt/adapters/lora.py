@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685), rsLoRA and DoRA on a frozen base, through PEFT; on disk a plain PEFT folder.
+"""LoRA (arXiv:2106.09685), rsLoRA, DoRA and PiSSA on a frozen base, through PEFT; on disk its plain folder.
 
 Beside PEFT's two files stand the facts of `facts.py`: which base, how it was held, which prompt contract; and
 the tokenizer, if it has new tokens. Their rows (`new_rows.py`) are saved as PEFT's own.
@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from qadapt.adapters.dora import start_magnitudes
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.fused import use_fused_layers
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
+from qadapt.adapters.pissa import add_starts, start_of, starts_of
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.cache import FULL, require_free
@@ -47,7 +49,7 @@ class Lora:
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    variant: Literal["lora", "rslora", "dora"] = "lora"
+    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
 
 
 def attach_lora(
@@ -92,6 +94,10 @@ def attach_lora(
         attach_new_rows(model, new_ids, dtype=dtype)
     put_beside(adapted, dtype=dtype)
     start_magnitudes(adapted)
+    if lora.variant == "pissa":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            add_starts(adapted)
     return adapted
 
 
@@ -163,7 +169,7 @@ def save_adapter(
         NoRoom: The place is too full, or filled up meanwhile; the adapter that was there is whole.
         BadOutput: The place is read-only.
     """
-    needed_bytes = sum(tensor.nbytes for tensor in trainable(model).values())
+    needed_bytes = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
     require_free(folder.parent, needed_bytes, purpose="The adapter", or_else="move the run to a larger one")
     try:
         with whole_folder(folder) as building:
@@ -173,6 +179,7 @@ def save_adapter(
                 config = model.peft_config["default"]
                 config.base_model_name_or_path, config.revision = facts.base, facts.revision
                 model.save_pretrained(str(building), save_embedding_layers=False)
+                _join_starts(building, model)
             if rows := new_rows_of(model):
                 _add_new_rows(building, rows)
                 tokenizer.save_pretrained(str(building))
@@ -185,6 +192,32 @@ def save_adapter(
             f"The adapter {folder} cannot be written: {error}",
             cure="Make room or make the folder writable, then `qadapt resume`.",
         ) from None
+
+
+def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that makes the adapter: what is trained, and what PiSSA's starts from."""
+    return trainable(model) | starts_of(model)
+
+
+def _join_starts(folder: Path, model: PeftModel) -> None:
+    """Makes plain LoRA of twice the rank of a saved PiSSA."""
+    path, config_path = folder / _WEIGHTS, folder / _CONFIG
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    starts = {name: start for name, layer in layers.items() if (start := start_of(layer)) is not None}
+    if not starts:
+        return
+    tensors = load_file(path)
+    for name in starts_of(model):  # PEFT saves all parts of its layers
+        tensors.pop(name, None)
+    for name, start in starts.items():
+        names = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        joined = start.joined(*(tensors[each].to(start.up.device) for each in names))
+        whole = (value.detach().cpu().contiguous() for value in joined)
+        tensors |= dict(zip(names, whole, strict=True))
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:

@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck, load_bottleneck
+from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
 from qadapt.adapters.lora import Lora, attach_lora, load_lora
 from qadapt.adapters.side_car import Part
-from qadapt.adapters.side_car_files import is_side_car
 from qadapt.errors import Unsupported
 from qadapt.methods import METHODS, Activation, Method
 
@@ -54,7 +54,7 @@ def attach(
         BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
         Unsupported: The method trains no rows of new tokens; or see `attach_new_rows`.
     """
-    if adapter.method not in ("lora", "rslora", "dora"):
+    if adapter.method not in ("lora", "rslora", "dora", "pissa"):
         if new_ids:
             raise Unsupported(
                 f"data.new_tokens: {METHODS[adapter.method].title} trains no rows of new tokens.",

@@ -62,7 +62,7 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
     kept += _adapter(last, setting, is_kept_already=is_kept)
     if shape.family == "gemma2":
         kept += _wide_norm(shape, setting)
-    beside = bottleneck_bytes(shape, setting, "attention")
+    beside = bottleneck_bytes(shape, setting, "attention") + _joined_bytes([*first, *last], setting)
     return kept * setting.tokens + score_bytes(shape, setting, attention) + beside
 
 
@@ -81,7 +81,8 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
     kept += 3 * shape.mlp_width * setting.compute_bytes + _adapter(last, setting)
     if shape.family == "gemma2":
         kept += _wide_norm(shape, setting)
-    return kept * setting.tokens + bottleneck_bytes(shape, setting, "mlp")
+    joined = _joined_bytes([*first, *last], setting)
+    return kept * setting.tokens + bottleneck_bytes(shape, setting, "mlp") + joined
 
 
 def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
@@ -126,9 +127,19 @@ def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bo
     """
     adapted = [linear for linear in linears if setting.adapts(linear)]
     scaled = [each.outputs for each in adapted if scales_output(each, setting)]
-    between = [setting.rank for _ in adapted if METHODS[setting.method].has_rank]
+    rank = setting.rank * (2 if setting.method == "pissa" else 1)
+    between = [rank for _ in adapted if METHODS[setting.method].has_rank]
     kept = setting.compute_bytes * (sum(scaled) + sum(between))
     return kept + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
+
+
+def _joined_bytes(linears: Sequence[Linear], setting: Setting) -> int:
+    """PiSSA's factors of twice the rank, made from what is trained and what it starts from."""
+    if setting.method != "pissa":
+        return 0
+    sides = [side for each in linears if setting.adapts(each) for side in (each.inputs, each.outputs)]
+    each = setting.adapter_value_bytes
+    return sum(setting.tensor_bytes(2 * setting.rank * side, each) for side in sides)
 
 
 def scales_output(linear: Linear, setting: Setting) -> bool:

@@ -55,6 +55,14 @@ def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
     return shape.layers * layer + sum(setting.tensor_bytes(n, each) for n in token_tensors(shape, setting))
 
 
+def start_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What PiSSA starts from, frozen, as large as what it trains; it takes no gradient."""
+    if setting.method != "pissa":
+        return 0
+    each = setting.adapter_value_bytes
+    return shape.layers * sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
+
+
 def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     """AdamW's two moments, and the compensation that bf16 adapters carry (Kahan, 2 bytes per value).
 

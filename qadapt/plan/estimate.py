@@ -31,7 +31,7 @@ from qadapt.plan.activations import (
     norm_bytes,
     shared_bytes,
 )
-from qadapt.plan.adapters import adapter_bytes, optimizer_bytes
+from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, start_bytes
 from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, shared_stream_bytes, stands_beside
 from qadapt.plan.categories import STATIC
@@ -201,7 +201,7 @@ def _moments(
         "base_weights": base_weight_bytes(shape, setting),
         "quantization_constants": quantization_constant_bytes(shape, setting),
         "unquantized": unquantized_bytes(shape, setting),
-        "adapters": adapter,
+        "adapters": adapter + start_bytes(shape, setting),
         "gradients": adapter if setting.accumulates else 0,
         "optimizer": optimizer_bytes(shape, setting),
     }
@@ -301,7 +301,7 @@ def _loading_bytes(shape: ModelShape) -> int:
 
 def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
     """Bytes a run writes: saved states (the two newest and the best), the adapter, a merged fp16 model."""
-    adapter = adapter_bytes(shape, setting)
+    adapter = adapter_bytes(shape, setting) + start_bytes(shape, setting)
     return {
         "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),
         "adapter": adapter,

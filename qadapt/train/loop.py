@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from qadapt import control
+from qadapt.adapters.lora import adapter_tensors
 from qadapt.data.batches import all_batches
 from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
@@ -325,7 +326,7 @@ class Loop:
             values["loss_scale"] = self._scaler.state_dict()
         checkpoint = Checkpoint(
             step=progress.step,
-            adapter=dict(self.optimizer.parameters),
+            adapter=adapter_tensors(self.model),
             optimizer=self.optimizer.tensors(),
             random=random_state(self._device),
             values=values,
@@ -355,8 +356,8 @@ class Loop:
     @torch.no_grad()
     def restore_adapter(self, checkpoint: Checkpoint) -> None:
         """Takes over the adapter of a checkpoint alone."""
-        for name, parameter in self.optimizer.parameters.items():
-            parameter.copy_(checkpoint.adapter[name])
+        for name, tensor in adapter_tensors(self.model).items():
+            tensor.copy_(checkpoint.adapter[name])
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -18,6 +18,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qadapt.adapters.lora import adapter_tensors
+from qadapt.adapters.pissa import starts_of
 from qadapt.engine.host import device_of
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
@@ -111,9 +113,8 @@ def reset_peak(device: torch.device) -> None:
 
 def static_tensors(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, list[Tensor]]:
     """Every tensor that stays from step to step, by category; gradients, which come and go, are not here."""
-    adapters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return base_tensors(model.get_base_model()) | {
-        "adapters": adapters,
+        "adapters": list(adapter_tensors(model).values()),
         "optimizer": held_tensors(optimizer),
     }
 
@@ -122,8 +123,9 @@ def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
     """The frozen tensors of a base by category, with or without adapters attached."""
     found: dict[str, list[Tensor]] = {name: [] for name in STATIC[:3]}
     ends = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    starts = {id(start) for start in starts_of(base).values()}
     for parameter in base.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or id(parameter) in starts:
             continue
         state = getattr(parameter, "quant_state", None)  # only 4-bit parameters have one
         if state is not None:
