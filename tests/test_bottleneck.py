@@ -206,6 +206,46 @@ def test_packed_documents_are_as_if_alone(kind: Kind, tiny_model: TinyModel) -> 
         torch.testing.assert_close(packed[:, first:last], alone, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_at_a_time(
+    kind: Kind, quantization: str, tiny_model: TinyModel
+) -> None:
+    documents, ids = documents_of((23, 22)), torch.cat((IDS[0], IDS[1]))[None]
+    base = base_of(tiny_model, "llama", quantization=quantization)
+    arrange(base, recompute="all", tiles=1, offload=())
+    model = adapted(base, kind).train()
+    targets = ids[0, 1:].clone()
+    targets[22] = -100  # the second document's first token is not the first one's next
+    with isolating(cast(Any, model)):
+        logits = model(
+            input_ids=ids[:, :45], use_cache=False, documents=documents, position_ids=documents.position_ids
+        ).logits
+        functional.cross_entropy(logits[0], targets, reduction="sum").backward()
+    packed = {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
+    naive = adapted(base_of(tiny_model, "llama", quantization=quantization), kind)
+    naive_layers(naive, kind, has_two_norms=False)
+    for first, last in ((0, 23), (23, 46)):
+        alone = naive(input_ids=ids[:, first : last - 1], use_cache=False).logits[0]
+        functional.cross_entropy(alone, ids[0, first + 1 : last], reduction="sum").backward()
+    wanted = {name: each.grad for name, each in trained(naive).items() if each.grad is not None}
+    assert close(packed, wanted, within=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_of_a_batch_is_its_own_single_run(kind: Kind, tiny_model: TinyModel) -> None:
+    model = adapted(base_of(tiny_model, "llama", quantization="nf4"), kind).eval()
+    short = IDS[1:, :9]
+    batch = torch.cat((IDS[:1, :14], torch.cat((torch.full((1, 5), 3), short), 1)))
+    mask = torch.ones_like(batch)
+    mask[1, :5] = 0
+    told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    together = model.generate(input_ids=batch, attention_mask=mask, **told)[:, 14:]
+    for row, prompt in enumerate((IDS[:1, :14], short)):
+        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **told)
+        assert alone[0, prompt.shape[1] :].tolist() == together[row].tolist()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_generates_what_whole_passes_do(kind: Kind, tiny_model: TinyModel) -> None:
     model = adapted(base_of(tiny_model, "llama"), kind).eval()
@@ -263,6 +303,10 @@ def saved(tiny_model: TinyModel, folder: Path) -> Path:
         ({"version": 2}, r"is of version 2; this qadapt reads version 1"),
         ({"kind": "lora"}, r"describe no bottleneck: .*'kind': 'lora'"),
         ({"width": "5"}, r"describe no bottleneck: .*'width': '5'"),
+        ({"width": 0}, r"describe no bottleneck: .*'width': 0"),
+        ({"scale": float("nan")}, r"describe no bottleneck: .*'scale': nan"),
+        ({"dropout": 1.5}, r"describe no bottleneck: .*'dropout': 1.5"),
+        ({"activation": ["relu"]}, r"describe no bottleneck: .*'activation': \['relu'\]"),
         ({"width": 6}, r"does not fit its settings: layers.0.feed_forward.down.bias has the shape \(5,\)"),
         ({"layers": -1}, r"whose layers is -1; this base's is 2"),
         ({"model_type": "qwen2"}, r"whose model_type is qwen2; this base's is llama"),

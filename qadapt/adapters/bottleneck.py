@@ -220,8 +220,11 @@ def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
     """
     values = {field.name: settings.get(field.name) for field in fields(Bottleneck)}
     kinds = {"width": int, "scale": float, "norm": bool, "dropout": float}
-    is_known = values["kind"] in KINDS and values["activation"] in _FUNCTIONS
-    if not is_known or any(type(values[name]) is not kind for name, kind in kinds.items()):
+    is_known = values["kind"] in KINDS and values["activation"] in tuple(_FUNCTIONS)
+    is_known = is_known and all(type(values[name]) is kind for name, kind in kinds.items())
+    if not (
+        is_known and values["width"] > 0 and math.isfinite(values["scale"]) and 0 <= values["dropout"] < 1
+    ):
         raise BadAdapter(
             f"The settings of the adapter in {folder} describe no bottleneck: {values}.",
             cure="Take the adapter's files from where they were made.",
