@@ -145,10 +145,15 @@ def test_a_recipe_trains_two_steps_on_a_tiny_model(name: str, tmp_path: Path, ti
     assert any(isinstance(event, Evaluated) and math.isfinite(event.loss) for event in events)
     assert isinstance(events[-1], RunFinished)
     adapter = Path(recipe.run.folder) / recipe.run.name / "adapter"
-    assert (adapter / "adapter_model.safetensors").stat().st_size > 1000
-    if METHODS[recipe.adapter.method].has_rank:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        assert config["r"] == recipe.adapter.rank * (2 if recipe.adapter.method == "pissa" else 1)
+    (weights,) = adapter.glob("*.safetensors")
+    assert weights.stat().st_size > 1000
+    method, rank = recipe.adapter.method, recipe.adapter.rank
+    if METHODS[method].has_rank:
+        beside = METHODS[method].usual_activation is not None
+        config = json.loads(
+            (adapter / ("side_car.json" if beside else "adapter_config.json")).read_text(encoding="utf-8")
+        )
+        assert config["width" if beside else "r"] == rank * (2 if method == "pissa" else 1)
 
 
 def test_an_override_of_a_shipped_recipe_starts_from_its_short_model_form() -> None:
