@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from qadapt.adapters.check import CONFIG, check_adapter
-from qadapt.adapters.facts import AdapterFacts, read_facts
-from qadapt.adapters.side_car_files import is_side_car, read_settings
+from qadapt.adapters.facts import AdapterFacts, is_side_car, read_facts
+from qadapt.adapters.side_car_files import read_settings
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import Record, belongs, check_weights
+from qadapt.adoption import Said, adopt, is_adopted
 from qadapt.cache import cache_folder, output_errors, working_folder
 from qadapt.errors import BadAdapter, BadRun
 from qadapt.events import Evaluated, StepDone
@@ -33,6 +34,7 @@ from qadapt.run_parts import find_same_base
 from qadapt.train.stored_plan import read_plan
 from qadapt.view.journal import effective, read_events
 
+NOTHING = Said()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,7 +53,7 @@ def add(
     *,
     name: str = "",
     parent: str | None = None,
-    revision: str | None = None,
+    said: Said = NOTHING,
     folder: str = "runs",
 ) -> Added:
     """Keeps an adapter in the store and lets a name mean it.
@@ -61,7 +63,7 @@ def add(
         store: Where to keep it.
         name: The name; by default the run's, the folder's or the repository's.
         parent: The version it followed; by default the one that the name means now.
-        revision: Branch, tag or commit of a hub; its commit is what is kept.
+        said: What is said of an adapter from elsewhere. Of a hub the commit is kept.
         folder: Where the runs are.
 
     Raises:
@@ -71,7 +73,7 @@ def add(
         BadOutput: The store is read-only or full.
     """
     quiet_libraries()
-    with _found(what, revision=revision, folder=folder) as found:
+    with _found(what, said, folder) as found:
         _check(found.folder, found.record.facts)
         chosen = name or re.sub(r"[^a-z0-9._-]+", "-", found.name.lower())
         return store.add(found.folder, found.record, name=chosen, parent=parent)
@@ -104,28 +106,59 @@ def find_adapter(what: str, *, folder: str = "runs", store: str = "adapters") ->
 
 
 @contextmanager
-def _found(what: str, *, revision: str | None, folder: str) -> Iterator[Found]:
+def _found(what: str, said: Said, folder: str) -> Iterator[Found]:
     path = Path(what).expanduser()
-    if revision is not None and (_is_run(what, folder) or path.exists()):
+    if said.revision is not None and (_is_run(what, folder) or path.exists()):
         raise BadAdapter(
-            f"{what} has no revisions ({revision!r}): only a hub's adapters do.",
+            f"{what} has no revisions ({said.revision!r}): only a hub's adapters do.",
             cure="Leave the revision out.",
         )
     if _is_run(what, folder):
         run = _finished(what, folder)
+        _refuse_said(said, what)
         yield Found(run.adapter, _record_of_run(run), run.name)
     elif path.is_dir():
-        yield Found(path, _record_of_folder(path, f"folder {path.resolve().name}"), path.resolve().name)
+        with _described(path, said, name=what) as place:
+            source = f"folder {path.resolve().name}"
+            yield Found(place, _record_of_folder(place, source), path.resolve().name)
     elif _HUB_ID.fullmatch(what):
         from qadapt.model.hub_files import fetch_files
 
-        with output_errors(cache_folder()):
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            with working_folder(cache_folder(), stem="adapter") as place:
-                commit = fetch_files(what, place, choose=_chooser(what), revision=revision)
-                yield Found(place, _record_of_folder(place, f"hub {what}@{commit}"), what.partition("/")[2])
+        with _temporary() as fetched:
+            commit = fetch_files(what, fetched, choose=_chooser(what), revision=said.revision)
+            with _described(fetched, said, name=what) as place:
+                record = _record_of_folder(place, f"hub {what}@{commit}")
+                yield Found(place, record, what.partition("/")[2])
     else:
         find_run(what, folder)  # says which runs there are
+
+
+@contextmanager
+def _described(folder: Path, said: Said, *, name: str) -> Iterator[Path]:
+    """A folder whose adapter says what it was trained on: the same one, or a copy to which that was added."""
+    if not is_adopted(folder):
+        _refuse_said(said, name)
+        yield folder
+        return
+    with _temporary() as place:
+        adopt(folder, place, said, name=name)
+        yield place
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with output_errors(cache_folder()):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with working_folder(cache_folder(), stem="adapter") as place:
+            yield place
+
+
+def _refuse_said(said: Said, name: str) -> None:
+    if said.held is not None or said.base is not None:
+        raise BadAdapter(
+            f"{name} says itself which base it was trained on and how that was held.",
+            cure="Leave --held and --base out.",
+        )
 
 
 def _chooser(name: str) -> Callable[[Sequence[str]], list[str]]:

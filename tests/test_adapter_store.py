@@ -6,11 +6,12 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from filelock import FileLock
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from qadapt.adapters import store as store_module
 from qadapt.adapters.facts import AdapterFacts, write_facts
@@ -364,8 +365,8 @@ def test_whoever_waits_too_long_is_told(shelf: Shelf, monkeypatch: pytest.Monkey
     assert shelf.names() == {"summaries": "one"}
 
 
-MOVES = st.lists(
-    st.tuples(st.sampled_from(["add", "use", "rollback"]), st.integers(0, 3)), min_size=1, max_size=12
+MOVES = some.lists(
+    some.tuples(some.sampled_from(["add", "use", "rollback"]), some.integers(0, 3)), min_size=1, max_size=12
 )
 
 
@@ -388,6 +389,84 @@ def test_a_name_is_a_stack_of_versions(moves: list[tuple[str, int]]) -> None:
         assert name.used == tuple(stack)
         assert seen == {*name.used, *name.left}
         assert len(set(name.left)) == len(name.left)
+
+
+class Expected:
+    """A store as plain dictionaries: what every name, tag and version must be."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+        self.left: dict[str, set[str]] = {}
+        self.tags: dict[str, str] = {}
+        self.versions: set[str] = set()
+
+    def move(self, name: str, weights: str) -> None:
+        stack = self.names.setdefault(name, [])
+        if not stack or stack[-1] != weights:
+            stack.append(weights)
+            self.left.setdefault(name, set()).discard(weights)
+
+    def roll_back(self, name: str) -> None:
+        self.left[name].add(self.names[name].pop())
+
+    def collect(self) -> None:
+        meant = {each for stack in self.names.values() for each in stack}
+        meant |= {each for name in self.names for each in self.left[name]}
+        self.versions &= meant | set(self.tags.values())
+
+
+DEEDS = some.tuples(
+    some.sampled_from(["add", "use", "tag", "rollback", "remove name", "remove tag", "gc"]),
+    some.sampled_from(["a-name", "b-name"]),
+    some.sampled_from(["one", "two", "three"]),
+)
+
+
+def follow(shelf: Shelf, expected: Expected, deed: str, *, name: str, weights: str) -> None:
+    """Does one thing in the store and with the dictionaries; what cannot be done is refused by the store."""
+    known = {shelf.weights(each): each for each in shelf.store.ids()}
+    if deed == "add":
+        shelf.add(weights, name)
+        expected.versions.add(weights)
+        expected.move(name, weights)
+    elif deed in ("use", "tag") and weights in known:
+        if deed == "use":
+            shelf.store.use(name, known[weights])
+            expected.move(name, weights)
+        else:
+            shelf.store.tag(known[weights], "best")
+            expected.tags["best"] = weights
+    elif deed == "rollback" and len(expected.names.get(name, [])) > 1:
+        shelf.store.rollback(name)
+        expected.roll_back(name)
+    elif deed == "remove name" and name in expected.names:
+        shelf.store.remove(name)
+        del expected.names[name], expected.left[name]
+    elif deed == "remove tag" and expected.tags:
+        shelf.store.remove("best")
+        expected.tags.clear()
+    elif deed == "gc" and shelf.store.path.exists():
+        shelf.store.gc()
+        expected.collect()
+
+
+@settings(max_examples=40)
+@given(some.lists(DEEDS, min_size=1, max_size=14))
+def test_whatever_is_done_the_store_holds_what_plain_dictionaries_hold(
+    deeds: list[tuple[str, str, str]],
+) -> None:
+    with TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        shelf, expected = Shelf(Path(place)), Expected()
+        for deed, name, weights in deeds:
+            follow(shelf, expected, deed, name=name, weights=weights)
+            assert shelf.names() == {name: stack[-1] for name, stack in expected.names.items()}
+            assert {tag: shelf.weights(tag) for tag in shelf.store.tags()} == expected.tags
+            kept = {shelf.weights(each) for each in shelf.store.ids()}
+            assert expected.versions == kept
+            for name, value in shelf.store.names().items():
+                used = [shelf.weights(each) for each in value.used]
+                assert used == expected.names[name]
 
 
 def test_a_version_reads_back_as_it_was_written(shelf: Shelf) -> None:

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qadapt.adapters.bottleneck import bottleneck_shapes
-from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.adapters.side_car_files import write_side_car
 from qadapt.adapters.store import Store
+from qadapt.adoption import Said
 from qadapt.cli.main import run
 from qadapt.errors import BadAdapter, BadModel, BadRun, QadaptError
 from qadapt.keeping import add, find_adapter
+from qadapt.loading import load_tuned
 from qadapt.model.hub_files import fetch_files
 from qadapt.model.source import find_model
 
@@ -233,6 +235,57 @@ def test_a_side_car_with_absurd_numbers_is_refused(
     refused(store, folder, problem)
 
 
+def plain(folder: Path) -> Path:
+    (folder / "qadapt.json").unlink()
+    return folder
+
+
+def test_an_adapter_of_others_is_kept_with_what_is_said_of_it(
+    store: Store, folder: Path, tiny_model: TinyModel
+) -> None:
+    change_config(plain(folder), base_model_name_or_path="gone")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    said = Said(held="nf4", base=str(tiny_model("llama")))
+    kept = store.folder_of(add(str(folder), store, said=said).version.id)
+    facts = read_facts(kept)
+    assert (facts.quantization, facts.base) == ("nf4", str(tiny_model("llama")))
+    assert (kept / "adapter_model.safetensors").read_bytes() == weights
+    assert not (folder / "qadapt.json").exists()
+    tuned = load_tuned(kept, device=torch.device("cpu"))
+    with torch.no_grad():
+        assert tuned.model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
+    assert add(str(folder), store, said=said).is_new is False
+
+
+@pytest.mark.parametrize(
+    ("said", "config", "problem"),
+    [
+        (Said(), {}, "nothing there says how its base was held"),
+        (Said(held="none"), {"base_model_name_or_path": None}, "names no base"),
+        (Said(held="none"), {"peft_type": "LOHA"}, "is of the method LOHA; .* LORA and IA3 are loaded here"),
+        (Said(held="none"), {"init_lora_weights": "pissa"}, "'pissa', which rewrites the base it starts on"),
+    ],
+)
+def test_an_adapter_of_others_that_cannot_be_loaded_is_refused(
+    store: Store, folder: Path, said: Said, config: dict[str, Any], problem: str
+) -> None:
+    change_config(plain(folder), **config)
+    with pytest.raises(BadAdapter, match=problem):
+        add(str(folder), store, said=said)
+
+
+def test_what_an_adapter_says_itself_is_not_said_again(store: Store, folder: Path) -> None:
+    with pytest.raises(BadAdapter, match="says itself which base"):
+        add(str(folder), store, said=Said(held="nf4"))
+
+
+def test_another_way_to_hold_a_base_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["adapters", "add", str(folder), "--held", "fp8", "--store", str(tmp_path / "kept")]) == 2
+    assert "--held is 'fp8'." in capsys.readouterr().err
+
+
 def test_a_damaged_file_is_refused(store: Store, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -263,7 +316,7 @@ def test_a_hub_adapter_is_pinned_by_its_commit_and_its_pickles_stay_there(
         assert added.version.record.source == f"hub owner/mine@{COMMIT}"
         assert not hub.downloads(".bin")
         assert (added.name, len(added.version.files)) == ("mine", 3)
-        again = add("owner/mine", store, revision="main")
+        again = add("owner/mine", store, said=Said(revision="main"))
         assert (again.version.id, again.is_new) == (added.version.id, False)
 
 
@@ -307,7 +360,7 @@ def serve(hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_folder_has_no_revisions(store: Store, folder: Path) -> None:
     with pytest.raises(BadAdapter, match=r"has no revisions \('v1'\)"):
-        add(str(folder), store, revision="v1")
+        add(str(folder), store, said=Said(revision="v1"))
 
 
 def test_what_is_nothing_says_what_there_is(store: Store, tmp_path: Path) -> None:

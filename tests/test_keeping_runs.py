@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_a_run_is_kept_with_all_that_is_known_and_answers_by_its_name(
         return json.loads(capsys.readouterr().out)["answers"]
 
     assert answers("summaries") == answers(version.id[:8]) == answers("first")
+
+
+def test_a_version_is_not_loaded_on_another_base(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
+    recipe = make_recipe(tmp_path, base)
+    list(train(recipe))
+    store = Store(tmp_path / "adapters")
+    add("first", store, name="bot", folder=recipe.run.folder)
+    [weights] = base.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert command(["chat", "bot", "--prompt", "say 3", "--store", str(store.path)]) == 2
+    assert "is not the model this adapter was trained on" in capsys.readouterr().err
 
 
 def history(place: Path, count: int) -> tuple[Store, list[str]]:

@@ -17,7 +17,7 @@ import qadapt
 from qadapt.cli.main import app
 from qadapt.recipe_file import field_paths
 
-NAMES = ["estimate", "export", "load", "plan", "train"]
+NAMES = ["Store", "estimate", "export", "load", "plan", "train"]
 
 COMMANDS = {
     "estimate": (
@@ -38,7 +38,7 @@ COMMANDS = {
     "chat": "what --prompt --system --beside --temperature --top-p --seed --longest --folder --store --json",
     "recipes": "name --schema --json",
     "doctor": "--json --selftest",
-    "adapters add": "what --as --parent --revision --folder --store --json",
+    "adapters add": "what --as --parent --revision --held --base --folder --store --json",
     "adapters list": "--store --json",
     "adapters show": "what --store --json",
     "adapters use": "name what --store --json",

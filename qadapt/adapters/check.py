@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import bottleneck_shapes, load_bottleneck
-from qadapt.adapters.side_car_files import is_side_car, read_settings, read_tensors
+from qadapt.adapters.facts import is_side_car
+from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.errors import BadAdapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -14,6 +14,7 @@ from qadapt.cli.screen import console
 
 if TYPE_CHECKING:
     from qadapt.adapters.store import Store
+    from qadapt.adoption import Held
 
 What = Annotated[str, typer.Argument(help="A name, a tag, or the beginning of a version's id.")]
 NameArgument = Annotated[str, typer.Argument(help="A name in the store.")]
@@ -40,6 +41,16 @@ def add(
         typer.Option(help="The version it followed; default: the one that the name means now."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub.")] = None,
+    held: Annotated[
+        str | None,
+        typer.Option(
+            help="How the base of an adapter that qadapt did not train was held: nf4, int8 or none. Its "
+            "prompts are taken to be the base's own."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Its base, if not the one that its configuration names.")
+    ] = None,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
     store: StoreOption = "adapters",
     json: JsonOption = False,
@@ -51,9 +62,11 @@ def add(
     Examples: `qadapt adapters add my-run`, `qadapt adapters add my-run --as summaries`, `qadapt adapters add
     owner/adapter --revision v1`.
     """
+    from qadapt.adoption import Said
     from qadapt.keeping import add as keep
 
-    added = keep(what, _store(store), name=name, parent=parent, revision=revision, folder=folder)
+    said = Said(revision, _held(held), base)
+    added = keep(what, _store(store), name=name, parent=parent, said=said, folder=folder)
     values = {"schema": 1, "name": added.name, "id": added.version.id, "new": added.is_new}
     verb = "keeps" if added.is_new else "has already"
     _say(json, values, f"The store {verb} {_short(added.version.id)}; {added.name} means it.")
@@ -213,6 +226,17 @@ def gc(
         {"schema": 1, **asdict(freed)},
         f"{verb} {len(freed.versions)} versions, {format_bytes(freed.bytes)}.",
     )
+
+
+def _held(text: str | None) -> Held | None:
+    from typing import cast, get_args
+
+    from qadapt.adoption import Held
+    from qadapt.errors import BadRecipe
+
+    if text is not None and text not in get_args(Held):
+        raise BadRecipe(f"--held is {text!r}.", cure=f"Give one of {', '.join(get_args(Held))}.")
+    return cast("Held | None", text)
 
 
 def _store(path: str) -> Store:

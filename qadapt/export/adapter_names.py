@@ -34,7 +34,7 @@ _MUST_BE_EMPTY = (
     "target_parameters", "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
-_BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "true")
+BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "true")
 """Initializations that leave the base as it was; the others (PiSSA, OLoRA, LoftQ, ...) rewrite it."""
 _BESIDE_THE_WEIGHTS = {
     "PREFIX_TUNING": "keys and values before the text",
@@ -130,7 +130,7 @@ def refuse_unmerged(config: Mapping[str, Any], *, folder: Path) -> None:
             f"The adapter in {folder} has {', '.join(asked)}, which is not merged here.", cure=AS_IT_IS
         )
     start = config.get("init_lora_weights", True)
-    if start not in _BASE_KEEPING_STARTS:
+    if start not in BASE_KEEPING_STARTS:
         raise Unsupported(
             f"The adapter in {folder} has init_lora_weights = {start!r}, which rewrites the base it starts "
             "on: beside the published weights it is another model.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.store import Store
 from qadapt.errors import BadRun
 from qadapt.run_folder import find_run
@@ -69,7 +70,7 @@ def find_partner(what: str, folder: str | Path = "runs", *, store: str | Path = 
 
 
 def _of_folder(path: Path) -> Partner:
-    if any((path / name).is_file() for name in ("adapter_config.json", "side_car.json")):
+    if (path / "adapter_config.json").is_file() or is_side_car(path):
         return Partner("adapter", path)
     if (path / "config.json").is_file():
         return Partner("model", path)

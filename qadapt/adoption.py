@@ -1,0 +1,109 @@
+"""An adapter that qadapt did not train, made one that says what must be known to load it.
+
+A plain PEFT folder names its base, and neither how that was held in training nor how prompts were made. The
+first must be said by whoever brings it; the second is taken to be the base's own template, and is not known
+to be right. Its numbers stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qadapt.adapters.check import CONFIG
+from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, write_facts
+from qadapt.adapters.versions import files_of
+from qadapt.data.prompt import CONTRACT_FILE, load_contract
+from qadapt.errors import BadAdapter
+from qadapt.export.adapter_names import BASE_KEEPING_STARTS
+from qadapt.model.precision import choose_compute_dtype, choose_device
+from qadapt.model.source import find_model
+
+Held = Literal["nf4", "int8", "none"]
+_METHODS = ("LORA", "IA3")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said of an adapter that comes from elsewhere.
+
+    Attributes:
+        revision: Branch, tag or commit of a hub.
+        held: How its base was held in training: in 4 bits, 8 bits, or as it is.
+        base: Its base, if not the one that its configuration names.
+    """
+
+    revision: str | None = None
+    held: Held | None = None
+    base: str | None = None
+
+
+def is_adopted(folder: Path) -> bool:
+    """Whether a folder's adapter does not say itself what it was trained on."""
+    return (folder / CONFIG).is_file() and not (folder / FACTS_FILE).is_file()
+
+
+def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
+    """Writes a copy of an adapter that says what it was trained on.
+
+    Args:
+        folder: A PEFT folder.
+        place: An empty folder, or the same one.
+        said: What is said of it.
+        name: What to call it in messages.
+
+    Raises:
+        BadAdapter: Not enough is said, it is no adapter, or of a method that is not loaded here.
+        BadModel: Its base cannot be found or read.
+        HubRefused: Its base is on a hub, which said no.
+    """
+    if said.held is None:
+        raise BadAdapter(
+            f"{name} was not trained with qadapt: nothing there says how its base was held.",
+            cure="Say it: --held nf4 (QLoRA), --held int8, or --held none (16 or 32 bits).",
+        )
+    config = _config_of(folder, name)
+    base = said.base or config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BadAdapter(f"{name} names no base.", cure="Name it with --base.")
+    files = find_model(base, revision=None if said.base else config.get("revision"))
+    contract = load_contract(files.folder)
+    if folder != place:
+        for each in files_of(folder):
+            (place / each).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / each, place / each)
+    facts = AdapterFacts(
+        base=files.name,
+        revision=files.revision,
+        fingerprint=files.fingerprint,
+        quantization=said.held,
+        double_quant=said.held == "nf4",
+        load_dtype=choose_compute_dtype("auto", choose_device("auto")),
+        prompt_fingerprint=contract.fingerprint,
+    )
+    write_facts(facts, place)
+    text = json.dumps(contract.facts(), indent=2) + "\n"
+    (place / CONTRACT_FILE).write_text(text, encoding="utf-8")
+
+
+def _config_of(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        method, start = config["peft_type"], config.get("init_lora_weights", True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadAdapter(f"{name} has no sound {CONFIG}: {error}.", cure="Choose another revision.") from None
+    if method not in _METHODS:
+        raise BadAdapter(
+            f"{name} is of the method {method}; of others' adapters LORA and IA3 are loaded here.",
+            cure="Load it with PEFT.",
+        )
+    if start not in BASE_KEEPING_STARTS:
+        raise BadAdapter(
+            f"{name} has init_lora_weights = {start!r}, which rewrites the base it starts on: on the "
+            "published weights it is another model.",
+            cure="Ask its author for one saved with path_initial_model_for_weight_conversion.",
+        )
+    return config
