@@ -183,7 +183,7 @@ def _record_of_run(run: RunFolder) -> Record:
         metrics["held-out loss"] = min(held_out.values())
     return Record(
         facts=read_facts(run.adapter),
-        method=_method_of(run.adapter),
+        method=plan.recipe.get("adapter", {}).get("method") or _method_of(run.adapter),
         source=f"run {run.name}",
         data=plan.ingredients.rows,
         recipe=plan.recipe,

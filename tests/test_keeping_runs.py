@@ -21,6 +21,7 @@ from qadapt.cli.main import run as command
 from qadapt.errors import BadAdapter
 from qadapt.keeping import add
 from qadapt.loading import load_tuned
+from qadapt.methods import METHODS, Method
 from qadapt.run import load, train
 from qadapt.train.stored_plan import read_plan
 
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 
-@pytest.mark.parametrize("method", ["lora", "houlsby"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_kept_with_all_that_is_known_and_answers_by_its_name(
-    method: str, tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+    method: Method, tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_model("llama"))
-    adapter = type(recipe.adapter)(method=method, rank=4, alpha=4)  # type: ignore[arg-type]
+    rank = {"rank": 4, "alpha": 4} if METHODS[method].has_rank else {}
+    adapter = type(recipe.adapter)(method=method, **rank)  # type: ignore[arg-type]
     recipe = recipe.model_copy(update={"adapter": adapter})
     list(train(recipe))
     store, runs = Store(tmp_path / "adapters"), recipe.run.folder
