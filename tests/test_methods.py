@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,19 +14,14 @@ from test_closed_form import FULL, HALF, compared
 from test_dryrun import SETTING, config, counted
 from test_estimate import CPU, folders, shape_of, values_of
 from test_linear import BASES, RANK, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
-from test_train import make_recipe, only
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.ia3 import use_typed_layers
-from qadapt.adapters.lora import save_adapter, trainable
-from qadapt.adapters.method import Adapter, attach, load_adapter
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.pissa import add_starts, start_of
 from qadapt.engine.linear import dense_weight
 from qadapt.errors import BadRecipe, Unsupported
-from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished
-from qadapt.exporting import export
 from qadapt.methods import METHODS, Method, said
 from qadapt.model.load import load_base
 from qadapt.plan.adapters import trainable as planned
@@ -37,9 +29,8 @@ from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import most
 from qadapt.plan.room import Room
 from qadapt.plan.setting import setting_of
-from qadapt.recipe import AdapterSection, Recipe
+from qadapt.recipe import AdapterSection
 from qadapt.recipe_file import check_recipe
-from qadapt.run import evaluate, load, resume, train
 from qadapt.train.dryrun import dry_run
 
 if TYPE_CHECKING:
@@ -223,107 +214,6 @@ def test_the_plan_counts_what_is_trained(method: Method, folders: dict[str, Path
     model = built(folders["llama"], setting)
     assert sum(each.numel() for each in trainable(model).values()) == planned(shape_of("llama"), setting)
     assert values_of("llama")["num_hidden_layers"] == 3
-
-
-# --- from the recipe to the export ------------------------------------------------------------------------
-
-
-def recipe_of(method: Method, folder: Path, model: Path, **fields: Any) -> Recipe:
-    values = make_recipe(folder, model, **fields).model_dump(mode="json")
-    values["adapter"] = {"method": method} | ({"rank": 4} if METHODS[method].has_rank else {})
-    return check_recipe(values, origin="the test")
-
-
-@pytest.mark.parametrize("method", OTHERS)
-def test_a_method_trains_resumes_reloads_and_exports_proven(
-    method: Method, tmp_path: Path, tiny_model: TinyModel
-) -> None:
-    runs = str(tmp_path / "runs")
-    straight = list(train(recipe_of(method, tmp_path, tiny_model("qwen2"))))
-    assert isinstance(straight[-1], RunFinished)
-    assert only(AdapterAttached, straight)[0].adapted_layers == 2 * 7
-    whole = (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes()
-    (tmp_path / "runs/first").rename(tmp_path / "straight")
-
-    events = train(recipe_of(method, tmp_path, tiny_model("qwen2")))
-    next(event for event in events if isinstance(event, CheckpointSaved))
-    events.close()  # type: ignore[attr-defined]
-    assert isinstance(list(resume("first", folder=runs))[-1], RunFinished)
-    assert (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes() == whole
-
-    found = evaluate("first", folder=runs)
-    assert found.loss < found.base_loss
-    *_, exported = export("first", folder=runs, form="merged-fp32", to=tmp_path / "out")
-    assert isinstance(exported, Exported)
-    assert json.loads((tmp_path / "out/proof.json").read_text(encoding="utf-8"))["holds"] is True
-    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    live = logits(load("first", folder=runs, device="cpu").model)
-    assert (merged - live).abs().max() < 1e-4 * live.abs().max()
-    assert torch.equal(live, logits_elsewhere(runs, tmp_path / "logits.pt"))
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_what_is_saved_is_the_live_model(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
-    folder = tiny_model("qwen2")
-    live = attached(method, folder)
-    torch.manual_seed(6)
-    for parameter in trainable(live).values():
-        parameter.data += 0.05 * torch.randn(parameter.shape)
-    found = logits(live)
-    with live.disable_adapter():
-        assert not torch.allclose(found, logits(live), atol=1e-2)
-    facts = AdapterFacts(str(folder), None, "", "nf4", True, "fp32", "")
-    save_adapter(live, tmp_path / "adapter", facts=facts, tokenizer=AutoTokenizer.from_pretrained(folder))
-    again = load_adapter(base_of(folder), tmp_path / "adapter")
-    assert not trainable(again)
-    assert torch.equal(found, logits(again))
-
-
-def test_a_resumed_pissa_goes_on_from_the_start_it_had(
-    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "runs/first/adapter/adapter_model.safetensors"
-    list(train(recipe_of("pissa", tmp_path, tiny_model("llama"))))
-    whole = file.read_bytes()
-    (tmp_path / "runs/first").rename(tmp_path / "straight")
-    events = train(recipe_of("pissa", tmp_path, tiny_model("llama")))
-    next(event for event in events if isinstance(event, CheckpointSaved))
-    events.close()  # type: ignore[attr-defined]
-    monkeypatch.setattr("qadapt.adapters.pissa._ROUNDS", 0)  # as on another machine: it finds another one
-    list(resume("first", folder=str(tmp_path / "runs")))
-    assert file.read_bytes() == whole
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=torch.arange(3, 43).view(2, 20)).logits
-    return found.float()
-
-
-def logits_elsewhere(runs: str, file: Path) -> Tensor:
-    """The logits that another process finds."""
-    program = (
-        "import sys, torch; from safetensors.torch import save_file; from qadapt.run import load\n"
-        "torch.set_num_threads(1); model = load('first', folder=sys.argv[1], device='cpu').model.eval()\n"
-        "with torch.no_grad(): found = model(input_ids=torch.arange(3, 43).view(2, 20)).logits\n"
-        "save_file({'logits': found.float()}, sys.argv[2])"
-    )
-    from safetensors.torch import load_file
-
-    subprocess.run([sys.executable, "-c", program, runs, str(file)], check=True, capture_output=True)
-    return load_file(file)["logits"]
-
-
-@pytest.mark.parametrize("method", NAMES)
-def test_stock_peft_loads_what_a_run_saved(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
-    model = tiny_model("llama")
-    values = recipe_of(method, tmp_path, model, steps=2).model_dump(mode="json")
-    values["model"]["quantization"] = "none"
-    list(train(check_recipe(values, origin="the test")))
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=FP32)
-    stock = logits(PeftModel.from_pretrained(base, tmp_path / "runs/first/adapter"))
-    ours = logits(load("first", folder=str(tmp_path / "runs"), device="cpu").model)
-    assert (stock - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
 # --- what is refused --------------------------------------------------------------------------------------

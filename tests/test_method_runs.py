@@ -1,0 +1,166 @@
+"""Every method that PEFT has, as a run: trained, resumed, reloaded, packed, answering, exported and proven."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_methods import FP32, NAMES, OTHERS, attached, base_of
+from test_packing import assert_close, loss_and_gradient, one_at_a_time, rows
+from test_train import make_recipe, only
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qadapt.adapters.facts import AdapterFacts
+from qadapt.adapters.lora import save_adapter, trainable
+from qadapt.adapters.method import load_adapter
+from qadapt.data.batches import packed_batches
+from qadapt.engine.recompute import set_recompute
+from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished
+from qadapt.exporting import export
+from qadapt.methods import METHODS, Method
+from qadapt.model.generate import generate
+from qadapt.recipe import Recipe
+from qadapt.recipe_file import check_recipe
+from qadapt.run import evaluate, load, resume, train
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+
+def drawn(method: Method, folder: Path, *, quantization: str = "nf4") -> PeftModel:
+    """A model whose adapter is not as it started."""
+    model = attached(method, folder, quantization=quantization)
+    torch.manual_seed(6)
+    for parameter in trainable(model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_packed_and_recomputed_gradients_are_those_of_one_document_at_a_time(
+    method: Method, quantization: str, tiny_model: TinyModel
+) -> None:
+    model, chosen = drawn(method, tiny_model("qwen2"), quantization=quantization), rows()
+    expected = one_at_a_time(model, chosen)
+    set_recompute(model.get_base_model(), "all")
+    assert_close(loss_and_gradient(model, packed_batches(chosen, capacity=120)), expected)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_prompts_answered_together_are_answered_as_alone(
+    method: Method, quantization: str, tiny_model: TinyModel
+) -> None:
+    model = drawn(method, tiny_model("qwen2"), quantization=quantization).eval()
+    prompts = [list(range(5, 5 + length)) for length in (3, 17, 9)]
+    how: dict[str, Any] = {"max_new_tokens": 8, "end_ids": frozenset({2}), "pad_id": 0}
+    alone = [generate(model, [prompt], **how)[0] for prompt in prompts]
+    assert generate(model, prompts, **how) == alone
+    with model.disable_adapter():
+        assert generate(model, prompts, **how) != alone, "a control: the adapter changes the answers"
+    ids = torch.tensor([prompts[1] + alone[1]])
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[0, len(prompts[1]) - 1 : -1].argmax(-1)
+    assert whole.tolist() == alone[1], "with the cache of keys and values it is another model"
+
+
+def recipe_of(method: Method, folder: Path, model: Path, **fields: Any) -> Recipe:
+    values = make_recipe(folder, model, **fields).model_dump(mode="json")
+    values["adapter"] = {"method": method} | ({"rank": 4} if METHODS[method].has_rank else {})
+    return check_recipe(values, origin="the test")
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_method_trains_resumes_reloads_and_exports_proven(
+    method: Method, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    runs = str(tmp_path / "runs")
+    straight = list(train(recipe_of(method, tmp_path, tiny_model("qwen2"))))
+    assert isinstance(straight[-1], RunFinished)
+    assert only(AdapterAttached, straight)[0].adapted_layers == 2 * 7
+    whole = (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes()
+    (tmp_path / "runs/first").rename(tmp_path / "straight")
+
+    events = train(recipe_of(method, tmp_path, tiny_model("qwen2")))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    assert isinstance(list(resume("first", folder=runs))[-1], RunFinished)
+    assert (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes() == whole
+
+    found = evaluate("first", folder=runs)
+    assert found.loss < found.base_loss
+    *_, exported = export("first", folder=runs, form="merged-fp32", to=tmp_path / "out")
+    assert isinstance(exported, Exported)
+    assert json.loads((tmp_path / "out/proof.json").read_text(encoding="utf-8"))["holds"] is True
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    live = logits(load("first", folder=runs, device="cpu").model)
+    assert (merged - live).abs().max() < 1e-4 * live.abs().max()
+    assert torch.equal(live, logits_elsewhere(runs, tmp_path / "logits.pt"))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_what_is_saved_is_the_live_model(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
+    folder = tiny_model("qwen2")
+    live = drawn(method, folder)
+    found = logits(live)
+    with live.disable_adapter():
+        assert not torch.allclose(found, logits(live), atol=1e-2)
+    facts = AdapterFacts(str(folder), None, "", "nf4", True, "fp32", "")
+    save_adapter(live, tmp_path / "adapter", facts=facts, tokenizer=AutoTokenizer.from_pretrained(folder))
+    again = load_adapter(base_of(folder), tmp_path / "adapter")
+    assert not trainable(again)
+    assert torch.equal(found, logits(again))
+
+
+def test_a_resumed_pissa_goes_on_from_the_start_it_had(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "runs/first/adapter/adapter_model.safetensors"
+    list(train(recipe_of("pissa", tmp_path, tiny_model("llama"))))
+    whole = file.read_bytes()
+    (tmp_path / "runs/first").rename(tmp_path / "straight")
+    events = train(recipe_of("pissa", tmp_path, tiny_model("llama")))
+    next(event for event in events if isinstance(event, CheckpointSaved))
+    events.close()  # type: ignore[attr-defined]
+    monkeypatch.setattr("qadapt.adapters.pissa._ROUNDS", 0)  # as on another machine: it finds another one
+    list(resume("first", folder=str(tmp_path / "runs")))
+    assert file.read_bytes() == whole
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=torch.arange(3, 43).view(2, 20)).logits
+    return found.float()
+
+
+def logits_elsewhere(runs: str, file: Path) -> Tensor:
+    """The logits that another process finds."""
+    program = (
+        "import sys, torch; from safetensors.torch import save_file; from qadapt.run import load\n"
+        "torch.set_num_threads(1); model = load('first', folder=sys.argv[1], device='cpu').model.eval()\n"
+        "with torch.no_grad(): found = model(input_ids=torch.arange(3, 43).view(2, 20)).logits\n"
+        "save_file({'logits': found.float()}, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", program, runs, str(file)], check=True, capture_output=True)
+    return load_file(file)["logits"]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_stock_peft_loads_what_a_run_saved(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    values = recipe_of(method, tmp_path, model, steps=2).model_dump(mode="json")
+    values["model"]["quantization"] = "none"
+    list(train(check_recipe(values, origin="the test")))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=FP32)
+    stock = logits(PeftModel.from_pretrained(base, tmp_path / "runs/first/adapter"))
+    ours = logits(load("first", folder=str(tmp_path / "runs"), device="cpu").model)
+    assert (stock - ours).abs().max() < 1e-5 * ours.abs().max()
