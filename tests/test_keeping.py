@@ -396,12 +396,14 @@ def test_the_commands_follow_each_other(
     assert values("show", "best")["id"] == first
     assert "each as it was added" in said("show", "summaries")
     assert f"means {first[:12]} again, no more {second[:12]}" in said("rollback", "summaries")
-    assert "(before)" in said("list")
+    assert "(former)" in said("list")
     assert said("use", "next", second[:6]).startswith(f"next means {second[:12]}")
     assert said("remove", "next") == "Removed the name next.\n"
     assert said("remove", "summaries") == "Removed the name summaries.\n"
     assert values("gc", "--dry-run")["versions"] == [second]
-    assert said("gc").startswith("Removed 1 version")
+    assert said("gc").startswith("Removed 1 version, ")
+    assert run(["adapters", "list", "--store", str(tmp_path / "none")]) == 0
+    assert "holds nothing" in capsys.readouterr().out
     assert run(["adapters", "show", "summaries", *where]) == 2
     assert "There is no name, tag or version 'summaries'" in capsys.readouterr().err
     assert "Traceback" not in capsys.readouterr().err

@@ -83,8 +83,10 @@ def list_(store: StoreOption = "adapters", json: JsonOption = False) -> None:
     kept = _store(store)
     if json:
         typer.echo(json_text.dumps(store_values(kept), indent=2))
-    else:
+    elif kept.ids():
         console().print(store_table(kept))
+    else:
+        console().print(f"The store {store} holds nothing.", markup=False)
 
 
 @adapters.command()
@@ -224,7 +226,8 @@ def gc(
     _say(
         json,
         {"schema": 1, **asdict(freed)},
-        f"{verb} {len(freed.versions)} versions, {format_bytes(freed.bytes)}.",
+        f"{verb} {len(freed.versions)} version{'s' * (len(freed.versions) != 1)}, "
+        f"{format_bytes(freed.bytes)}.",
     )
 
 

@@ -48,6 +48,7 @@ def _version_values(store: Store, version_id: str) -> dict[str, Any]:
     record = version.record
     return {
         "base": record.facts.base,
+        "revision": record.facts.revision,
         "method": record.method,
         "source": record.source,
         "metrics": dict(record.metrics),
@@ -70,7 +71,7 @@ def store_table(store: Store) -> Table:
     former = {each for name in values["names"].values() for each in (*name["used"], *name["left"])}
     for each in values["versions"]:
         if each not in meant:
-            shown.append(("(before)" if each in former else "(unused)", each))
+            shown.append(("(former)" if each in former else "(unused)", each))
     for words, each in shown:
         version = values["versions"].get(each)
         if version is None or "fault" in version:
@@ -82,7 +83,7 @@ def store_table(store: Store) -> Table:
             Text(words),
             each[:SHOWN],
             version["method"],
-            Text(version["base"]),
+            Text(version["base"] if version["revision"] else Path(version["base"]).name),
             "" if loss is None else f"{loss:.4f}",
             format_bytes(version["bytes"]),
             Text(version["source"]),
@@ -99,18 +100,21 @@ def version_lines(version: Version, folder: Path) -> Iterator[str]:
     """
     record, facts = version.record, version.record.facts
     held = {"nf4": "4 bits (NF4)", "int8": "8 bits", "none": "16 or 32 bits"}[facts.quantization]
-    yield f"version   {version.id}"
-    yield f"from      {record.source}"
-    yield f"method    {record.method}"
-    yield f"base      {facts.base}{f'@{facts.revision}' if facts.revision else ''}, held in {held}"
-    yield f"base hash {facts.fingerprint}"
-    yield f"prompts   {facts.prompt_fingerprint}"
-    yield f"rows      {record.data or 'not known'}"
-    for name, value in record.metrics.items():
-        yield f"{name:<9} {value:.6g}"
-    yield f"parent    {version.parent or 'none'}"
-    yield f"files     {len(version.files)}, {format_bytes(version.bytes)}, each as it was added"
-    yield f"folder    {folder}"
+    lines = {
+        "version": version.id,
+        "from": record.source,
+        "method": record.method,
+        "base": f"{facts.base}{f'@{facts.revision}' if facts.revision else ''}, held in {held}",
+        "base's hash": facts.fingerprint,
+        "prompts": facts.prompt_fingerprint,
+        "rows": record.data or "not known",
+        **{name: f"{value:.6g}" for name, value in record.metrics.items()},
+        "parent": version.parent or "none",
+        "files": f"{len(version.files)}, {format_bytes(version.bytes)}, each as it was added",
+        "folder": f"{folder}",
+    }
+    for name, value in lines.items():
+        yield f"{name:<{max(map(len, lines))}}  {value}"
 
 
 def difference_lines(found: Difference) -> Iterator[str]:
@@ -132,4 +136,4 @@ def difference_lines(found: Difference) -> Iterator[str]:
 
 
 def _said(value: object) -> str:
-    return "not known" if value is None else f"{value}"
+    return "none" if value is None else f"{value}"
