@@ -1,8 +1,8 @@
 """An adapter that qadapt did not train, made one that says what must be known to load it.
 
-A plain PEFT folder names its base, and neither how that was held in training nor how prompts were made. The
-first must be said by whoever brings it; the second is taken to be the base's own template, and is not known
-to be right. Its numbers stay as they are.
+A plain PEFT folder, or one of the library `adapters`, names its base, and neither how that was held in
+training nor how prompts were made. The first must be said by whoever brings it; the second is taken to be the
+base's own template, and is not known to be right. Its numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qadapt.adapters.adapters_library import import_bottleneck, is_of_library, librarys_config
 from qadapt.adapters.check import CONFIG
 from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, write_facts
 from qadapt.adapters.versions import files_of
@@ -50,7 +51,7 @@ def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
     """Writes a copy of an adapter that says what it was trained on.
 
     Args:
-        folder: A PEFT folder.
+        folder: A PEFT folder, or one of the library `adapters`.
         place: An empty folder, or the same one.
         said: What is said of it.
         name: What to call it in messages.
@@ -59,19 +60,23 @@ def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
         BadAdapter: Not enough is said, it is no adapter, or of a method that is not loaded here.
         BadModel: Its base cannot be found or read.
         HubRefused: Its base is on a hub, which said no.
+        Unsupported: It is of the library `adapters`, and uses what is not known here.
     """
     if said.held is None:
         raise BadAdapter(
             f"{name} was not trained with qadapt: nothing there says how its base was held.",
             cure="Say it: --held nf4 (QLoRA), --held int8, or --held none (16 or 32 bits).",
         )
-    config = _config_of(folder, name)
+    is_librarys = is_of_library(folder)
+    config = librarys_config(folder) if is_librarys else _config_of(folder, name)
     base = said.base or config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise BadAdapter(f"{name} names no base.", cure="Name it with --base.")
     files = find_model(base, revision=None if said.base else config.get("revision"))
     contract = load_contract(files.folder)
-    if folder != place:
+    if is_librarys:
+        import_bottleneck(folder, place)
+    elif folder != place:
         for each in files_of(folder):
             (place / each).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / each, place / each)

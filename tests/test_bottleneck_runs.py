@@ -14,25 +14,31 @@ import torch
 from bench.closed_form import BAR
 from conftest import TinyModel
 from safetensors.torch import load_file
+from test_bottleneck import drawn, of_the_library
 from test_closed_form import FULL, HALF, compared
 from test_estimate import CPU, folders, shape_of, values_of
 from test_train import assert_same, changed, make_recipe, only
 
 from qadapt import control
+from qadapt.adapters.bottleneck import Bottleneck, attach_bottleneck
+from qadapt.adapters.facts import read_facts
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
+from qadapt.adapters.store import Store
+from qadapt.adoption import Said
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
 from qadapt.engine.target import Target, kernels_of
-from qadapt.errors import BadRecipe, Unsupported
+from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, RunFinished, StepDone
 from qadapt.export.adapter_proof import prove_copied
 from qadapt.export.tensor_fault import OTHER_FILE, Fault
 from qadapt.exporting import export
+from qadapt.keeping import add
 from qadapt.loading import load_partner
 from qadapt.methods import Method, activation_of
 from qadapt.model.load import load_base
@@ -42,7 +48,7 @@ from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.recipe import Recipe
 from qadapt.run import evaluate, load, resume, train
-from qadapt.serve.partner import find_partner
+from qadapt.serve.partner import Partner, find_partner
 from qadapt.train.dryrun import dry_run
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import make_optimizer
@@ -120,6 +126,33 @@ def test_a_rehearsed_run_is_evaluated_with_and_without_its_adapter(
     found = evaluate("first", folder=recipe.run.folder, answers=1, max_new_tokens=4)
     assert found.loss < found.base_loss
     assert len(found.answers) == 1
+
+
+def test_an_adapter_of_the_library_is_kept_in_the_store_and_talked_to(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    base = tiny_model("llama")
+    theirs = of_the_library(pfeiffer_of(base, torch.float32), tmp_path / "theirs")
+    store = Store(tmp_path / "store")
+    with pytest.raises(BadAdapter, match="nothing there says how its base was held"):
+        add(str(theirs), store)
+    with pytest.raises(BadAdapter, match="names no base"):
+        add(str(theirs), store, said=Said(held="none"))
+    kept = add(str(theirs), store, said=Said(held="none", base=str(base)))
+    place = store.folder_of(kept.version.id)
+    found = load_partner(Partner("adapter", place)).model
+    model = pfeiffer_of(base, DTYPES[read_facts(place).load_dtype])
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=ids).logits, model(input_ids=ids).logits)
+    (theirs / "adapter.safetensors").rename(theirs / "pytorch_adapter.bin")
+    with pytest.raises((BadAdapter, Unsupported), match="pickle"):
+        add(str(theirs), store, said=Said(held="none", base=str(base)))
+
+
+def pfeiffer_of(folder: Path, dtype: torch.dtype) -> SideCar:
+    base = load_base(folder, quantization="none", double_quant=False, dtype=dtype, device=torch.device("cpu"))
+    return drawn(attach_bottleneck(base, Bottleneck("pfeiffer", 5, "silu", scale=1.5)))
 
 
 def beside(method: Method, **changes: Any) -> Setting:

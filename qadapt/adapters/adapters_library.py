@@ -35,6 +35,11 @@ _CURE = (
 )
 
 
+def is_of_library(folder: Path) -> bool:
+    """Whether a folder has an adapter as that library saves it."""
+    return any((folder / name).is_file() for name in (TENSORS_FILE, PICKLED_FILE))
+
+
 def import_bottleneck(source: Path, target: Path) -> None:
     """Writes the adapters of a folder as a side-car of ours into a folder that is there.
 
@@ -43,7 +48,7 @@ def import_bottleneck(source: Path, target: Path) -> None:
             configuration.
         Unsupported: They are of another method or model, use a switch that is not known here, or are pickled.
     """
-    config = _configuration(source)
+    config = librarys_config(source)
     bottleneck, layers = _bottleneck(config), _layers(source, config)
     settings = {
         "kind": bottleneck.kind,
@@ -73,14 +78,18 @@ def import_bottleneck(source: Path, target: Path) -> None:
     write_side_car(target, settings=settings, tensors=tensors)
 
 
-def _configuration(source: Path) -> dict[str, Any]:
+def librarys_config(source: Path) -> dict[str, Any]:
+    """Switches and base of an adapter; the base's name, if it has one, as PEFT calls it.
+
+    Raises:
+        BadAdapter: There is no such configuration.
+        Unsupported: It is of another kind, or on another model than Llama.
+    """
     path = source / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        config = {
-            **values["config"],
-            **{name: values[name] for name in ("hidden_size", "model_type", "name")},
-        }
+        known = {name: values[name] for name in ("hidden_size", "model_type", "name")}
+        config = {**values["config"], **known, "base_model_name_or_path": values.get("model_name")}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise BadAdapter(f"{path} is no configuration of `adapters`: {error}.", cure=_CURE) from None
     if config["model_type"] != "llama" or "reduction_factor" not in config:

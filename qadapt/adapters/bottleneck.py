@@ -218,7 +218,7 @@ def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
     Raises:
         BadAdapter: They describe none.
     """
-    values = {field.name: settings.get(field.name) for field in fields(Bottleneck)}
+    values: dict[str, Any] = {field.name: settings.get(field.name) for field in fields(Bottleneck)}
     kinds = {"width": int, "scale": float, "norm": bool, "dropout": float}
     is_known = values["kind"] in KINDS and values["activation"] in tuple(_FUNCTIONS)
     is_known = is_known and all(type(values[name]) is kind for name, kind in kinds.items())
@@ -229,7 +229,7 @@ def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
             f"The settings of the adapter in {folder} describe no bottleneck: {values}.",
             cure="Take the adapter's files from where they were made.",
         )
-    return Bottleneck(**cast(Any, values))
+    return Bottleneck(**values)
 
 
 def bottleneck_shapes(settings: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:

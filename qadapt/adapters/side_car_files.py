@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qadapt.adapters.facts import SIDE_CAR_FILES
-from qadapt.adapters.facts import is_side_car as is_side_car
 from qadapt.adapters.side_car import SideCar
 from qadapt.errors import BadAdapter
 
