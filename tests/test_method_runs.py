@@ -1,4 +1,4 @@
-"""Every method that PEFT has, as a run: trained, resumed, reloaded, packed, answering, exported and proven."""
+"""Every method that PEFT has, as a run: trained, resumed, reloaded, packed, answering, exported, proven."""
 
 from __future__ import annotations
 
