@@ -127,7 +127,7 @@ def test_pissa_trains_the_principal_part_and_leaves_the_exact_residual(base: str
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("method", NAMES)
 def test_the_first_pass_is_the_bases(
     method: Method, quantization: str, dtype: torch.dtype, tiny_model: TinyModel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitsandbytes.nn import Linear4bit
+import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -31,13 +31,18 @@ class Dora(DoraLinearVariant):  # type: ignore[misc]
         module.lora_magnitude_vector[adapter_name] = magnitudes
 
 
-def start_magnitudes(model: nn.Module) -> None:
-    """Gives the magnitudes the lengths that the rows have, so that the first pass equals the base's."""
+def start_magnitudes(model: nn.Module, *, dtype: torch.dtype) -> None:
+    """Gives the magnitudes the lengths that the rows have, so that the first pass equals the base's.
+
+    Args:
+        model: The base with its adapter, whose update is zero.
+        dtype: Of the products.
+    """
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
         for name, magnitude in layer.lora_magnitude_vector.items():
-            base, factors = layer.get_base_layer(), (layer.lora_A[name].weight, layer.lora_B[name].weight)
-            dtype = base.compute_dtype if isinstance(base, Linear4bit) else factors[0].dtype
+            base, pair = layer.get_base_layer(), (layer.lora_A[name].weight, layer.lora_B[name].weight)
+            factors = pair[0].to(base.weight.device), pair[1].to(base.weight.device)  # which may be the host
             lengths = row_lengths(base, factors, scale=layer.scaling[name], dtype=dtype)
             magnitude.weight.data = lengths.to(magnitude.weight)

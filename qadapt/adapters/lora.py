@@ -93,7 +93,7 @@ def attach_lora(
     if new_ids:
         attach_new_rows(model, new_ids, dtype=dtype)
     put_beside(adapted, dtype=dtype)
-    start_magnitudes(adapted)
+    start_magnitudes(adapted, dtype=model.dtype)
     if lora.variant == "pissa":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
