@@ -265,12 +265,23 @@ def test_a_damaged_version_is_refused_everywhere_and_mended_by_adding_it_again(s
     assert shelf.weights("summaries") == "one"
 
 
+def test_a_file_too_many_is_noticed_and_gone_once_it_is_mended(shelf: Shelf) -> None:
+    one = shelf.add("one")
+    (shelf.store.folder_of(one) / "side_car.json").write_text("{}")
+    with pytest.raises(BadAdapter, match=r"is damaged: side_car\.json is not what was added"):
+        shelf.store.folder_of(one)
+    shelf.add("one")
+    assert files_of(shelf.store.folder_of(one)) == shelf.store.version(one).files
+
+
 def test_a_description_that_was_changed_is_refused(shelf: Shelf) -> None:
     one = shelf.add("one")
     path = shelf.store.path / "versions" / one / "version.json"
     path.write_text(path.read_text().replace("1.5", "0.5"))
     with pytest.raises(BadAdapter, match=f"{one[:12]} has no sound version.json: it was changed"):
         shelf.store.folder_of(one)
+    shelf.add("one")
+    assert shelf.weights("summaries") == "one"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from killed_store import RECORD, source
-from test_train import make_recipe
+from test_train import changed, make_recipe
 
 from qadapt import bisecting
 from qadapt.adapters.store import Store
@@ -59,6 +59,16 @@ def test_a_run_is_kept_with_all_that_is_known_and_answers_by_its_name(
         return json.loads(capsys.readouterr().out)["answers"]
 
     assert answers("summaries") == answers(version.id[:8]) == answers("first")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_run_with_new_tokens_is_kept_with_its_tokenizer(
+    family: str, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = changed(make_recipe(tmp_path, tiny_model(family)), "data", new_tokens=("<a1>", "<b2>"))
+    list(train(recipe))
+    version = add("first", Store(tmp_path / "adapters"), folder=recipe.run.folder).version
+    assert {"tokenizer.json", "prompt.json"} <= set(version.files)
 
 
 def test_a_version_is_not_loaded_on_another_base(

@@ -33,6 +33,7 @@ from qadapt.adapters.versions import (
     FileFacts,
     Record,
     Version,
+    fault_of,
     files_of,
     read_version,
     sha256_of,
@@ -136,7 +137,7 @@ class Store:
             BadAdapter: The version is not in the store, or a file is missing or damaged.
         """
         version = self.version(version_id)
-        if damaged := self._damaged(version):
+        if damaged := fault_of(version, self._versions / version_id):
             raise BadAdapter(
                 f"The version {version_id[:SHOWN]} is damaged: {damaged} is not what was added.",
                 cure="Add the adapter again from where it came from, which mends it; or use another version.",
@@ -166,7 +167,7 @@ class Store:
             followed = self.find(parent) if parent else former.current if former else None
             version = self._same(Version(files, record, followed))
             is_new = not (self._versions / version.id).exists()
-            if is_new or self._damaged(version):
+            if is_new or fault_of(version, self._versions / version.id):
                 self._write(version, folder)
             moved = Name((version.id,)) if former is None else former.moved_to(version.id)
             pointers.write_name(self._names, name, moved)
@@ -323,15 +324,6 @@ class Store:
                 continue
             if version is None or each != version.id:
                 yield other
-
-    def _damaged(self, version: Version) -> str | None:
-        """The first file of a version that is not as it was added."""
-        folder = self._adapter(version.id)
-        for name, facts in version.files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != facts.bytes or sha256_of(path) != facts.sha256:
-                return name
-        return None
 
     def _drop(self, ids: Iterable[str]) -> None:
         """Takes versions away, each by one rename."""

@@ -119,6 +119,24 @@ def read_version(folder: Path) -> Version:
         ) from None
 
 
+def fault_of(version: Version, folder: Path) -> str | None:
+    """What in a version's folder is not as it was added: a file that is damaged, missing, or too many.
+
+    Args:
+        version: What must be there.
+        folder: Its folder: the description, and `adapter` with the files.
+    """
+    description, adapter = folder / VERSION_FILE, folder / "adapter"
+    if not description.is_file() or description.read_bytes() != version.text().encode():
+        return VERSION_FILE
+    for name, facts in version.files.items():
+        path = adapter / name
+        if not path.is_file() or path.stat().st_size != facts.bytes or sha256_of(path) != facts.sha256:
+            return name
+    there = {path.relative_to(adapter).as_posix() for path in adapter.rglob("*") if not path.is_dir()}
+    return min(there - set(version.files), default=None)
+
+
 def files_of(folder: Path) -> dict[str, FileFacts]:
     """The files of an adapter's folder that belong to it, with their hashes.
 
