@@ -47,7 +47,8 @@ def combine(
     """Makes one adapter of several: the sum of what each changes, times its weight; and says what is lost.
 
     What has no sum (DoRA, IA3, whole tensors, new tokens) is refused; with the weight 1 and alone it is
-    copied. The result is an adapter like any other, with the prompts of the first.
+    copied. Bottleneck adapters are averaged. The result is an adapter like any other, with the prompts of the
+    first.
 
     Examples: `qadapt adapters combine summaries=0.7 tone=0.3 --to both`, `qadapt adapters combine both=1
     tone=-0.3 --to without`, `qadapt adapters combine a=1 b=1 --how ties --density 0.2 --rank 32 --to merged`.

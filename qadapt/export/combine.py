@@ -1,7 +1,7 @@
 """Adapters of one base made into one: Σ weight · ΔW, thinned out or compressed if asked, as an adapter again.
 
 What is summed is what each adapter adds to its weights (task arithmetic, Ilharco et al., arXiv:2212.04089),
-not its factors. `adapters/compose.py` and `adapters/thinning.py` compute, `adapter.py` reads. What is no sum
+not its factors; bottleneck adapters have a mean. `adapters/` computes, `adapter.py` reads. What is no sum
 is refused by name; one adapter with the weight 1 is a copy, of whatever method. The order of the adapters
 changes no number. Knows no runs and no base: its weights are not read.
 
@@ -16,18 +16,22 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qadapt.adapters.average import average
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
-from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
+from qadapt.adapters.facts import AdapterFacts, is_side_car, own_files, read_facts, write_facts
+from qadapt.adapters.side_car_files import VERSION
 from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
+from qadapt.adapters.versions import belongs
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRecipe, Unsupported
 from qadapt.events import Event, StageAdvanced, StageStarted, Warned
 from qadapt.export.adapter import Adapter, refuse_in_a_mix
-from qadapt.export.combined_config import WEIGHTS, Scaled, combined_config, narrowest, tensors_of
+from qadapt.export.combined_config import WEIGHTS, Scaled, combined_config, narrowest, smallest, tensors_of
 from qadapt.export.folder import copy_files
 from qadapt.export.merge import OTHER_FILES_BYTES
 from qadapt.export.merged_model import weighted
@@ -89,7 +93,8 @@ def combine(
     """Makes one adapter of several and writes it, whole or not at all, yielding its progress.
 
     Args:
-        adapters: PEFT folders of LoRA or rsLoRA with weights, negative ones, too. The result speaks as the
+        adapters: Folders with weights: PEFT ones of LoRA and the like, with any weights, or bottleneck
+            adapters of one architecture, with weights of a mean. The result speaks as the
             first was trained. One folder with the weight 1 may be of any method.
         target: The folder to be; it must not exist.
         way: How they are put together; None: summed, exactly.
@@ -104,28 +109,38 @@ def combine(
     chosen, way = weighted(adapters), way or Way()
     _check_way(way)
     refuse_existing(target)
-    facts = [read_facts(folder) for folder, _ in chosen]
-    _check_alike([folder for folder, _ in chosen], facts)
+    folders = [folder for folder, _ in chosen]
+    facts = [read_facts(folder) for folder in folders]
+    _check_alike(folders, facts)
     yield StageStarted(stage=STAGE)
-    yield from _prompt_warning([folder for folder, _ in chosen], facts)
-    made = _Made()
-    if len(chosen) == 1 and chosen[0][1] == 1 and way == Way():
-        check_numbers(chosen[0][0])
+    yield from _prompt_warning(folders, facts)
+    if chosen == [(folders[0], 1)] and way == Way():
+        check_numbers(folders[0])
+        made = None
+    elif any(is_side_car(folder) for folder in folders):
+        made = _averaged(chosen, way)
     else:
-        with ExitStack() as stack:
-            opened = [stack.enter_context(Adapter(folder, weight)) for folder, weight in chosen]
-            for adapter in opened:
-                _refuse(adapter)
-            yield from _make(made, opened, way)
+        made = yield from _composed(chosen, way)
     return _written(made, chosen, target, way)
 
 
+@dataclass(frozen=True)
 class _Made:
-    """What has been made so far: pairs by weight, the lengths of what was asked and of what differs."""
+    """What is written of an adapter that is no copy.
 
-    def __init__(self) -> None:
-        self.pairs: dict[str, Scaled] = {}
-        self.lengths: dict[str, tuple[float, float]] = {}
+    Attributes:
+        tensors: By their names in its file.
+        settings: What stands in its other file.
+        dtype: Of its numbers.
+        rank: Its largest rank, or its width.
+        lengths: Weight → the length of what was asked for it, and of what is written amiss.
+    """
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+    dtype: str
+    rank: int
+    lengths: Mapping[str, tuple[float, float]]
 
     @property
     def error(self) -> float:
@@ -141,19 +156,47 @@ class _Made:
         return name, errors[name]
 
 
-def _make(made: _Made, opened: Sequence[Adapter], way: Way) -> Iterator[Event]:
-    """Puts the adapters together, weight by weight."""
-    keys = {id(adapter): sha256_of(adapter.folder / WEIGHTS) for adapter in opened}
-    ordered = sorted(opened, key=lambda adapter: (keys[id(adapter)], adapter.weight))
-    names = sorted({name for adapter in ordered for name in adapter.weights})
-    for done, name in enumerate(names, start=1):
-        having = [adapter for adapter in ordered if name in adapter.weights]
-        _check_shapes(name, having)
-        parts = [_Part(adapter, name, key=keys[id(adapter)]) for adapter in having]
-        made.pairs[name], made.lengths[name] = (
-            _summed(parts, way) if way.name == "sum" else _thinned(parts, way)
+def _averaged(chosen: Sequence[tuple[Path, float]], way: Way) -> _Made:
+    """The mean of bottleneck adapters."""
+    others = [folder for folder, _ in chosen if not is_side_car(folder)]
+    if others:
+        raise Unsupported(
+            f"The adapter in {others[0]} changes weights, others are bottlenecks beside them: "
+            "they have no sum and no mean.",
+            cure="Combine adapters of one method.",
         )
-        yield StageAdvanced(stage=STAGE, done=done, total=len(names), unit="weights")
+    if way != Way():
+        asked = f"rank {way.rank}" if way.name == "sum" else way.name
+        raise Unsupported(
+            f"Bottleneck adapters are averaged, number by number; {asked} means nothing for them.",
+            cure="Leave that out, and give weights that sum to 1.",
+        )
+    settings, exact = average(chosen)
+    tensors, dtype = smallest({name: tensor.float() for name, tensor in exact.items()})
+    found = {name: (float(each.norm()), float((tensors[name] - each).norm())) for name, each in exact.items()}
+    return _Made(tensors, {"version": VERSION, **settings}, dtype, settings["width"], found)
+
+
+def _composed(chosen: Sequence[tuple[Path, float]], way: Way) -> Generator[Event, None, _Made]:
+    """What the adapters add, weight by weight."""
+    pairs: dict[str, Scaled] = {}
+    found: dict[str, tuple[float, float]] = {}
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Adapter(folder, weight)) for folder, weight in chosen]
+        for adapter in opened:
+            _refuse(adapter)
+        keyed = [(sha256_of(adapter.folder / WEIGHTS), adapter) for adapter in opened]
+        keyed.sort(key=lambda each: (each[0], each[1].weight))
+        names = sorted({name for adapter in opened for name in adapter.weights})
+        for done, name in enumerate(names, start=1):
+            having = [(key, adapter) for key, adapter in keyed if name in adapter.weights]
+            _check_shapes(name, [adapter for _, adapter in having])
+            parts = [_Part(adapter, name, key=key) for key, adapter in having]
+            pairs[name], found[name] = _summed(parts, way) if way.name == "sum" else _thinned(parts, way)
+            yield StageAdvanced(stage=STAGE, done=done, total=len(names), unit="weights")
+    tensors, dtype = tensors_of(pairs)
+    config = combined_config(pairs, [folder for folder, _ in chosen])
+    return _Made(tensors, config, dtype, max(scaled.pair.rank for scaled in pairs.values()), found)
 
 
 class _Part:
@@ -194,36 +237,37 @@ def _matrix(changes: Sequence[Matrix], parts: Sequence[_Part], way: Way) -> Matr
     return elected(kept) if way.name.endswith("ties") else summed(kept)
 
 
-def _written(made: _Made, chosen: Sequence[tuple[Path, float]], target: Path, way: Way) -> Combined:
+def _written(made: _Made | None, chosen: Sequence[tuple[Path, float]], target: Path, way: Way) -> Combined:
     """Writes the adapter, or the copy of the only one."""
     first = chosen[0][0]
-    tensors, dtype = tensors_of(made.pairs) if made.pairs else ({}, "")
-    needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + OTHER_FILES_BYTES
-    with new_folder(target, needed_bytes=needed_bytes) as building:
+    file, settings_file = own_files(first)
+    size = sum(each.nbytes for each in made.tensors.values()) if made else (first / file).stat().st_size
+    error, worst = (made.error, made.worst) if made else (0.0, ("", 0.0))
+    with new_folder(target, needed_bytes=size + OTHER_FILES_BYTES) as building:
         folder = building.path
-        if tensors:
-            _write(folder, tensors, combined_config(made.pairs, [path for path, _ in chosen]))
+        if made is None:
+            copy_files(first, folder, [path.name for path in first.iterdir() if belongs(path.name)])
+        else:
+            save_file(dict(made.tensors), folder / file, {"format": "pt"})
+            _write_json(folder / settings_file, made.settings)
             copy_files(first, folder, (CONTRACT_FILE,))
             write_facts(read_facts(first), folder)
-        else:
-            copy_files(first, folder, ("*",))
-        error, worst = (made.error, made.worst) if made.pairs else (0.0, ("", 0.0))
-        values = {"parts": [_said(*each) for each in chosen], "way": asdict(way), "error": error}
-        (folder / RECORD).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        size = (folder / WEIGHTS).stat().st_size
-    rank = max((scaled.pair.rank for scaled in made.pairs.values()), default=0)
-    return Combined(target, len(made.pairs), rank, dtype, size, error, *worst)
+        parts = [_said(*each) for each in chosen]
+        _write_json(folder / RECORD, {"parts": parts, "way": asdict(way), "error": error})
+        size = (folder / file).stat().st_size
+    if made is None:
+        return Combined(target, 0, 0, "", size, error, *worst)
+    return Combined(target, len(made.lengths), made.rank, made.dtype, size, error, *worst)
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
-    save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _said(folder: Path, weight: float) -> dict[str, object]:
     """A part, for whoever asks later what an adapter was made of."""
-    return {"name": folder.resolve().name, "weight": weight, "sha256": sha256_of(folder / WEIGHTS)}
+    sha256 = sha256_of(folder / own_files(folder)[0])
+    return {"name": folder.resolve().name, "weight": weight, "sha256": sha256}
 
 
 def _share(lost: float, asked: float) -> float:

@@ -49,12 +49,16 @@ def tensors_of(pairs: Mapping[str, Scaled]) -> tuple[dict[str, Tensor], str]:
         else:
             tensors[f"{module}.lora_A.weight"] = a.contiguous()
             tensors[f"{module}.lora_B.weight"] = b.contiguous()
+    return smallest(tensors)
+
+
+def smallest(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Tensors in fp32 in the smallest type that holds every number of them, and its name."""
     for dtype in (torch.bfloat16, torch.float16):
-        if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in tensors.values()):
-            return {name: tensor.to(dtype) for name, tensor in tensors.items()}, str(dtype).removeprefix(
-                "torch."
-            )
-    return tensors, "float32"
+        small = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        if all(torch.equal(small[name].float(), tensor) for name, tensor in tensors.items()):
+            return small, str(dtype).removeprefix("torch.")
+    return dict(tensors), "float32"
 
 
 def combined_config(pairs: Mapping[str, Scaled], folders: Sequence[Path]) -> dict[str, Any]:
