@@ -15,6 +15,7 @@ from test_train import CPU, adapter_of, assert_same, make_recipe, only
 from torch import Tensor, nn
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.adapters.method import attach as attach_adapter
 from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.ledger import Ledger
@@ -234,12 +235,12 @@ def poison_z(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> Iterator
     [token] = AutoTokenizer.from_pretrained(tiny_model("llama")).encode("z", add_special_tokens=False)
 
     def attach(*arguments: Any, **named: Any) -> PeftModel:
-        model = attach_lora(*arguments, **named)
+        model = attach_adapter(*arguments, **named)
         poisoned(model, kind="gradient", token=token)
         made.append(model)
         return model
 
-    monkeypatch.setattr("qadapt.run_parts.attach_lora", attach)
+    monkeypatch.setattr("qadapt.run_parts.attach", attach)
     yield made
 
 
@@ -288,10 +289,10 @@ def test_three_bad_steps_in_a_row_end_the_run_with_cause_and_cure_and_a_whole_ch
     models: list[PeftModel] = []
 
     def attach(*arguments: Any, **named: Any) -> PeftModel:
-        models.append(attach_lora(*arguments, **named))
+        models.append(attach_adapter(*arguments, **named))
         return models[-1]
 
-    monkeypatch.setattr("qadapt.run_parts.attach_lora", attach)
+    monkeypatch.setattr("qadapt.run_parts.attach", attach)
     events: list[Event] = []
     with pytest.raises(Diverged) as raised:
         for event in train(make_recipe(tmp_path, tiny_model("llama"), rehearse=False, steps=9)):
@@ -546,13 +547,13 @@ def test_a_run_whose_layer_is_not_reached_says_so_after_the_third_step(
     tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attach(*arguments: Any, **named: Any) -> PeftModel:
-        model = attach_lora(*arguments, **named)
+        model = attach_adapter(*arguments, **named)
         for name, parameter in trainable(model).items():
             if "layers.0.mlp.up_proj" in name:
                 parameter.register_hook(torch.zeros_like)
         return model
 
-    monkeypatch.setattr("qadapt.run_parts.attach_lora", attach)
+    monkeypatch.setattr("qadapt.run_parts.attach", attach)
     events = list(train(make_recipe(tmp_path, tiny_model("llama"), steps=4, rehearse=False)))
     [warned] = [event for event in only(Warned, events) if "have not moved" in event.message]
     assert warned.step == 3
