@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +15,18 @@ from conftest import TinyModel
 from safetensors.torch import load_file
 from test_bottleneck import drawn, of_the_library
 from test_closed_form import FULL, HALF, compared
+from test_dryrun import counted
 from test_estimate import CPU, folders, shape_of, values_of
 from test_train import assert_same, changed, make_recipe, only
 
 from qadapt import control
 from qadapt.adapters.bottleneck import Bottleneck, attach_bottleneck
 from qadapt.adapters.facts import read_facts
-from qadapt.adapters.lora import trainable
 from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.adapters.store import Store
 from qadapt.adoption import Said
-from qadapt.data.batches import MicroBatch
-from qadapt.engine.arrangement import arrange
-from qadapt.engine.ledger import Ledger
-from qadapt.engine.moments import watched
-from qadapt.engine.target import Target, kernels_of
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, RunFinished, StepDone
 from qadapt.export.adapter_proof import prove_copied
@@ -50,9 +44,6 @@ from qadapt.recipe import Recipe
 from qadapt.run import evaluate, load, resume, train
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.train.dryrun import dry_run
-from qadapt.train.memory import static_tensors
-from qadapt.train.optimizer import make_optimizer
-from qadapt.train.step import evaluate_loss, train_step
 
 __all__ = ["folders"]  # a fixture
 KINDS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
@@ -157,39 +148,6 @@ def pfeiffer_of(folder: Path, dtype: torch.dtype) -> SideCar:
 
 def beside(method: Method, **changes: Any) -> Setting:
     return dataclasses.replace(CPU, method=method, rank=6, activation=activation_of(method), **changes)
-
-
-def counted(folder: Path, setting: Setting, *, alpha: float) -> Ledger:
-    """The ledger of a real step."""
-    base = load_base(
-        folder,
-        quantization=setting.quantization,
-        double_quant=setting.double_quant,
-        dtype=DTYPES[setting.compute_dtype],
-        device=torch.device("cpu"),
-    )
-    arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
-    adapter = Adapter(setting.method, setting.rank, alpha, setting.dropout, activation=setting.activation)
-    model = attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
-    optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
-    count = math.ceil(setting.length * setting.supervised_share)
-    ids = torch.randint(3, 1003, (setting.rows, setting.length))
-    batch = MicroBatch(
-        input_ids=ids,
-        positions=torch.arange(count),
-        targets=torch.randint(3, 1003, (setting.rows, count)),
-        tokens=setting.tokens,
-        supervised_tokens=setting.rows * count,
-        loss_chunk=setting.loss_chunk,
-    )
-    ledger = Ledger(inside=kernels_of(Target()))
-    with ledger.during("load"):
-        for category, tensors in static_tensors(model, optimizer).items():
-            ledger.hold(category, tensors)
-    with watched(ledger, model.get_base_model(), optimizer=optimizer.inner), ledger:
-        train_step(model, optimizer, [batch], learning_rate=1e-4, clip_norm=1.0, scaler=None)
-        evaluate_loss(model, [batch])
-    return ledger
 
 
 @pytest.mark.parametrize(

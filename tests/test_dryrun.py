@@ -37,9 +37,9 @@ def config(family: str) -> dict[str, Any]:
     return {"model_type": family, **values_of(family)}
 
 
-def counted(folder: Path, setting: Setting) -> Ledger:
+def counted(folder: Path, setting: Setting, *, alpha: float = 16) -> Ledger:
     """The ledger of the real step and an evaluation."""
-    model = build(folder, setting)
+    model = build(folder, setting, alpha=alpha)
     optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
     count = math.ceil(setting.length * setting.supervised_share)
     batch = MicroBatch(

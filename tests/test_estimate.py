@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Int8Params
+from peft import PeftModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
-from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.method import Adapter, attach
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.loss import loss_sum
 from qadapt.model.load import load_base
@@ -67,7 +69,8 @@ def shape_of(family: str) -> ModelShape:
     return shape_from_config({"model_type": family, **values_of(family)}, name=f"tiny {family}")
 
 
-def build(folder: Path, setting: Setting) -> torch.nn.Module:
+def build(folder: Path, setting: Setting, *, alpha: float = 16) -> PeftModel:
+    """A base with the adapters of a setting, of whatever method."""
     base = load_base(
         folder,
         quantization=setting.quantization,
@@ -76,10 +79,12 @@ def build(folder: Path, setting: Setting) -> torch.nn.Module:
         device=torch.device("cpu"),
     )
     arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
-    lora = Lora(rank=setting.rank, alpha=16, dropout=setting.dropout, targets=setting.targets)
+    adapter = Adapter(
+        setting.method, setting.rank, alpha, setting.dropout, setting.targets, setting.activation
+    )
     rows = base.get_input_embeddings().num_embeddings
     new_ids = range(rows - setting.new_tokens, rows)
-    return attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
+    return attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
 
 
 def quantization_tensors(model: torch.nn.Module) -> list[Tensor]:

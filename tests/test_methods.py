@@ -12,7 +12,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from test_closed_form import FULL, HALF, compared
 from test_dryrun import SETTING, config, counted
-from test_estimate import CPU, folders, shape_of, values_of
+from test_estimate import CPU, build, folders, shape_of, values_of
 from test_linear import BASES, RANK, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
 from transformers import PreTrainedModel
 
@@ -159,32 +159,14 @@ def base_of(folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP3
 @pytest.mark.parametrize("changes", [{}, {"compute_dtype": "bf16", "adapter_dtype": "bf16"}])
 @pytest.mark.parametrize("method", OTHERS)
 def test_the_dry_run_of_a_method_is_its_step_to_the_byte(
-    method: Method, changes: dict[str, Any], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    method: Method, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     setting = dataclasses.replace(SETTING, method=method, **changes)
-    monkeypatch.setattr("test_dryrun.build", lambda folder, setting: built(folder, setting))
     ledger, dry = counted(folders["llama"], setting), dry_run(config("llama"), setting)
     assert dry.peak == ledger.peak
     categories = estimate_step(shape_of("llama"), setting).categories
     for category in ("base_weights", "quantization_constants", "unquantized", "adapters", "optimizer"):
         assert dry.static[category] == categories[category], category
-
-
-def built(folder: Path, setting: Any) -> PeftModel:
-    """As `test_estimate.build`, of any method."""
-    from qadapt.engine.arrangement import arrange
-    from qadapt.model.precision import DTYPES
-
-    base = load_base(
-        folder,
-        quantization=setting.quantization,
-        double_quant=setting.double_quant,
-        dtype=DTYPES[setting.compute_dtype],
-        device=torch.device("cpu"),
-    )
-    arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
-    adapter = Adapter(setting.method, setting.rank, 16, setting.dropout, setting.targets)
-    return attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +193,7 @@ def test_the_closed_form_of_a_method_is_its_dry_run_within_three_percent(
 @pytest.mark.parametrize("method", NAMES)
 def test_the_plan_counts_what_is_trained(method: Method, folders: dict[str, Path]) -> None:
     setting = dataclasses.replace(CPU, method=method, rank=4, targets=("q_proj", "down_proj"))
-    model = built(folders["llama"], setting)
+    model = build(folders["llama"], setting)
     assert sum(each.numel() for each in trainable(model).values()) == planned(shape_of("llama"), setting)
     assert values_of("llama")["num_hidden_layers"] == 3
 
