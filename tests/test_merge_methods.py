@@ -14,6 +14,7 @@ from gguf_files import write_gguf
 from merged_families import FAMILIES, TIED, make_family
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from test_merge import (
     CPU,
@@ -32,6 +33,7 @@ from qadapt.adapters.facts import write_facts
 from qadapt.errors import BadExport, BadRecipe, BadRun, QadaptError, Unsupported
 from qadapt.events import Warned
 from qadapt.export.adapter import Adapter
+from qadapt.export.adapter_names import is_promised
 from qadapt.export.merged_model import MERGED_FAMILIES, open_merged
 from qadapt.model.load import load_base
 from qadapt.model.source import find_model
@@ -400,6 +402,10 @@ DAMAGES: dict[str, tuple[Damage, dict[str, Any], type[QadaptError], str]] = {
     "magnitudes nobody asked for": (
         lambda t: None, {"use_dora": False}, BadExport, "has a magnitude of .*use_dora = False"
     ),
+    "a layer left out": (
+        lambda t: [t.pop(name) for name in list(t) if name.startswith(Q)], {}, BadExport,
+        r"nothing for model\.layers\.0\.self_attn\.q_proj\.weight",
+    ),
     "short magnitude": (
         lambda t: t.update({Q + "lora_magnitude_vector": torch.ones(63)}), 
         {}, BadExport, r"\(63,\); it has 64 rows",
@@ -443,6 +449,30 @@ def test_adapter_that_would_merge_wrong_is_refused_by_name(tiny, tmp_path, dora,
     with pytest.raises(error, match=message):
         merged(tiny("llama"), dora, tmp_path / "exports" / "out", base="original")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+PLACES: tuple[dict[str, Any], ...] = (
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": r".*\.[01]\..*_proj"},
+    {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["1.self_attn.o_proj"]},
+    {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"},
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
+    {"target_modules": ["model.layers.1.mlp.up_proj"], "layers_to_transform": [0]},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {"target_modules": None},
+)
+
+
+@pytest.mark.parametrize("places", PLACES, ids=str)
+def test_what_a_configuration_adapts_is_what_peft_adapts(tiny, places):
+    config = LoraConfig(**places)
+    modules = [name for name, _ in load(tiny("llama")).named_modules() if name]
+    found = {name: check_target_module_exists(config, name) for name in modules if config.target_modules}
+    theirs = {name for name, is_there in found.items() if is_there}
+    assert {name for name in modules if is_promised(name, config.to_dict())} == theirs
 
 
 def test_adapter_says_what_it_has_besides_low_rank_pairs(tiny, tmp_path, dora):

@@ -19,7 +19,14 @@ import torch
 
 from qadapt.errors import BadExport, BadRun, Unsupported
 from qadapt.export.adapter_config import read_adapter_config
-from qadapt.export.adapter_names import AS_IT_IS, beyond_pairs, by_pattern, named_parts, refuse_unmerged
+from qadapt.export.adapter_names import (
+    AS_IT_IS,
+    beyond_pairs,
+    by_pattern,
+    is_promised,
+    named_parts,
+    refuse_unmerged,
+)
 from qadapt.export.changes import TokenRows, Update, stored_rows
 from qadapt.export.nf4 import Rows
 from qadapt.model.tensor_files import TensorReader, row_elements, rows_of
@@ -87,6 +94,10 @@ class Adapter:
     def touched(self) -> frozenset[str]:
         """Names of all tensors that are not the base's afterwards, biases of IA3 left out."""
         return frozenset((*self.weights, *self.rows, *self.given, *self.scaled, *self.shifts))
+
+    def promises(self, weight: str) -> bool:
+        """Whether its configuration says that it adapts a weight of the base, of which it has nothing."""
+        return weight not in self.touched and is_promised(weight.removesuffix(".weight"), self._config)
 
     def shape_of(self, weight: str) -> tuple[int, int]:
         """(O, I) that the update of a weight has."""

@@ -7,7 +7,7 @@ name, so nothing is left out silently. Knows neither files nor numbers, and impo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,27 @@ def by_pattern(patterns: Mapping[str, float] | None, module: str, *, default: fl
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def is_promised(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether the configuration says that a module of the base is adapted, as PEFT reads it."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    left_out = (config.get("exclude_modules"), config.get("modules_to_save"))
+    if not _is_one_of(module, targets) or any(_is_one_of(module, names) for names in left_out):
+        return False
+    if layers in (None, []) or isinstance(targets, str) or module in (targets or ()):
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    named = [patterns] if isinstance(patterns, str) else patterns
+    found = next(filter(None, (re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", module) for name in named)), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _is_one_of(module: str, asked: str | Sequence[str] | None) -> bool:
+    """Whether a module is one of those named by the end of their paths, or by an expression for all of it."""
+    if isinstance(asked, str):
+        return re.fullmatch(asked, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in asked or ())
 
 
 def _converted(start: str) -> str:

@@ -179,7 +179,13 @@ def _held(facts: AdapterFacts, *, is_held: bool) -> tuple[object, ...]:
 
 
 def _check_belongs(adapter: Adapter, reader: TensorReader, tables: Tables, *, folder: Path) -> None:
-    """Checks that the base has every tensor that an adapter changes, in the shape it had in training."""
+    """Checks that the base has all that an adapter changes, in its shape, and the adapter what it names."""
+    for name, entry in reader.entries.items():
+        if len(entry.shape) == 2 and name.endswith(".weight") and adapter.promises(name):
+            raise BadExport(
+                f"The adapter in {adapter.folder} has nothing for {name}, which its configuration names.",
+                cure="The adapter file is damaged; take it from a checkpoint of the run.",
+            )
     for name in sorted(adapter.touched):
         entry = reader.entries.get(tables.sources.get(name, name))
         if entry is None and name in adapter.shifts:
