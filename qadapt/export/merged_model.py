@@ -180,8 +180,8 @@ def _held(facts: AdapterFacts, *, is_held: bool) -> tuple[object, ...]:
 
 def _check_belongs(adapter: Adapter, reader: TensorReader, tables: Tables, *, folder: Path) -> None:
     """Checks that the base has all that an adapter changes, in its shape, and the adapter what it names."""
-    for name, entry in reader.entries.items():
-        if len(entry.shape) == 2 and name.endswith(".weight") and adapter.promises(name):
+    for name, base in reader.entries.items():
+        if len(base.shape) == 2 and name.endswith(".weight") and adapter.promises(name):
             raise BadExport(
                 f"The adapter in {adapter.folder} has nothing for {name}, which its configuration names.",
                 cure="The adapter file is damaged; take it from a checkpoint of the run.",
