@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["lora", "rslora", "dora", "pissa", "ia3", "houlsby", "pfeiffer", "parallel"]
+Method = Literal["lora", "rslora", "loraplus", "dora", "pissa", "ia3", "houlsby", "pfeiffer", "parallel"]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 SCALED_INPUTS = ("down_proj",)
 """Where IA3 scales a layer's inputs, as its paper does in the feed-forward part; elsewhere its outputs."""
@@ -23,33 +23,48 @@ class MethodFacts:
         title: Its name in writing.
         source: Where it was published.
         unused: Fields of the recipe's adapter section that mean nothing to it.
-        has_rank: Whether `adapter.rank` is the rank of an update.
+        size: What `adapter.rank` is, in a word; empty if it means nothing to it.
+        is_beside: Whether it adapts no linear layers: it stands beside a layer's parts, or before the text.
+        has_new_tokens: Whether rows of new tokens are trained with it.
         is_near_one: Whether it trains factors of about one, of which bf16 knows every 128th: they are fp32
             unless the recipe says otherwise.
-        usual_activation: Of a bottleneck adapter, which stands beside a layer's parts and whose width
-            `adapter.rank` is; None for methods that adapt linear layers.
+        usual_activation: The nonlinearity of a bottleneck adapter; None for all others.
     """
 
     title: str
     source: str
     unused: tuple[str, ...] = ()
-    has_rank: bool = True
+    size: Literal["rank", "width", ""] = "rank"
+    is_beside: bool = False
+    has_new_tokens: bool = False
     is_near_one: bool = False
     usual_activation: Activation | None = None
 
+    @property
+    def has_rank(self) -> bool:
+        """Whether `adapter.rank` means anything to it."""
+        return bool(self.size)
 
-_BESIDE = ("targets",)
+
+def _lora(title: str, source: str, unused: tuple[str, ...] = (), *, is_near_one: bool = False) -> MethodFacts:
+    return MethodFacts(title, source, unused, has_new_tokens=True, is_near_one=is_near_one)
+
+
+def _bottleneck(title: str, source: str, activation: Activation) -> MethodFacts:
+    beside = ("targets",)
+    return MethodFacts(title, source, beside, size="width", is_beside=True, usual_activation=activation)
+
+
 METHODS: Mapping[Method, MethodFacts] = {
-    "lora": MethodFacts("LoRA", "arXiv:2106.09685"),
-    "rslora": MethodFacts("rsLoRA", "arXiv:2312.03732"),
-    "dora": MethodFacts("DoRA", "arXiv:2402.09353", unused=("dropout",), is_near_one=True),
-    "pissa": MethodFacts("PiSSA", "arXiv:2404.02948"),
-    "ia3": MethodFacts(
-        "IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), has_rank=False, is_near_one=True
-    ),
-    "houlsby": MethodFacts("Houlsby adapters", "arXiv:1902.00751", _BESIDE, usual_activation="silu"),
-    "pfeiffer": MethodFacts("Pfeiffer adapters", "arXiv:2005.00247", _BESIDE, usual_activation="relu"),
-    "parallel": MethodFacts("parallel adapters", "arXiv:2110.04366", _BESIDE, usual_activation="relu"),
+    "lora": _lora("LoRA", "arXiv:2106.09685"),
+    "rslora": _lora("rsLoRA", "arXiv:2312.03732"),
+    "loraplus": _lora("LoRA+", "arXiv:2402.12354"),
+    "dora": _lora("DoRA", "arXiv:2402.09353", ("dropout",), is_near_one=True),
+    "pissa": _lora("PiSSA", "arXiv:2404.02948"),
+    "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
+    "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu"),
+    "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu"),
+    "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu"),
 }
 
 
@@ -59,7 +74,6 @@ def activation_of(method: Method) -> Activation:
 
 
 def said(method: Method, rank: int) -> str:
-    """A method in words, with its rank if it has one."""
+    """A method in words, with its size if it has one."""
     facts = METHODS[method]
-    size = "rank" if facts.usual_activation is None else "width"
-    return f"{facts.title}, {size} {rank}" if facts.has_rank else facts.title
+    return f"{facts.title}, {facts.size} {rank}" if facts.size else facts.title

@@ -22,6 +22,7 @@ from qadapt.adapters.bottleneck import (
     attach_bottleneck,
     load_bottleneck,
 )
+from qadapt.adapters.method import load_adapter
 from qadapt.adapters.side_car import SideCar, decoder_layers
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.engine.arrangement import arrange
@@ -319,6 +320,14 @@ def test_settings_that_cannot_be_are_refused(
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **change}), "utf-8")
     with pytest.raises(BadAdapter, match=problem):
         load_bottleneck(base_of(tiny_model, "llama"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", None, ["pfeiffer"]])
+def test_a_side_car_of_no_known_kind_is_refused(kind: object, tiny_model: TinyModel, tmp_path: Path) -> None:
+    path = saved(tiny_model, tmp_path) / "side_car.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "kind": kind}), "utf-8")
+    with pytest.raises(BadAdapter, match=r"is of the kind .*; known are houlsby, .*\n.*or a newer qadapt"):
+        load_adapter(base_of(tiny_model, "llama"), tmp_path)
 
 
 def test_damaged_tensors_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:

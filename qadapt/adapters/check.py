@@ -18,9 +18,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from qadapt.adapters.bottleneck import bottleneck_shapes, load_bottleneck
 from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.side_car_files import read_settings, read_tensors
+from qadapt.adapters.side_cars import load_side_car, side_car_shapes
 from qadapt.errors import BadAdapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -72,10 +72,10 @@ def check_adapter(folder: Path, base: PreTrainedModel) -> None:
 
 
 def _check_side_car(folder: Path, base: PreTrainedModel) -> None:
-    load_bottleneck(base, folder)  # it refuses what is of another base
+    load_side_car(base, folder)  # it refuses what is of another base
     settings = read_settings(folder)
-    _check_sizes(read_tensors(folder, bottleneck_shapes(settings, folder)), folder)
-    scale = float(settings["scale"])
+    _check_sizes(read_tensors(folder, side_car_shapes(settings, folder)), folder)
+    scale = float(settings.get("scale", 1))
     if not abs(scale) <= MOST:
         raise _absurd(folder, f"its scale is {scale:.3g}, more than {MOST:g}")
 

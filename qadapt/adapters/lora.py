@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -32,6 +32,8 @@ from qadapt.durable import whole_folder
 from qadapt.engine.host import device_of
 from qadapt.errors import BadOutput, BadRecipe, NoRoom
 
+Variant = Literal["lora", "rslora", "loraplus", "dora", "pissa"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 """What PEFT calls the rows of a table in a file: whole rows, no differences."""
@@ -49,7 +51,7 @@ class Lora:
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    variant: Variant = "lora"
 
 
 def attach_lora(

@@ -15,11 +15,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck, load_bottleneck
+from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck
 from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
-from qadapt.adapters.lora import Lora, attach_lora, load_lora
+from qadapt.adapters.lora import VARIANTS, Lora, attach_lora, load_lora
 from qadapt.adapters.side_car import Part
+from qadapt.adapters.side_cars import load_side_car
 from qadapt.errors import Unsupported
 from qadapt.methods import METHODS, Activation, Method
 
@@ -54,23 +55,27 @@ def attach(
         BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
         Unsupported: The method trains no rows of new tokens; or see `attach_new_rows`.
     """
-    if adapter.method not in ("lora", "rslora", "dora", "pissa"):
-        if new_ids:
-            raise Unsupported(
-                f"data.new_tokens: {METHODS[adapter.method].title} trains no rows of new tokens.",
-                cure="Leave data.new_tokens out, or set adapter.method=lora.",
-            )
-        if adapter.method == "ia3":
-            return attach_ia3(model, adapter.targets, dtype=dtype)
-        return attach_bottleneck(model, _bottleneck(adapter), dtype=dtype, seed=seed)
-    lora = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, variant=adapter.method)
-    return attach_lora(model, lora, dtype=dtype, seed=seed, new_ids=new_ids)
+    method = adapter.method
+    if new_ids and not METHODS[method].has_new_tokens:
+        raise Unsupported(
+            f"data.new_tokens: {METHODS[method].title} trains no rows of new tokens.",
+            cure="Leave data.new_tokens out, or set adapter.method=lora.",
+        )
+    if method in VARIANTS:
+        lora = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, variant=method)
+        return attach_lora(model, lora, dtype=dtype, seed=seed, new_ids=new_ids)
+    if method in KINDS:
+        scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
+        bottleneck = Bottleneck(method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)
+        return attach_bottleneck(model, bottleneck, dtype=dtype, seed=seed)
+    assert method == "ia3"
+    return attach_ia3(model, adapter.targets, dtype=dtype)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """The base with the adapter of a folder, of whatever method, in the type it was saved in."""
     if is_side_car(folder):
-        return load_bottleneck(model, folder, is_trainable=is_trainable)
+        return load_side_car(model, folder, is_trainable=is_trainable)
     adapted = load_lora(model, folder, is_trainable=is_trainable)
     use_typed_layers(adapted)
     return adapted
@@ -79,9 +84,3 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
 def adapted_layers(model: PeftModel) -> int:
     """How many layers of a base have an adapter, or how many adapters stand beside them."""
     return sum(isinstance(module, BaseTunerLayer | Part) for module in model.modules())
-
-
-def _bottleneck(adapter: Adapter) -> Bottleneck:
-    assert adapter.method in KINDS
-    scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
-    return Bottleneck(adapter.method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)

@@ -115,7 +115,7 @@ class Setting:
 
     def adapts(self, linear: Linear) -> bool:
         """Whether a linear layer carries an adapter."""
-        if METHODS[self.method].usual_activation is not None:
+        if METHODS[self.method].is_beside:
             return False
         return self.targets == "all-linear" or linear.name in self.targets
 
@@ -247,15 +247,16 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
                 f"adapter target {target!r} is no linear layer of {shape.name}.",
                 cure=f"{hint}It has: {', '.join(names)}.",
             )
-    if METHODS[setting.method].usual_activation is not None and setting.rank >= shape.width:
+    facts = METHODS[setting.method]
+    if facts.usual_activation is not None and setting.rank >= shape.width:
         raise BadRecipe(
             f"rank = {setting.rank}: a bottleneck is narrower than {shape.name}, {shape.width} wide.",
             cure=f"Give a rank of less than {shape.width}; {max(1, shape.width // 16)}, a 16th, is usual.",
         )
-    if METHODS[setting.method].usual_activation is not None:
+    if facts.is_beside or not facts.has_rank:
         return
     narrowest = min(min(linear.inputs, linear.outputs) for linear in shape.linears if setting.adapts(linear))
-    if METHODS[setting.method].has_rank and setting.rank > narrowest:
+    if setting.rank > narrowest:
         raise BadRecipe(
             f"rank = {setting.rank} is above {narrowest}, the narrowest adapted layer of {shape.name}.",
             cure=f"Give a rank of at most {narrowest}; 8 to 64 is usual.",

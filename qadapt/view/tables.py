@@ -102,9 +102,9 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
         base = f"base in {setting.compute_dtype}"
     where = "all linear layers" if setting.targets == "all-linear" else ", ".join(setting.targets)
     facts = METHODS[setting.method]
-    rank = f" rank {setting.rank}" if facts.has_rank and asked != "rank" else ""
-    if facts.usual_activation is not None:
-        rank, where = rank.replace("rank", "width"), "every layer"
+    rank = f" {facts.size} {setting.rank}" if facts.size and asked != "rank" else ""
+    if facts.is_beside:
+        where = "every layer"
     rows = "rows" if asked == "rows" else "1 row" if setting.rows == 1 else f"{setting.rows} rows"
     length = "" if asked == "length" else f" of {setting.length:,} tokens"
     packed = ", packed" if setting.packed else ""
