@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.method import Adapter, adapted_layers, attach
+from qadapt.adapters.rates import rate_ratios
 from qadapt.cache import cache_folder, ignore, output_errors
 from qadapt.data.batches import widest_share
 from qadapt.data.prepared import skipped_lines
@@ -328,12 +329,13 @@ def adapt(
 
 def optimizer_of(recipe: Recipe, plan: StoredPlan, model: PeftModel) -> AdapterOptimizer:
     """The optimizer over the adapter."""
-    section = recipe.train
+    section, parameters = recipe.train, trainable(model)
     return make_optimizer(
-        trainable(model),
+        parameters,
         kind=plan.optimizer,
         betas=(section.beta1, section.beta2),
         weight_decay=section.weight_decay,
+        ratios=rate_ratios(recipe.adapter.method, parameters),
     )
 
 

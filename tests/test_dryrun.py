@@ -14,6 +14,7 @@ import torch
 from test_estimate import CPU, build, folders, shape_of, values_of
 
 from qadapt.adapters.lora import trainable
+from qadapt.adapters.rates import rate_ratios
 from qadapt.batch_shape import BatchShape, worst_routing
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.ledger import Ledger
@@ -40,7 +41,9 @@ def config(family: str) -> dict[str, Any]:
 def counted(folder: Path, setting: Setting, *, alpha: float = 16) -> Ledger:
     """The ledger of the real step and an evaluation."""
     model = build(folder, setting, alpha=alpha)
-    optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
+    parameters = trainable(model)
+    ratios, kind = rate_ratios(setting.method, parameters), setting.optimizer
+    optimizer = make_optimizer(parameters, kind=kind, betas=(0.9, 0.99), weight_decay=0.0, ratios=ratios)
     count = math.ceil(setting.length * setting.supervised_share)
     batch = MicroBatch(
         input_ids=torch.randint(3, 1003, (setting.rows, setting.length)),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-NAMES: tuple[Method, ...] = ("lora", "rslora", "dora", "pissa", "ia3")
+NAMES: tuple[Method, ...] = ("lora", "rslora", "loraplus", "dora", "pissa", "ia3")
 """Those that PEFT has."""
 OTHERS = tuple(name for name in NAMES if name != "lora")
 FP32 = torch.float32

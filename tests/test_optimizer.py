@@ -6,9 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 
-from qadapt.train.optimizer import CompensatedAdamW, held_tensors, make_optimizer
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.rates import rate_ratios
+from qadapt.train.optimizer import AdapterOptimizer, CompensatedAdamW, held_tensors, make_optimizer
 from qadapt.train.schedule import learning_rate
 
 BETAS = (0.9, 0.999)
@@ -124,3 +128,115 @@ def test_a_constant_learning_rate_stays() -> None:
 def test_a_schedule_of_one_step_has_a_rate() -> None:
     alone = learning_rate(0, steps=1, highest=1.0, schedule="cosine", warmup_steps=0, final_share=0.1)
     assert alone == 1.0
+
+
+# --- rates of their own ------------------------------------------------------------------------------------
+
+RATIO = 16.0
+
+
+def pair(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Two parameters, the faster one named first."""
+    return {
+        name: torch.nn.Parameter(start(dtype)[rows])
+        for name, rows in zip("ba", (slice(9, 67), slice(9)), strict=True)
+    }
+
+
+def stepped(optimizer: AdapterOptimizer, values: dict[str, Tensor], steps: range) -> None:
+    for gradient in gradients(next(iter(values.values())).dtype)[steps.start : steps.stop]:
+        values["b"].grad, values["a"].grad = gradient[9:].clone(), gradient[:9].clone()
+        optimizer.step(RATE)
+
+
+def of_pair(values: dict[str, Tensor], kind: str) -> AdapterOptimizer:
+    return make_optimizer(values, kind=kind, betas=BETAS, weight_decay=0.1, ratios={"b": RATIO})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_a_parameter_with_its_own_rate_is_updated_as_if_alone_at_it(dtype: torch.dtype, kind: str) -> None:
+    together = pair(dtype)
+    stepped(of_pair(together, kind), together, range(20))
+    for name, rate in (("a", RATE), ("b", RATIO * RATE)):
+        alone = pair(dtype)[name]
+        optimizer = make_optimizer({name: alone}, kind=kind, betas=BETAS, weight_decay=0.1)
+        for gradient in gradients(dtype)[:20]:
+            alone.grad = gradient[9:].clone() if name == "b" else gradient[:9].clone()
+            optimizer.step(rate)
+        assert torch.equal(together[name], alone), name
+        assert not torch.equal(alone, pair(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_a_saved_optimizer_with_two_rates_goes_on_bit_for_bit(dtype: torch.dtype, kind: str) -> None:
+    straight, broken = pair(dtype), pair(dtype)
+    stepped(of_pair(straight, kind), straight, range(20))
+    first = of_pair(broken, kind)
+    stepped(first, broken, range(9))
+    second = of_pair(broken, kind)
+    second.load({name: value.clone() for name, value in first.tensors().items()})
+    stepped(second, broken, range(9, 20))
+    assert all(torch.equal(straight[name], broken[name]) for name in straight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_step_of_two_rates_that_memory_ran_out_in_is_ended_by_the_next(
+    dtype: torch.dtype, kind: str, fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, halted = pair(dtype), pair(dtype)
+    stepped(of_pair(straight, kind), straight, range(2))
+    optimizer = of_pair(halted, kind)
+    stepped(optimizer, halted, range(1))
+    calls, step = [0], optimizer.inner.step
+
+    def failing() -> None:
+        calls[0] += 1
+        if calls[0] == fails_at:
+            raise torch.OutOfMemoryError("no room before this group")
+        step()
+
+    monkeypatch.setattr(optimizer.inner, "step", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepped(optimizer, halted, range(1, 2))
+    assert len(optimizer.inner.param_groups) == 2
+    optimizer.step(RATE)
+    assert all(torch.equal(straight[name], halted[name]) for name in straight)
+    assert all(
+        torch.equal(value, optimizer.tensors()[name]) for name, value in of_state(straight, kind).items()
+    )
+
+
+def of_state(values: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    again = pair(next(iter(values.values())).dtype)
+    optimizer = of_pair(again, kind)
+    stepped(optimizer, again, range(2))
+    return optimizer.tensors()
+
+
+def test_lora_plus_is_pefts() -> None:
+    torch.manual_seed(1)
+    models = [
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(7, 9)), LoraConfig(r=3, target_modules=["0"]))
+        for _ in "ab"
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = (trainable(model) for model in models)
+    optimizer = make_optimizer(
+        ours, kind="adamw", betas=BETAS, weight_decay=0.1, ratios=rate_ratios("loraplus", ours)
+    )
+    reference = create_loraplus_optimizer(
+        models[1], torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, betas=BETAS
+    )
+    for _ in range(5):
+        for name, parameter in ours.items():
+            theirs[name].grad = torch.randn(parameter.shape)
+            parameter.grad = theirs[name].grad.clone()
+        optimizer.step(1e-2)
+        reference.step()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-6, atol=1e-7)
+    assert set(rate_ratios("lora", ours).values()) == set()

@@ -35,6 +35,7 @@ NAMES = [
     "adapters/dora",
     "adapters/houlsby",
     "adapters/ia3",
+    "adapters/loraplus",
     "adapters/parallel",
     "adapters/pfeiffer",
     "adapters/pissa",

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.method import Adapter, attach
+from qadapt.adapters.rates import rate_ratios
 from qadapt.batch_shape import BatchShape, packed_shape
 from qadapt.data.batches import MicroBatch
 from qadapt.engine.arrangement import arrange
@@ -86,7 +87,7 @@ def dry_run(
     batch = batch or batch_of(setting)
     experts = "eager" if batch.expert_tokens else None
     model = skeleton_model(values, setting, target=target, experts=experts)
-    optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = _optimizer(model, setting)
     ledger = Ledger(step=ALLOCATION_BYTES[setting.device], inside=kernels_of(target), is_recording=True)
     _hold(ledger, model, optimizer, target)
     static = dict(ledger.live)
@@ -146,6 +147,13 @@ def batch_of(setting: Setting) -> BatchShape:
         return packed_shape(lengths, supervised_tokens=setting.supervised_tokens)
     positions = math.ceil(setting.length * setting.supervised_share)
     return BatchShape(setting.rows, setting.length, positions, setting.rows * positions)
+
+
+def _optimizer(model: PeftModel, setting: Setting) -> AdapterOptimizer:
+    parameters = trainable(model)
+    ratios = rate_ratios(setting.method, parameters)
+    kind, betas = setting.optimizer, (0.9, 0.99)
+    return make_optimizer(parameters, kind=kind, betas=betas, weight_decay=0.0, ratios=ratios)
 
 
 def _micro_batch(shape: BatchShape) -> MicroBatch:

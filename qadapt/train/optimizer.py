@@ -6,6 +6,9 @@ optimizers: arXiv:2010.06192) and adds it to the next update. The library's opti
 a parameter that is zero, where bf16 is exact to 0.4 % of the update itself; then weight + lost part + update
 are summed in fp32.
 
+Parameters may have rates of their own, multiples of the step's (LoRA+, arXiv:2402.12354); weight decay goes
+with the rate.
+
 An update can be gone on with: if memory runs out in the middle of `step`, calling it again ends it as if
 nothing had happened (what allocates comes before what changes, tensor by tensor). Not so within bitsandbytes'
 kernels on a CPU, which allocate between their own changes; on CUDA its kernels, as torch's, allocate nothing.
@@ -16,7 +19,7 @@ update's 2 are there only within `step`, when no activations are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import bitsandbytes
@@ -35,17 +38,26 @@ class CompensatedAdamW:
         kind: `adamw` (fp32 states) or `adamw-8bit` (paged on CUDA).
         betas: Decay of the mean of gradients and of their squares.
         weight_decay: Decoupled weight decay.
+        ratios: Each parameter's learning rate as a multiple of the step's; equal ones lie side by side.
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+        self,
+        parameters: dict[str, Tensor],
+        *,
+        kind: str,
+        betas: tuple[float, float],
+        weight_decay: float,
+        ratios: Mapping[str, float],
     ) -> None:
         self.parameters = parameters
         self.weight_decay = weight_decay
+        self.ratios = ratios
         self.lost = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.is_piecewise = False
         self._updates = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters.values()]
-        self.inner = _library_optimizer(self._updates, kind=kind, betas=betas, weight_decay=0.0)
+        updates = dict(zip(parameters, self._updates, strict=True))
+        self.inner = _library_optimizer(updates, kind=kind, betas=betas, weight_decay=0.0, ratios=ratios)
         self._library = _LibraryStep(self.inner)
         self._nothing = self._updates[0].new_empty(0)
         self._found = self._added = 0  # of how many parameters the update under way is known, and added
@@ -86,11 +98,11 @@ class CompensatedAdamW:
             raise
 
     def _add_updates(self, learning_rate: float) -> None:
-        decay = 1 - learning_rate * self.weight_decay
         places = range(self._added, self._found)
         names = list(self.parameters)
         for place, parameter in zip(places, self._parameters(places), strict=True):
             lost = self.lost[names[place]]
+            decay = 1 - learning_rate * self.ratios[names[place]] * self.weight_decay
             exact = (parameter.float() + lost.float()).mul_(decay).add_(self._updates[place].float())
             rounded = exact.to(parameter.dtype)
             exact.sub_(rounded.float())
@@ -128,11 +140,17 @@ class PlainAdamW:
     """AdamW over fp32 parameters: the library's, under the same few calls as `CompensatedAdamW`."""
 
     def __init__(
-        self, parameters: dict[str, Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+        self,
+        parameters: dict[str, Tensor],
+        *,
+        kind: str,
+        betas: tuple[float, float],
+        weight_decay: float,
+        ratios: Mapping[str, float],
     ) -> None:
         self.parameters = parameters
         self.inner = _library_optimizer(
-            parameters.values(), kind=kind, betas=betas, weight_decay=weight_decay
+            parameters, kind=kind, betas=betas, weight_decay=weight_decay, ratios=ratios
         )
         self._library = _LibraryStep(self.inner)
 
@@ -171,19 +189,35 @@ class _LibraryStep:
     """The step of a library's optimizer; where memory runs out in it, the next call does what is left.
 
     bitsandbytes goes from parameter to parameter, each counted just before it is updated: the last one
-    counted is the one that failed. torch updates all at once, after all are counted. What is done loses its
-    gradient, which the library takes for nothing to do.
+    counted is the one that failed. torch updates a group at once, after all of it are counted. So the groups,
+    one for each rate, are shown to the library one after another. What is done loses its gradient, which the
+    library takes for nothing to do.
     """
 
     def __init__(self, inner: Optimizer) -> None:
         self._inner = inner
-        self._chosen: list[Tensor] = inner.param_groups[0]["params"]
-        self._counts = [0 if each.is_meta else int(inner.state[each]["step"]) for each in self._chosen]
+        self._counts = {each: self._count_of(each) for each in _parameters(inner)}
         self.done = 0
 
     def step(self, learning_rate: float) -> None:
         _set_rate(self._inner, learning_rate)
-        taken = [place for place, each in enumerate(self._chosen) if each.grad is not None]
+        groups, ended = list(self._inner.param_groups), list[Tensor]()
+        try:
+            for group in groups:
+                self._inner.param_groups[:] = [group]
+                self._step_group(group["params"])
+                ended += group["params"]
+        except BaseException:
+            for each in ended:
+                each.grad = None
+            raise
+        finally:
+            self._inner.param_groups[:] = groups
+
+    def _step_group(self, chosen: list[Tensor]) -> None:
+        taken = [each for each in chosen if each.grad is not None]
+        if not taken:
+            return
         try:
             self._inner.step()
         except BaseException:
@@ -191,21 +225,23 @@ class _LibraryStep:
             raise
         self._count(taken)
 
-    def _go_back(self, taken: list[int]) -> None:
-        states = [self._inner.state[each] for each in self._chosen]
-        begun = [place for place in taken if int(states[place]["step"]) > self._counts[place]]
-        is_at_once = isinstance(states[0]["step"], Tensor)
+    def _go_back(self, taken: list[Tensor]) -> None:
+        begun = [each for each in taken if self._count_of(each) > self._counts[each]]
+        is_at_once = isinstance(self._inner.state[taken[0]]["step"], Tensor)
         done = [] if is_at_once else begun[:-1]
-        for place in begun[len(done) :]:
-            states[place]["step"] -= 1  # in place where it is a tensor
-        for place in done:
-            self._chosen[place].grad = None
+        for each in begun[len(done) :]:
+            self._inner.state[each]["step"] -= 1  # in place where it is a tensor
+        for each in done:
+            each.grad = None
         self._count(done)
 
-    def _count(self, places: list[int]) -> None:
-        for place in places:
-            self._counts[place] += 1
-        self.done += len(places)
+    def _count(self, done: list[Tensor]) -> None:
+        for each in done:
+            self._counts[each] += 1
+        self.done += len(done)
+
+    def _count_of(self, parameter: Tensor) -> int:
+        return 0 if parameter.is_meta else int(self._inner.state[parameter]["step"])
 
 
 def held_tensors(optimizer: AdapterOptimizer) -> list[Tensor]:
@@ -216,7 +252,12 @@ def held_tensors(optimizer: AdapterOptimizer) -> list[Tensor]:
 
 
 def make_optimizer(
-    parameters: dict[str, Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+    parameters: dict[str, Tensor],
+    *,
+    kind: str,
+    betas: tuple[float, float],
+    weight_decay: float,
+    ratios: Mapping[str, float] | None = None,
 ) -> AdapterOptimizer:
     """The optimizer for adapters of their dtype.
 
@@ -225,21 +266,33 @@ def make_optimizer(
         kind: `adamw` or `adamw-8bit`.
         betas: Decay of the mean of gradients and of their squares.
         weight_decay: Decoupled weight decay.
+        ratios: Name of a parameter → its learning rate as a multiple of the step's, where it is not 1.
     """
     is_half = next(iter(parameters.values())).dtype == torch.bfloat16
     make = CompensatedAdamW if is_half else PlainAdamW
-    return make(parameters, kind=kind, betas=betas, weight_decay=weight_decay)
+    known = {name: (ratios or {}).get(name, 1.0) for name in parameters}
+    ordered = {name: parameters[name] for name in sorted(parameters, key=known.__getitem__)}
+    return make(ordered, kind=kind, betas=betas, weight_decay=weight_decay, ratios=known)
 
 
 def _library_optimizer(
-    parameters: Iterable[Tensor], *, kind: str, betas: tuple[float, float], weight_decay: float
+    parameters: Mapping[str, Tensor],
+    *,
+    kind: str,
+    betas: tuple[float, float],
+    weight_decay: float,
+    ratios: Mapping[str, float],
 ) -> Optimizer:
     """The library's optimizer with its states already there: an out-of-memory shows before the first step."""
-    chosen = list(parameters)
+    chosen = list(parameters.values())
+    groups: list[dict[str, Any]] = [
+        {"params": [each for name, each in parameters.items() if ratios[name] == ratio], "ratio": ratio}
+        for ratio in dict.fromkeys(ratios[name] for name in parameters)
+    ]
     settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
     optimizer: Optimizer
     if kind == "adamw" and chosen[0].dtype == torch.float32:
-        optimizer = torch.optim.AdamW(chosen, fused=not chosen[0].is_meta, **settings)  # meta has no kernels
+        optimizer = torch.optim.AdamW(groups, fused=not chosen[0].is_meta, **settings)  # meta has no kernels
         for parameter in chosen:
             count = torch.zeros((), dtype=torch.float32, device=parameter.device)
             means = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -250,22 +303,25 @@ def _library_optimizer(
         make = bitsandbytes.optim.AdamW
     else:
         make = bitsandbytes.optim.PagedAdamW8bit if chosen[0].is_cuda else bitsandbytes.optim.AdamW8bit
-    paged = make(chosen, **settings)
-    for index, parameter in enumerate(chosen):
-        paged.init_state(paged.param_groups[0], parameter, 0, index)
+    paged = make(groups, **settings)
+    for number, group in enumerate(paged.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            paged.init_state(group, parameter, number, index)
     optimizer = paged
     return optimizer
 
 
 def _set_rate(optimizer: Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["ratio"]
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
 
 
 def _states(optimizer: Optimizer, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from zip(
-        names, (optimizer.state[each] for each in optimizer.param_groups[0]["params"]), strict=True
-    )
+    yield from zip(names, (optimizer.state[each] for each in _parameters(optimizer)), strict=True)
 
 
 def _state_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
