@@ -70,6 +70,21 @@ def scaled(base: str, dtype: torch.dtype, *, is_input: bool, bias: bool, typed: 
     )
     if typed:
         use_typed_layers(made)
+@pytest.mark.parametrize("base", BASES)
+def test_dora_in_bf16_is_near_fp32(base: str) -> None:
+    ours = adapted(base, (torch.bfloat16, FP32), fused=True, use_dora=True)
+    exact = adapted("plain", (FP32, FP32), fused=False, use_dora=True)
+    source, target = (next(m for m in each.modules() if isinstance(m, LoraLayer)) for each in (ours, exact))
+    target.get_base_layer().weight.data = dense_weight(source.get_base_layer(), FP32)
+    for name, parameter in trainable(exact).items():
+        mine = trainable(ours)[name]
+        mine.data = mine.data.abs() + 1 if "magnitude" in name else mine.data
+        parameter.data = mine.detach().clone()
+    found = outcome(ours, inputs_of(torch.bfloat16))
+    off = errors(found, outcome(exact, inputs_of(torch.bfloat16).detach().float().requires_grad_()))
+    assert max(off.values()) < TOLERANCE[torch.bfloat16], off
+
+
     torch.manual_seed(2)
     for parameter in trainable(made).values():
         parameter.data = 1 + 0.2 * torch.randn(parameter.shape)

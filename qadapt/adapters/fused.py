@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from qadapt.adapters.dora import Dora
 from qadapt.adapters.pissa import start_of
-from qadapt.engine.linear import adapted_linear, row_lengths, scaled_rows
+from qadapt.engine.linear import adapted_linear, row_lengths
+from qadapt.engine.scaling import scaled
 
 _NO_OTHER_PASS = "PEFT's own pass knows nothing of what PiSSA starts from"
 
@@ -123,7 +124,7 @@ def fused(layer: peft_layer.LoraLayer, inputs: Tensor) -> Tensor:
     if name not in layer.lora_variant:
         return made
     lengths = row_lengths(base, factors, scale=scale, dtype=inputs.dtype)
-    return scaled_rows(made, layer.lora_magnitude_vector[name].weight / lengths, bias=base.bias)
+    return scaled(made, layer.lora_magnitude_vector[name].weight / lengths, bias=base.bias)
 
 
 def _casts_itself() -> bool:

@@ -1,8 +1,9 @@
 """IA3 (arXiv:2205.05638) through PEFT: a trained factor for each output of a layer, or for each input.
 
-PEFT's layers compute in fp32 around a 16-bit base and copy their result; each is given a subclass here that
-multiplies in the type of the base. Parameters, switching off, merging and what stands on disk are PEFT's.
-Factors start at one, so the first forward pass equals the base's.
+PEFT's layers compute in fp32 around a 16-bit base and copy their result; each is given a subclass here whose
+product has the type of the base, while its factors keep their digits (`engine/scaling.py`). Parameters,
+switching off, merging and what stands on disk are PEFT's. Factors start at one, so the first forward pass
+equals the base's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapt.adapters.lora import chosen_layers, put_beside
+from qadapt.engine.scaling import scaled
 from qadapt.methods import SCALED_INPUTS
 
 
@@ -82,11 +84,11 @@ _TYPED: dict[type, Any] = {
 
 def _scaled(layer: peft_layer.IA3Layer, inputs: Tensor) -> Tensor:
     active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.ia3_l]
-    factors = [layer.ia3_l[name].flatten().to(inputs.dtype) for name in active]
+    factors = [layer.ia3_l[name].flatten() for name in active]
     if layer.is_feedforward:
         for factor in factors:
-            inputs = inputs * factor
+            inputs = scaled(inputs, factor)
     result: Tensor = layer.base_layer(inputs)
     for factor in [] if layer.is_feedforward else factors:
-        result = result * factor
+        result = scaled(result, factor)
     return result

@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 INT8_STEPS = 127
 """Of a row's largest magnitude, in bitsandbytes' 8-bit rows."""
+LEAST_LENGTH = 2.0**-63
+"""What DoRA takes for the length of a row of zeros: what has no direction stays zero, and is not NaN."""
 
 
 def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -116,24 +118,15 @@ def row_lengths(
     """(O,) the lengths of the rows of W + scale B A, in fp32; W dequantized into a type.
 
     DoRA (arXiv:2402.09353, 4.3) takes them for constants in the backward pass. They come from the square's
-    three terms, so that no second matrix of W's size is made.
+    three terms, so that no second matrix of W's size is made. A row of zeros has `LEAST_LENGTH`.
     """
     down, up = (factor.float() for factor in factors)  # (R, I), (O, R)
     weight = dense_weight(layer, dtype)  # (O, I)
     own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
     both = (weight @ down.to(dtype).t()).float().mul_(up).sum(1)
     update = (up @ (down @ down.t())).mul_(up).sum(1)
-    lengths: Tensor = own.add_(both, alpha=2 * scale).add_(update, alpha=scale**2).sqrt_()
-    return lengths
-
-
-def scaled_rows(made: Tensor, factors: Tensor, *, bias: Tensor | None) -> Tensor:
-    """A layer's output as if each row of its weight were multiplied by a factor, (O,); the bias stays."""
-    typed = factors.to(made.dtype)
-    if bias is None:
-        return made * typed
-    bias = bias.to(made.dtype)
-    return torch.addcmul(bias, made - bias, typed)
+    squares: Tensor = own.add_(both, alpha=2 * scale).add_(update, alpha=scale**2)
+    return squares.clamp_min_(LEAST_LENGTH**2).sqrt_()
 
 
 class _AdaptedLinear(torch.autograd.Function):

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from qadapt.engine.linear import LEAST_LENGTH
 from qadapt.export.nf4 import Rows
 from qadapt.export.threads import in_order
 from qadapt.model.tensor_files import TensorReader, row_elements
@@ -93,7 +94,7 @@ def updated(rows: Rows, updates: Sequence[Update], *, count: int, chunk_rows: in
             if each.magnitude is not None:
                 own = torch.linalg.norm(total, dim=1, keepdim=True) if length is None else length
                 wanted = each.magnitude[first:last] if length is None else each.magnitude
-                total = total.mul_(wanted / own)
+                total = total.mul_(wanted / own.clamp_min(LEAST_LENGTH))
         return total
 
     return merged

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qadapt.adapters.facts import FACTS_FILE, read_facts
+from qadapt.engine.linear import LEAST_LENGTH
 from qadapt.errors import BadExport
 from qadapt.export.held_base import HeldBase
 from qadapt.export.reference_changes import Change, Layout, Pair, changes_of, layout_of
@@ -175,11 +176,13 @@ class Reference:
         assert magnitude is not None
         if self._changes[name].pairs[index].of_columns:
             terms = rows_of(self.entries[name])
-            factor = magnitude.reshape(1, -1) / self._norms_of(name, index, view)
+            lengths = self._norms_of(name, index, view)
+            factor = magnitude.reshape(1, -1) / lengths.clamp_min(LEAST_LENGTH)
             of_columns = of_columns * factor.abs()
         else:
             terms = total.values.shape[1]
-            factor = magnitude.reshape(-1, 1)[slice(*span)] / total.values.norm(dim=1, keepdim=True)
+            lengths = total.values.norm(dim=1, keepdim=True).clamp_min(LEAST_LENGTH)
+            factor = magnitude.reshape(-1, 1)[slice(*span)] / lengths
             of_rows = of_rows * factor.abs()
         directed = total.values * factor
         off = 2 * (math.sqrt(terms) + _MORE_ROUNDINGS) * _U * directed.abs().amax(1, keepdim=True)
