@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_methods import FP32, NAMES, OTHERS, attached, base_of
 from test_packing import assert_close, loss_and_gradient, one_at_a_time, rows
 from test_train import make_recipe, only
@@ -23,7 +25,7 @@ from qadapt.adapters.lora import save_adapter, trainable
 from qadapt.adapters.method import load_adapter
 from qadapt.data.batches import packed_batches
 from qadapt.engine.recompute import set_recompute
-from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished
+from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished, StepDone
 from qadapt.exporting import export
 from qadapt.methods import METHODS, Method
 from qadapt.model.generate import generate
