@@ -30,6 +30,10 @@ _NEUTRAL: Mapping[str, object] = {
     "output_adapter": True, "adapter_residual_before_ln": False, "residual_before_ln": True,
 }  # fmt: skip
 """Switches that must stand so."""
+_NEEDED = (
+    "is_parallel", "mh_adapter", "original_ln_before", "ln_before", "non_linearity", "scaling", "dropout",
+)  # fmt: skip
+_RANGES = {"hidden_size": (1, 2**31), "reduction_factor": (2**-31, 2**31), "dropout": (0, 1)}
 _CURE = (
     "Imported are Houlsby, Pfeiffer and parallel bottleneck adapters on Llama, as that library makes them."
 )
@@ -102,6 +106,8 @@ def librarys_config(source: Path) -> dict[str, Any]:
 
 
 def _bottleneck(config: Mapping[str, Any]) -> Bottleneck:
+    if missing := [name for name in _NEEDED if name not in config]:
+        raise BadAdapter(f"Its configuration lacks {', '.join(missing)}.", cure=_CURE)
     for name, value in _NEUTRAL.items():
         if config.get(name, value) != value and not (config["is_parallel"] and "residual" in name):
             raise Unsupported(f"Its {name} is {config[name]}; only {value} is known here.", cure=_CURE)
@@ -112,8 +118,14 @@ def _bottleneck(config: Mapping[str, Any]) -> Bottleneck:
             f"{', '.join(_ACTIVATIONS)}, and numbers.",
             cure=_CURE,
         )
-    if not isinstance(config["reduction_factor"], float | int):
+    if isinstance(config["reduction_factor"], dict):
         raise Unsupported("Its layers have different reduction factors.", cure=_CURE)
+    for name, (least, most) in _RANGES.items():
+        value = config[name]
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise BadAdapter(
+                f"Its {name} is {value!r}; it must be a number from {least:g} to {most:g}.", cure=_CURE
+            )
     return Bottleneck(
         _kind(config),
         max(1, int(config["hidden_size"] // config["reduction_factor"])),
