@@ -405,6 +405,11 @@ def test_an_adapter_of_the_library_is_imported(tiny_model: TinyModel, tmp_path: 
         ({"reduction_factor": 16}, r"down.weight has the shape \(5, 64\) and must have \(4, 64\)"),
         ({"name": "other"}, "has a tensor that is not known: model.0?.*output_adapters.adapters.mine"),
         ({"name": None}, "has a tensor that is not known"),
+        ({"reduction_factor": 0}, r"Its reduction_factor is 0; it must be a number from"),
+        ({"reduction_factor": 5e-324}, r"Its reduction_factor is 5e-324; it must be a number from"),
+        ({"reduction_factor": float("nan")}, "Its reduction_factor is nan"),
+        ({"hidden_size": "64"}, "Its hidden_size is .64."),
+        ({"dropout": None}, "Its dropout is None; it must be a number from 0 to 1"),
     ],
 )
 def test_what_the_library_does_otherwise_is_refused_by_name(
@@ -414,6 +419,17 @@ def test_what_the_library_does_otherwise_is_refused_by_name(
     with pytest.raises((BadAdapter, Unsupported), match=problem):
         import_bottleneck(theirs, tmp_path)
     assert not (tmp_path / "side_car.json").exists()
+
+
+def test_what_the_library_always_says_must_be_there(tiny_model: TinyModel, tmp_path: Path) -> None:
+    theirs = of_the_library(adapted(base_of(tiny_model, "llama"), "pfeiffer"), tmp_path / "theirs")
+    path = theirs / "adapter_config.json"
+    whole = json.loads(path.read_text("utf-8"))
+    for field in ("is_parallel", "mh_adapter", "original_ln_before", "ln_before", "scaling", "dropout"):
+        config = {name: value for name, value in whole["config"].items() if name != field}
+        path.write_text(json.dumps({**whole, "config": config}), "utf-8")
+        with pytest.raises(BadAdapter, match=rf"Its configuration lacks {field}\."):
+            import_bottleneck(theirs, tmp_path)
 
 
 def test_a_pickled_adapter_is_never_read(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -426,19 +442,3 @@ def test_a_pickled_adapter_is_never_read(tiny_model: TinyModel, tmp_path: Path) 
     (theirs / "adapter_config.json").write_text("[]", "utf-8")
     with pytest.raises(BadAdapter, match="is no configuration of `adapters`"):
         import_bottleneck(theirs, tmp_path)
-        ({"reduction_factor": 0}, r"Its reduction_factor is 0; it must be a number from"),
-        ({"reduction_factor": 5e-324}, r"Its reduction_factor is 5e-324; it must be a number from"),
-        ({"reduction_factor": float("nan")}, "Its reduction_factor is nan"),
-        ({"hidden_size": "64"}, "Its hidden_size is .64."),
-        ({"dropout": None}, "Its dropout is None; it must be a number from 0 to 1"),
-def test_what_the_library_always_says_must_be_there(tiny_model: TinyModel, tmp_path: Path) -> None:
-    theirs = of_the_library(adapted(base_of(tiny_model, "llama"), "pfeiffer"), tmp_path / "theirs")
-    path = theirs / "adapter_config.json"
-    whole = json.loads(path.read_text("utf-8"))
-    for field in ("is_parallel", "mh_adapter", "original_ln_before", "ln_before", "scaling", "dropout"):
-        config = {name: value for name, value in whole["config"].items() if name != field}
-        path.write_text(json.dumps({**whole, "config": config}), "utf-8")
-        with pytest.raises(BadAdapter, match=rf"Its configuration lacks {field}\."):
-            import_bottleneck(theirs, tmp_path)
-
-

@@ -138,6 +138,20 @@ def test_a_resumed_pissa_goes_on_from_the_start_it_had(
     assert file.read_bytes() == whole
 
 
+def test_dora_on_rows_of_zeros_trains_and_exports_proven(tmp_path: Path, tiny_model: TinyModel) -> None:
+    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
+    [file] = base.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.k_proj.weight"][3:5] = 0
+    save_file(tensors, file, {"format": "pt"})
+    values = recipe_of("dora", tmp_path, base).model_dump(mode="json")
+    values["model"]["quantization"] = "none"
+    events = list(train(check_recipe(values, origin="the test")))
+    assert all(math.isfinite(event.loss) for event in only(StepDone, events))
+    list(export("first", folder=str(tmp_path / "runs"), form="merged-fp32", to=tmp_path / "out"))
+    assert json.loads((tmp_path / "out/proof.json").read_text(encoding="utf-8"))["holds"] is True
+
+
 def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=torch.arange(3, 43).view(2, 20)).logits
@@ -166,17 +180,3 @@ def test_stock_peft_loads_what_a_run_saved(method: Method, tmp_path: Path, tiny_
     stock = logits(PeftModel.from_pretrained(base, tmp_path / "runs/first/adapter"))
     ours = logits(load("first", folder=str(tmp_path / "runs"), device="cpu").model)
     assert (stock - ours).abs().max() < 1e-5 * ours.abs().max()
-def test_dora_on_rows_of_zeros_trains_and_exports_proven(tmp_path: Path, tiny_model: TinyModel) -> None:
-    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
-    [file] = base.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["model.layers.0.self_attn.k_proj.weight"][3:5] = 0
-    save_file(tensors, file, {"format": "pt"})
-    values = recipe_of("dora", tmp_path, base).model_dump(mode="json")
-    values["model"]["quantization"] = "none"
-    events = list(train(check_recipe(values, origin="the test")))
-    assert all(math.isfinite(event.loss) for event in only(StepDone, events))
-    list(export("first", folder=str(tmp_path / "runs"), form="merged-fp32", to=tmp_path / "out"))
-    assert json.loads((tmp_path / "out/proof.json").read_text(encoding="utf-8"))["holds"] is True
-
-

@@ -60,16 +60,6 @@ def test_dora_in_fp32_is_plain_pefts(base: str, bias: bool) -> None:
     assert max(off.values()) < 2 * TOLERANCE[FP32], off
 
 
-def scaled(base: str, dtype: torch.dtype, *, is_input: bool, bias: bool, typed: bool) -> PeftModel:
-    """A block with IA3, with layers as here or of stock PEFT, its factors random."""
-    block = Block(frozen(base, dtype, bias=bias))
-    block.is_loaded_in_4bit, block.is_loaded_in_8bit = "nf4" in base, base == "int8"
-    names = ["projection"]
-    made = get_peft_model(
-        block, IA3Config(target_modules=names, feedforward_modules=names if is_input else [])
-    )
-    if typed:
-        use_typed_layers(made)
 @pytest.mark.parametrize("base", BASES)
 def test_dora_in_bf16_is_near_fp32(base: str) -> None:
     ours = adapted(base, (torch.bfloat16, FP32), fused=True, use_dora=True)
@@ -85,6 +75,16 @@ def test_dora_in_bf16_is_near_fp32(base: str) -> None:
     assert max(off.values()) < TOLERANCE[torch.bfloat16], off
 
 
+def scaled(base: str, dtype: torch.dtype, *, is_input: bool, bias: bool, typed: bool) -> PeftModel:
+    """A block with IA3, with layers as here or of stock PEFT, its factors random."""
+    block = Block(frozen(base, dtype, bias=bias))
+    block.is_loaded_in_4bit, block.is_loaded_in_8bit = "nf4" in base, base == "int8"
+    names = ["projection"]
+    made = get_peft_model(
+        block, IA3Config(target_modules=names, feedforward_modules=names if is_input else [])
+    )
+    if typed:
+        use_typed_layers(made)
     torch.manual_seed(2)
     for parameter in trainable(made).values():
         parameter.data = 1 + 0.2 * torch.randn(parameter.shape)
