@@ -25,6 +25,7 @@ from qadapt.adapters.lora import save_adapter, trainable
 from qadapt.adapters.method import load_adapter
 from qadapt.data.batches import packed_batches
 from qadapt.engine.recompute import set_recompute
+from qadapt.errors import BadAdapter
 from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished, StepDone
 from qadapt.exporting import export
 from qadapt.methods import METHODS, Method
@@ -121,6 +122,43 @@ def test_what_is_saved_is_the_live_model(method: Method, tmp_path: Path, tiny_mo
     again = load_adapter(base_of(folder), tmp_path / "adapter")
     assert not trainable(again)
     assert torch.equal(found, logits(again))
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"lose": "layers.1.mlp.up_proj.lora_B.weight"}, r"there is no .*layers.1.mlp.up_proj.lora_B.weight"),
+        (
+            {"add": "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"},
+            "layers.7.* has no place there",
+        ),
+        ({"config": {"r": 8}}, "size mismatch for .*lora_A"),
+        ({"config": {"target_modules": ["q_proj"]}}, "lora_A.weight has no place there"),
+        ({"config": {"target_modules": ["qkv_proj"]}}, "[Tt]arget"),
+        ({"config": {"trainable_token_indices": {"embed_tokens": [440]}}}, "there is no .*embed_tokens"),
+        ({"file": b"nothing"}, ""),
+        ({"file": None}, "there is no adapter_model.safetensors"),
+    ],
+)
+def test_an_adapter_whose_files_do_not_fit_its_base_is_refused(
+    change: dict[str, Any], problem: str, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    folder, place = tiny_model("qwen2"), tmp_path / "adapter"
+    facts = AdapterFacts(str(folder), None, "", "nf4", True, "fp32", "")
+    save_adapter(drawn("lora", folder), place, facts=facts, tokenizer=AutoTokenizer.from_pretrained(folder))
+    weights, config = place / "adapter_model.safetensors", place / "adapter_config.json"
+    tensors = {k: v for k, v in load_file(weights).items() if not k.endswith(change.get("lose", "nothing"))}
+    tensors |= {change["add"]: torch.zeros(4, 64)} if "add" in change else {}
+    save_file(tensors, weights, {"format": "pt"})
+    values = json.loads(config.read_text(encoding="utf-8")) | change.get("config", {})
+    config.write_text(json.dumps(values), encoding="utf-8")
+    if "file" in change:
+        weights.rename(place / "adapter_model.bin")
+    if change.get("file") is not None:
+        weights.write_bytes(change["file"])
+    with pytest.raises(BadAdapter, match=rf"The adapter in .* does not fit its base: .*{problem}"):
+        load_adapter(base_of(folder), place)
 
 
 def test_a_resumed_pissa_goes_on_from_the_start_it_had(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,7 +30,7 @@ from qadapt.adapters.side_car_files import save_side_car
 from qadapt.cache import FULL, require_free
 from qadapt.durable import whole_folder
 from qadapt.engine.host import device_of
-from qadapt.errors import BadOutput, BadRecipe, NoRoom
+from qadapt.errors import BadAdapter, BadOutput, BadRecipe, NoRoom
 
 Variant = Literal["lora", "rslora", "loraplus", "dora", "pissa"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -59,7 +59,8 @@ def attach_lora(
 ) -> PeftModel:
     """The base with new adapters, which alone are trainable, and the rows of new tokens.
 
-    The second factor starts at zero, so the first forward pass equals the base's.
+    The second factor starts at zero, so the first forward pass equals the base's; DoRA's to a rounding, if
+    its lengths are asked for in bf16.
 
     Args:
         model: The frozen base.
@@ -238,26 +239,64 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
         tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
         use_fused_layers(config)
     device, frozen = device_of(model), {id(parameter) for parameter in model.parameters()}
-    adapted = PeftModel.from_pretrained(
-        model,
-        str(folder),
-        config=config,
-        is_trainable=is_trainable,
-        autocast_adapter_dtype=False,
-        local_files_only=True,
-    )
+    adapted = _with_tensors(model, folder, config)
+    _check_names(adapted, folder, has_rows=bool(tables))
     if tables:
         saved = load_file(folder / _WEIGHTS)
         assert isinstance(tables, dict)
         ids = next(iter(tables.values()))
         attach_new_rows(model, ids, dtype=next(iter(saved.values())).dtype)
         for path, rows in new_rows_of(adapted).items():
+            if path + _ROWS not in saved:
+                raise _no_fit(folder, f"there is no {path + _ROWS}")
             rows.weight.data.copy_(saved[path + _ROWS])
             rows.requires_grad_(is_trainable)
     for parameter in adapted.parameters():
         if id(parameter) not in frozen:
             parameter.data = parameter.data.to(device)
     return adapted
+
+
+def _with_tensors(model: PreTrainedModel, folder: Path, config: PeftConfig) -> PeftModel:
+    """The base with an adapter of PEFT's and the tensors of its folder."""
+    if not (folder / _WEIGHTS).is_file():  # PEFT would take a pickled one
+        raise _no_fit(folder, f"there is no {_WEIGHTS}")
+    try:
+        return PeftModel.from_pretrained(
+            model,
+            str(folder),
+            config=config,
+            is_trainable=not config.inference_mode,
+            autocast_adapter_dtype=False,
+            local_files_only=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise _no_fit(folder, str(error)) from None
+
+
+def _check_names(model: PeftModel, folder: Path, *, has_rows: bool) -> None:
+    """Looks whether a file has all tensors of the adapter on this base, and no others.
+
+    PEFT leaves what is missing as it starts, and what is too many away, and warns.
+    """
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        found = {name for name in file.keys() if not (has_rows and name.endswith(_ROWS))}  # noqa: SIM118
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if missing := sorted(wanted - found):
+        raise _no_fit(folder, f"there is no {missing[0]}")
+    known = {name for name, _ in model.named_parameters()}  # tables of the base that were saved with it
+    if others := sorted(found - wanted - known):
+        raise _no_fit(folder, f"{others[0]} has no place there")
+
+
+def _no_fit(folder: Path, why: str) -> BadAdapter:
+    lines = [line.strip() for line in why.splitlines() if not line.endswith(":")]
+    return BadAdapter(
+        f"The adapter in {folder} does not fit its base: {(lines or [why])[0]}",
+        cure="Take its two files from its run, or from where it is published, once more.",
+    )
 
 
 def _add_new_rows(folder: Path, found: Mapping[str, NewRows]) -> None:
