@@ -172,7 +172,7 @@ def save_adapter(
         NoRoom: The place is too full, or filled up meanwhile; the adapter that was there is whole.
         BadOutput: The place is read-only.
     """
-    needed_bytes = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
+    needed_bytes = stored_bytes(model)
     require_free(folder.parent, needed_bytes, purpose="The adapter", or_else="move the run to a larger one")
     try:
         with whole_folder(folder) as building:
@@ -200,6 +200,12 @@ def save_adapter(
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All that makes the adapter: what is trained, and what PiSSA's starts from."""
     return trainable(model) | starts_of(model)
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """What the numbers of an adapter take on disk."""
+    stored = model.stored() if isinstance(model, SideCar) else adapter_tensors(model)
+    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def _join_starts(folder: Path, model: PeftModel) -> None:
