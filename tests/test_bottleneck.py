@@ -298,6 +298,15 @@ def saved(tiny_model: TinyModel, folder: Path) -> Path:
     return folder
 
 
+def test_a_loaded_adapter_does_not_hang_on_its_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = load_bottleneck(base_of(tiny_model, "llama"), saved(tiny_model, tmp_path))
+    logits = model(input_ids=IDS).logits
+    path = tmp_path / "side_car.safetensors"
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(model(input_ids=IDS).logits, logits)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 
@@ -20,6 +20,14 @@ class Part(nn.Module):
     """A module beside a layer that can be switched off."""
 
     is_on = True
+    is_shared = False
+    """Whether it is no adapter of its own, but what several have in common."""
+    virtual_tokens = 0
+    """How many virtual tokens it wants in front of every row (`engine/front.py`)."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """What stands on disk of it, by name; with what remains after training, if that is something else."""
+        return dict(self.named_parameters())
 
 
 class SideCar(nn.Module):
@@ -43,6 +51,12 @@ class SideCar(nn.Module):
     def parts(self) -> dict[str, Part]:
         """Name of each module on disk → the module."""
         return dict(self._parts)
+
+    def stored(self) -> dict[str, Tensor]:
+        """What stands on disk of it, by name."""
+        return {
+            f"{name}.{key}": each for name, part in self._parts.items() for key, each in part.stored().items()
+        }
 
     @property
     def config(self) -> Any:

@@ -31,11 +31,7 @@ def save_side_car(model: SideCar, folder: Path) -> None:
         OSError: The folder cannot be written.
         SafetensorError: Likewise.
     """
-    tensors = {
-        f"{name}.{key}": parameter.detach().cpu().contiguous()
-        for name, part in model.parts.items()
-        for key, parameter in part.named_parameters()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.stored().items()}
     write_side_car(folder, settings=model.settings, tensors=tensors)
 
 
@@ -82,7 +78,8 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _check_names(path, found, shapes)
-            tensors = {name: file.get_tensor(name) for name in shapes}
+            # copies: on a CPU the tensors of a file are the file itself, which may be written anew
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except (OSError, SafetensorError) as error:
         raise BadAdapter(f"{path} cannot be read: {error}.", cure=_AGAIN) from None
     for name, tensor in tensors.items():
