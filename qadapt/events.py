@@ -100,12 +100,16 @@ class BaseLoaded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterAttached(Event):
-    """The adapter is on the base; `trainable` counts the rows of new tokens, too."""
+    """The adapter is on the base; `trainable` counts the rows of new tokens, too.
+
+    `stored_bytes` is what its numbers will take on disk.
+    """
 
     trainable: int
     adapted_layers: int
     base_parameters: int
     new_tokens: int = 0
+    stored_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
-from qadapt.adapters.lora import trainable
+from qadapt.adapters.lora import stored_bytes, trainable
 from qadapt.adapters.method import Adapter, adapted_layers, attach
 from qadapt.adapters.rates import rate_ratios
 from qadapt.cache import cache_folder, ignore, output_errors
@@ -323,6 +323,7 @@ def adapt(
         adapted_layers=adapted_layers(model),
         base_parameters=base_parameters,
         new_tokens=len(new_ids),
+        stored_bytes=stored_bytes(model),
     )
     return model
 

@@ -83,6 +83,7 @@ def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_m
         assert losses[-1] < losses[0]
         adapter = Path(finished.adapter)
         assert sum(each.numel() for each in adapter_of(adapter.parent).values()) == attached.trainable
+        assert sum(each.nbytes for each in adapter_of(adapter.parent).values()) == attached.stored_bytes
         assert {path.name for path in adapter.iterdir()} == {
             "side_car.json", "side_car.safetensors", "qadapt.json", "prompt.json",
         }  # fmt: skip

@@ -428,6 +428,13 @@ def test_plain_lines_tell_the_run_and_end_with_the_next_command():
     assert all("\x1b" not in line for line in lines)
 
 
+def test_what_is_trained_is_told_as_a_share_and_in_stored_bytes():
+    attached = AdapterAttached(
+        trainable=4_884_480, adapted_layers=210, base_parameters=134_515_008, stored_bytes=9_768_960
+    )
+    assert describe(attached).endswith(" parameters (3.50 % of all), 9.3 MiB stored")
+
+
 def test_steps_in_plain_lines_are_thinned_but_the_last_is_there():
     many = [step(number, 1.0, START + number * 0.1) for number in range(1, 10_001)]
     lines = [line for line in printed([*run(10_000, 0), *many]) if line.startswith("step ")]

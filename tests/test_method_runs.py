@@ -90,6 +90,8 @@ def test_a_method_trains_resumes_reloads_and_exports_proven(
     straight = list(train(recipe_of(method, tmp_path, tiny_model("qwen2"))))
     assert isinstance(straight[-1], RunFinished)
     assert only(AdapterAttached, straight)[0].adapted_layers == 2 * 7
+    saved = load_file(tmp_path / "runs/first/adapter/adapter_model.safetensors")
+    assert only(AdapterAttached, straight)[0].stored_bytes == sum(each.nbytes for each in saved.values())
     whole = (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes()
     (tmp_path / "runs/first").rename(tmp_path / "straight")
 

@@ -72,9 +72,11 @@ def _preparation(event: Event) -> str | None:
             return f"base loaded: {format_bytes(event.resident_bytes)} in {format_seconds(event.seconds)}"
         case AdapterAttached():
             rows = f" and {event.new_tokens} new tokens" if event.new_tokens else ""
-            return (
-                f"adapter on {event.adapted_layers} layers{rows}: {format_count(event.trainable)} parameters"
-            )
+            layers = "1 layer" if event.adapted_layers == 1 else f"{event.adapted_layers} layers"
+            share = f"{event.trainable / (event.trainable + event.base_parameters):.2%}".replace("%", " %")
+            stored = f", {format_bytes(event.stored_bytes)} stored" if event.stored_bytes else ""
+            count = f"{format_count(event.trainable)} parameters ({share} of all){stored}"
+            return f"adapter on {layers}{rows}: {count}"
     return None
 
 
