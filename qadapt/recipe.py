@@ -298,6 +298,11 @@ class Recipe(Section):
             raise ValueError("data.held_out and data.held_out_fraction both ask for held-out rows; keep one")
         if self.train.patience is not None and self.train.evaluate_every is None:
             raise ValueError("train.patience counts evaluations; give train.evaluate_every too")
+        facts = METHODS[self.adapter.method]
+        if self.data.new_tokens and not facts.has_new_tokens:
+            raise ValueError(
+                f"data.new_tokens: with {facts.title} no rows of new tokens are trained; leave them out"
+            )
         has_held_out = self.data.held_out is not None or self.data.held_out_fraction > 0
         if self.train.evaluate_every is not None and not has_held_out:
             raise ValueError("train.evaluate_every needs data.held_out or data.held_out_fraction")

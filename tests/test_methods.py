@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -223,6 +224,19 @@ def test_a_field_that_means_nothing_to_a_method_is_refused_by_name() -> None:
             check_recipe({**least, "adapter": {"method": method, field: value}}, origin="the test")
 
 
+def test_a_recipe_with_new_tokens_and_a_method_without_them_is_refused_before_anything_is_loaded() -> None:
+    values = {"model": "m", "data": {"sources": [{"path": "p"}], "new_tokens": ["<a>"]}, "run": {"name": "n"}}
+    for method, facts in METHODS.items():
+        recipe = {**values, "adapter": {"method": method}}
+        if facts.has_new_tokens:
+            assert check_recipe(recipe, origin="the test").data.new_tokens == ("<a>",)
+            continue
+        with pytest.raises(
+            BadRecipe, match=re.escape(f"with {facts.title} no rows of new tokens are trained")
+        ):
+            check_recipe(recipe, origin="the test")
+
+
 def test_an_unknown_method_is_refused_with_the_list() -> None:
     least = {"model": "m", "data": {"sources": [{"path": "p"}]}, "run": {"name": "n"}}
     with pytest.raises(BadRecipe, match=r"adapter\.method") as refused:
@@ -231,7 +245,7 @@ def test_an_unknown_method_is_refused_with_the_list() -> None:
 
 
 def test_ia3_trains_no_new_tokens(tiny_model: TinyModel) -> None:
-    with pytest.raises(Unsupported, match="IA3 trains no rows of new tokens") as refused:
+    with pytest.raises(Unsupported, match="with IA3 no rows of new tokens are trained") as refused:
         attached("ia3", tiny_model("llama"), new_ids=[300])
     assert "adapter.method=lora" in refused.value.cure
 

@@ -58,7 +58,7 @@ def attach(
     method = adapter.method
     if new_ids and not METHODS[method].has_new_tokens:
         raise Unsupported(
-            f"data.new_tokens: {METHODS[method].title} trains no rows of new tokens.",
+            f"data.new_tokens: with {METHODS[method].title} no rows of new tokens are trained.",
             cure="Leave data.new_tokens out, or set adapter.method=lora.",
         )
     if method in VARIANTS:
