@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qadapt.adapters.effect import Effect, connect
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.engine.host import device_of
@@ -179,8 +180,8 @@ def attach_bottleneck(
         for place in places_of(bottleneck.kind):
             part = BottleneckPart(bottleneck, width)
             nn.init.kaiming_uniform_(part.down.weight, a=math.sqrt(5), generator=draw)  # as nn.Linear's
-            part.to(device, dtype)
-            _connect(layer, part, places, is_attention=place == "attention")
+            for effect in _effects(layer, part.to(device, dtype), places, is_attention=place == "attention"):
+                connect(effect)
             mine[place] = parts[f"layers.{number}.{place}"] = part
         layer.add_module("bottleneck", mine)
     settings = {**asdict(bottleneck), "layers": len(decoder_layers(model)), "model_width": width}
@@ -193,6 +194,36 @@ def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool 
     Raises:
         BadAdapter: The folder's files are damaged, or are of adapters for another base.
     """
+    bottleneck, tensors = _read(model, folder)
+    adapted = attach_bottleneck(model, bottleneck)
+    for name, part in adapted.parts.items():
+        for key, parameter in part.named_parameters():
+            parameter.data = tensors[f"{name}.{key}"].to(parameter.device)
+            parameter.requires_grad_(is_trainable)
+    return adapted
+
+
+def bottleneck_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
+    """What the adapters of a folder do at the layers of a base, without being attached to it: for `swap.py`.
+
+    Raises:
+        BadAdapter: The folder's files are damaged, or are of adapters for another base.
+        Unsupported: It is not known where this architecture adds to its stream.
+    """
+    bottleneck, tensors = _read(model, folder)
+    places, device = _places(model), device_of(model)
+    effects: list[Effect] = []
+    for number, layer in enumerate(decoder_layers(model)):
+        for place in places_of(bottleneck.kind):
+            part = BottleneckPart(replace(bottleneck, dropout=0.0), int(model.config.hidden_size))
+            for key, parameter in part.requires_grad_(False).named_parameters():
+                parameter.data = tensors[f"layers.{number}.{place}.{key}"].to(device, copy=True)
+            effects += _effects(layer, part, places, is_attention=place == "attention")
+    return effects
+
+
+def _read(model: PreTrainedModel, folder: Path) -> tuple[Bottleneck, dict[str, Tensor]]:
+    """What the adapters of a folder are, if they are this base's, and their tensors."""
     settings = read_settings(folder)
     bottleneck = bottleneck_of(settings, folder)
     ours = {"layers": len(decoder_layers(model)), "model_width": int(model.config.hidden_size)}
@@ -203,13 +234,7 @@ def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool 
                 f"{value}.",
                 cure="Load it on the base that it was trained on.",
             )
-    tensors = read_tensors(folder, bottleneck_shapes(settings, folder))
-    adapted = attach_bottleneck(model, bottleneck)
-    for name, part in adapted.parts.items():
-        for key, parameter in part.named_parameters():
-            parameter.data = tensors[f"{name}.{key}"].to(parameter.device)
-            parameter.requires_grad_(is_trainable)
-    return adapted
+    return bottleneck, read_tensors(folder, bottleneck_shapes(settings, folder))
 
 
 def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
@@ -267,11 +292,12 @@ def places_of(kind: Kind) -> tuple[str, ...]:
     return ("attention", "feed_forward") if kind == "houlsby" else ("feed_forward",)
 
 
-def _connect(layer: nn.Module, part: BottleneckPart, places: Places, *, is_attention: bool) -> None:
-    output = places.attention if is_attention else places.feed_forward
-    layer.get_submodule(output).register_forward_hook(part.change_output)
+def _effects(layer: nn.Module, part: BottleneckPart, places: Places, *, is_attention: bool) -> list[Effect]:
+    output = layer.get_submodule(places.attention if is_attention else places.feed_forward)
+    effects = [Effect(output, "sequence", part, after=part.change_output)]
     if part.bottleneck.kind != "houlsby":
-        layer.get_submodule(places.norm).register_forward_pre_hook(part.see_stream)
+        effects.append(Effect(layer.get_submodule(places.norm), "sequence", part, before=part.see_stream))
+    return effects
 
 
 def _places(model: PreTrainedModel) -> Places:
