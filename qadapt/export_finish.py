@@ -60,7 +60,15 @@ class Finish:
         if is_side_car(folder):
             file = SIDE_CAR_FILES[0]
         method = said(job.recipe.adapter.method, job.recipe.adapter.rank)
-        made = Made(job.form, self.base, file, self.findings, is_proven=self._is_proven, method=method)
+        made = Made(
+            job.form,
+            self.base,
+            file,
+            self.findings,
+            is_proven=self._is_proven,
+            method=method,
+            mended=job.facts.mended,
+        )
         (folder / "README.md").write_text(card_text(job.card, made), encoding="utf-8")
 
     def _proven(self, folder: Path) -> Iterator[Event]:

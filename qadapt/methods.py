@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["lora", "rslora", "loraplus", "dora", "pissa", "ia3", "houlsby", "pfeiffer", "parallel"]
+from qadapt.errors import BadRecipe
+
+Method = Literal[
+    "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3", "houlsby", "pfeiffer", "parallel",
+]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 SCALED_INPUTS = ("down_proj",)
 """Where IA3 scales a layer's inputs, as its paper does in the feed-forward part; elsewhere its outputs."""
@@ -28,6 +32,7 @@ class MethodFacts:
         has_new_tokens: Whether rows of new tokens are trained with it.
         is_near_one: Whether it trains factors of about one, of which bf16 knows every 128th: they are fp32
             unless the recipe says otherwise.
+        mends_base: Whether it starts from what quantizing took from the base, which must be quantized.
         usual_activation: The nonlinearity of a bottleneck adapter; None for all others.
     """
 
@@ -38,6 +43,7 @@ class MethodFacts:
     is_beside: bool = False
     has_new_tokens: bool = False
     is_near_one: bool = False
+    mends_base: bool = False
     usual_activation: Activation | None = None
 
     @property
@@ -46,8 +52,17 @@ class MethodFacts:
         return bool(self.size)
 
 
-def _lora(title: str, source: str, unused: tuple[str, ...] = (), *, is_near_one: bool = False) -> MethodFacts:
-    return MethodFacts(title, source, unused, has_new_tokens=True, is_near_one=is_near_one)
+def _lora(
+    title: str,
+    source: str,
+    unused: tuple[str, ...] = (),
+    *,
+    is_near_one: bool = False,
+    mends_base: bool = False,
+) -> MethodFacts:
+    return MethodFacts(
+        title, source, unused, has_new_tokens=True, is_near_one=is_near_one, mends_base=mends_base
+    )
 
 
 def _bottleneck(title: str, source: str, activation: Activation) -> MethodFacts:
@@ -61,11 +76,27 @@ METHODS: Mapping[Method, MethodFacts] = {
     "loraplus": _lora("LoRA+", "arXiv:2402.12354"),
     "dora": _lora("DoRA", "arXiv:2402.09353", ("dropout",), is_near_one=True),
     "pissa": _lora("PiSSA", "arXiv:2404.02948"),
+    "loftq": _lora("LoftQ", "arXiv:2310.08659", mends_base=True),
+    "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
     "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
     "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu"),
     "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu"),
     "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu"),
 }
+
+
+def check_base(method: Method, quantization: str) -> None:
+    """Refuses a base that a method cannot start on.
+
+    Raises:
+        BadRecipe: It starts from what quantizing took from the base, and nothing did.
+    """
+    if METHODS[method].mends_base and quantization == "none":
+        raise BadRecipe(
+            f"adapter.method = {method}: {METHODS[method].title} starts from what quantizing took from the "
+            "base; with model.quantization = none there is nothing.",
+            cure="Set model.quantization=nf4, or adapter.method=lora or pissa.",
+        )
 
 
 def activation_of(method: Method) -> Activation:

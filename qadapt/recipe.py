@@ -57,8 +57,8 @@ class AdapterSection(Section):
 
     method: Method = "lora"
     """LoRA (arXiv:2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA (2402.09353), PiSSA
-    (2404.02948), IA3 (2205.05638), or bottleneck adapters: houlsby (1902.00751), pfeiffer (2005.00247),
-    parallel (2110.04366)."""
+    (2404.02948), LoftQ (2310.08659), VeRA (2310.11454), IA3 (2205.05638), or bottleneck adapters: houlsby
+    (1902.00751), pfeiffer (2005.00247), parallel (2110.04366)."""
     rank: Positive = 16
     """Inner width of the low-rank update, or of a bottleneck."""
     alpha: Annotated[float, Field(gt=0)] = 32.0

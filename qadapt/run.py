@@ -216,7 +216,7 @@ def _placed(
 ) -> Generator[Event, None, Loop]:
     """Base, adapter and optimizer in memory, and the loop over them before its first step."""
     base = yield from place_base(recipe, plan, material.files)
-    model = yield from adapt(recipe, plan, base, new_ids=material.contract.new_ids)
+    model = yield from adapt(recipe, plan, base, material=material)
     torch.manual_seed(recipe.train.seed)
     loop = Loop(
         model,

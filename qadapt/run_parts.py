@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Literal, cast
@@ -30,8 +30,9 @@ from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageS
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.claims import SharedCard, claiming
 from qadapt.material import Material, order_of, step_count
-from qadapt.methods import activation_of, said
+from qadapt.methods import METHODS, activation_of, said
 from qadapt.model.load import load_base
+from qadapt.model.original import original_weights
 from qadapt.model.placement import decoder_layers
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model
@@ -308,16 +309,17 @@ def _kernel_problem(plan: StoredPlan, base: PreTrainedModel) -> str | None:
 
 
 def adapt(
-    recipe: Recipe, plan: StoredPlan, base: PreTrainedModel, *, new_ids: Sequence[int]
+    recipe: Recipe, plan: StoredPlan, base: PreTrainedModel, *, material: Material
 ) -> Generator[Event, None, PeftModel]:
     """Attaches the recipe's adapter to the base, and the rows of its new tokens."""
-    section = recipe.adapter
-    base_parameters = base.num_parameters()
+    section, seed, dtype = recipe.adapter, recipe.train.seed, DTYPES[plan.adapter_dtype]
+    base_parameters, new_ids = base.num_parameters(), material.contract.new_ids
     activation = activation_of(section.method)
     adapter = Adapter(
         section.method, section.rank, section.alpha, section.dropout, section.targets, activation
     )
-    model = attach(base, adapter, dtype=DTYPES[plan.adapter_dtype], seed=recipe.train.seed, new_ids=new_ids)
+    with original_weights(material.files.folder) as originals:
+        model = attach(base, adapter, dtype=dtype, seed=seed, new_ids=new_ids, originals=originals)
     yield AdapterAttached(
         trainable=sum(parameter.numel() for parameter in trainable(model).values()),
         adapted_layers=adapted_layers(model),
@@ -393,4 +395,5 @@ def adapter_facts(recipe: Recipe, plan: StoredPlan, material: Material) -> Adapt
         double_quant=recipe.model.double_quant,
         load_dtype=plan.compute_dtype,
         prompt_fingerprint=material.contract.fingerprint,
+        mends_base=METHODS[recipe.adapter.method].mends_base,
     )

@@ -28,6 +28,7 @@ from qadapt.adapters.method import Adapter, attach
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.loss import loss_sum
 from qadapt.model.load import load_base
+from qadapt.model.original import original_weights
 from qadapt.model.precision import DTYPES
 from qadapt.plan.categories import STATIC
 from qadapt.plan.estimate import CLOSED_ERROR, estimate_step
@@ -84,7 +85,9 @@ def build(folder: Path, setting: Setting, *, alpha: float = 16) -> PeftModel:
     )
     rows = base.get_input_embeddings().num_embeddings
     new_ids = range(rows - setting.new_tokens, rows)
-    return attach(base, adapter, dtype=DTYPES[setting.adapter_dtype], seed=0, new_ids=new_ids).train()
+    dtype = DTYPES[setting.adapter_dtype]
+    with original_weights(folder) as originals:
+        return attach(base, adapter, dtype=dtype, seed=0, new_ids=new_ids, originals=originals).train()
 
 
 def quantization_tensors(model: torch.nn.Module) -> list[Tensor]:

@@ -34,7 +34,8 @@ def test_a_run_is_kept_with_all_that_is_known_and_answers_by_its_name(
     method: Method, tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_model("llama"))
-    rank = {"rank": 4, "alpha": 4} if METHODS[method].has_rank else {}
+    given = {"rank": 4, "alpha": 4} if METHODS[method].has_rank else {}
+    rank = {name: value for name, value in given.items() if name not in METHODS[method].unused}
     adapter = type(recipe.adapter)(method=method, **rank)  # type: ignore[arg-type]
     recipe = recipe.model_copy(update={"adapter": adapter})
     list(train(recipe))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf_files import write_gguf
 from merged_families import FAMILIES, TIED, make_family
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
@@ -66,6 +66,9 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "LoRA on both tables": lambda family: lora(family, "embed_tokens", "lm_head"),
     "DoRA on both tables": lambda family: lora(family, "embed_tokens", "lm_head", use_dora=True),
     "IA3": lambda family: ia3(family, "lm_head"),
+    "VeRA": lambda family: VeraConfig(
+        r=5, target_modules=[*attention(family), "down_proj"], projection_prng_key=3
+    ),
     "whole head and norms": lambda family: lora(family, modules_to_save=["lm_head", "norm"]),
     "whole embedding": lambda family: lora(family, modules_to_save=["embed_tokens"]),
     "trained biases": lambda family: lora(family, bias="all"),
@@ -374,7 +377,6 @@ METHODS = [
     "ADAPTION_PROMPT",
     "BOTTLENECK",
     "LOHA",
-    "VERA",
     None,
 ]
 

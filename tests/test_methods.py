@@ -25,6 +25,7 @@ from qadapt.engine.linear import dense_weight
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.methods import METHODS, Method, said
 from qadapt.model.load import load_base
+from qadapt.model.original import original_weights
 from qadapt.plan.adapters import trainable as planned
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import most
@@ -38,9 +39,13 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-NAMES: tuple[Method, ...] = ("lora", "rslora", "loraplus", "dora", "pissa", "ia3")
+NAMES: tuple[Method, ...] = ("lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3")
 """Those that PEFT has."""
 OTHERS = tuple(name for name in NAMES if name != "lora")
+FREE = tuple(name for name in NAMES if not METHODS[name].mends_base)
+"""Those that do not start from what quantizing took."""
+HELD = [(name, held) for name in OTHERS for held in ("nf4", "none") if name in FREE or held != "none"]
+"""Each of the others with each way in which its base may be held."""
 FP32 = torch.float32
 
 
@@ -144,7 +149,7 @@ def test_pissa_trains_the_principal_part_and_leaves_the_exact_residual(base: str
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", FREE)
 def test_the_first_pass_is_the_bases(
     method: Method, quantization: str, dtype: torch.dtype, tiny_model: TinyModel
 ) -> None:
@@ -160,7 +165,9 @@ def attached(
     method: Method, folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP32, **options: Any
 ) -> PeftModel:
     base = base_of(folder, quantization=quantization, dtype=dtype)
-    return attach(base, Adapter(method, 4, 8), dtype=FP32, seed=0, **options).train()
+    with original_weights(folder) as originals:
+        adapter = Adapter(method, 4, 8)
+        return attach(base, adapter, dtype=FP32, seed=0, originals=originals, **options).train()
 
 
 def base_of(folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP32) -> PreTrainedModel:
@@ -197,7 +204,7 @@ def test_the_dry_run_of_a_method_is_its_step_to_the_byte(
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "rank": 64}),
     ],
 )
-@pytest.mark.parametrize("method", ["dora", "pissa", "ia3"])
+@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "ia3"])
 def test_the_closed_form_of_a_method_is_its_dry_run_within_three_percent(
     method: Method, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
@@ -262,6 +269,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_would(
 def test_every_method_has_a_title_and_a_source() -> None:
     assert set(METHODS) == set(get_args(Method)) >= set(NAMES)
     assert said("dora", 8) == "DoRA, rank 8"
+    assert said("loraplus", 8) == "LoRA+, rank 8"
     assert said("ia3", 16) == "IA3"
     fields = AdapterSection.model_fields
     assert all(name in fields for facts in METHODS.values() for name in facts.unused)

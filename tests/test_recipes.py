@@ -35,11 +35,13 @@ NAMES = [
     "adapters/dora",
     "adapters/houlsby",
     "adapters/ia3",
+    "adapters/loftq",
     "adapters/loraplus",
     "adapters/parallel",
     "adapters/pfeiffer",
     "adapters/pissa",
     "adapters/rslora",
+    "adapters/vera",
 ]
 DEMO = [name for name in NAMES if name.startswith(("quickstart", "adapters/"))]
 """Those on the quick-start model, for the demo's rows."""

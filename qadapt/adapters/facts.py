@@ -27,7 +27,10 @@ def own_files(folder: Path) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter was trained on, written beside it."""
+    """What an adapter was trained on, written beside it.
+
+    `mends_base` says that it began as what this quantization took from the base, and is of use on no other.
+    """
 
     base: str
     revision: str | None
@@ -36,6 +39,14 @@ class AdapterFacts:
     double_quant: bool
     load_dtype: str
     prompt_fingerprint: str
+    mends_base: bool = False
+
+    @property
+    def mended(self) -> str:
+        """How the base was held that the adapter mends, in words; empty if it mends none."""
+        in_4_bits = f"in 4 bits (NF4{', double quant' if self.double_quant else ''})"
+        held = "in 8 bits" if self.quantization == "int8" else in_4_bits
+        return held if self.mends_base else ""
 
 
 def write_facts(facts: AdapterFacts, folder: Path) -> None:
@@ -63,3 +74,12 @@ def read_facts(folder: Path) -> AdapterFacts:
             f"{folder} holds no adapter that qadapt trained: {error}",
             cure="Give the folder of a finished run.",
         ) from None
+
+
+def mends_base(folder: Path) -> bool:
+    """Whether the adapter in a folder is known to mend what quantizing took from its base.
+
+    Raises:
+        BadRun: What is said beside it is damaged.
+    """
+    return (folder / FACTS_FILE).is_file() and read_facts(folder).mends_base

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qadapt.adapters.dora import start_magnitudes
 from qadapt.adapters.facts import AdapterFacts, write_facts
+from qadapt.adapters.frozen import frozen_of
 from qadapt.adapters.fused import use_fused_layers
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
 from qadapt.adapters.pissa import add_starts, start_of, starts_of
@@ -32,7 +33,7 @@ from qadapt.durable import whole_folder
 from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter, BadOutput, BadRecipe, NoRoom
 
-Variant = Literal["lora", "rslora", "loraplus", "dora", "pissa"]
+Variant = Literal["lora", "rslora", "loraplus", "dora", "pissa", "loftq"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -74,12 +75,7 @@ def attach_lora(
         Unsupported: See `attach_new_rows`.
     """
     chosen = chosen_layers(model, lora.targets)
-    narrowest = min(chosen.values())
-    if lora.rank > narrowest:
-        raise BadRecipe(
-            f"adapter.rank is {lora.rank}; the narrowest adapted layer is {narrowest} wide.",
-            cure=f"Set adapter.rank to at most {narrowest}; 8 to 64 is usual.",
-        )
+    check_rank(lora.rank, chosen)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -126,6 +122,24 @@ def chosen_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[
             cure=f"Choose from: {', '.join(linears)}; or all-linear.",
         )
     return {name: linears[name] for name in chosen}
+
+
+def check_rank(rank: int, chosen: Mapping[str, int]) -> None:
+    """Refuses a rank that a layer is too narrow for.
+
+    Args:
+        rank: Of the update.
+        chosen: As `chosen_layers` gives it.
+
+    Raises:
+        BadRecipe: It is larger than the narrowest side.
+    """
+    narrowest = min(chosen.values())
+    if rank > narrowest:
+        raise BadRecipe(
+            f"adapter.rank is {rank}; the narrowest adapted layer is {narrowest} wide.",
+            cure=f"Set adapter.rank to at most {narrowest}; 8 to 64 is usual.",
+        )
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, int]:
@@ -198,8 +212,8 @@ def save_adapter(
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All that makes the adapter: what is trained, and what PiSSA's starts from."""
-    return trainable(model) | starts_of(model)
+    """All that makes the adapter: what is trained, and what of it is frozen."""
+    return trainable(model) | frozen_of(model)
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck
 from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
+from qadapt.adapters.loftq import Originals, start_from_error
 from qadapt.adapters.lora import VARIANTS, Lora, attach_lora, load_lora
 from qadapt.adapters.side_car import Part
 from qadapt.adapters.side_cars import load_side_car
+from qadapt.adapters.vera import attach_vera, use_projected_layers
 from qadapt.errors import Unsupported
 from qadapt.methods import METHODS, Activation, Method
 
@@ -38,11 +40,17 @@ class Adapter:
 
 
 def attach(
-    model: PreTrainedModel, adapter: Adapter, *, dtype: torch.dtype, seed: int, new_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    new_ids: Sequence[int] = (),
+    originals: Originals | None = None,
 ) -> PeftModel:
     """The base with a new adapter, which alone is trainable, and the rows of new tokens.
 
-    The first forward pass equals the base's.
+    The first forward pass equals the base's, but for LoftQ's.
 
     Args:
         model: The frozen base.
@@ -50,9 +58,11 @@ def attach(
         dtype: Type of what is trained.
         seed: Of what starts at random.
         new_ids: Ids of new tokens, in order.
+        originals: The published weights by name, which LoftQ starts from.
 
     Raises:
-        BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
+        BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one, or the
+            method starts from what quantizing took from the base, and nothing did.
         Unsupported: The method trains no rows of new tokens; or see `attach_new_rows`.
     """
     method = adapter.method
@@ -63,7 +73,12 @@ def attach(
         )
     if method in VARIANTS:
         lora = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets, variant=method)
-        return attach_lora(model, lora, dtype=dtype, seed=seed, new_ids=new_ids)
+        adapted = attach_lora(model, lora, dtype=dtype, seed=seed, new_ids=new_ids)
+        if method == "loftq":
+            start_from_error(adapted, originals, seed=seed)
+        return adapted
+    if method == "vera":
+        return attach_vera(model, adapter.rank, adapter.targets, dtype=dtype, seed=seed)
     if method in KINDS:
         scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
         bottleneck = Bottleneck(method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)
@@ -78,6 +93,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
         return load_side_car(model, folder, is_trainable=is_trainable)
     adapted = load_lora(model, folder, is_trainable=is_trainable)
     use_typed_layers(adapted)
+    use_projected_layers(adapted)
     return adapted
 
 

@@ -51,7 +51,12 @@ def add_starts(model: nn.Module) -> None:
 @torch.no_grad()
 def _add_start(layer: LoraLayer, name: str) -> None:
     down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    parts = _principal(layer.get_base_layer(), rank=len(down), scale=layer.scaling[name])
+    base = layer.get_base_layer()
+    if base.weight.is_meta:
+        parts = torch.empty_like(down), torch.empty_like(up)
+    else:
+        weight = dense_weight(base, torch.float32)
+        parts = principal_part(weight, rank=len(down), scale=layer.scaling[name])
     layer.add_module("start", Start(*(part.to(down) for part in parts)))
     down.zero_()
     up.zero_()
@@ -70,12 +75,14 @@ def starts_of(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{name}": value for path, start in starts for name, value in start.named_parameters()}
 
 
-def _principal(layer: nn.Linear, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A₀ and B₀, so that scale · B₀ A₀ is the weight's best approximation of its rank, in fp32."""
-    if layer.weight.is_meta:
-        empty = layer.weight.new_empty
-        return empty(rank, layer.in_features), empty(layer.out_features, rank)
-    weight = dense_weight(layer, torch.float32)
+def principal_part(weight: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R), so that scale · B A is nearly the best approximation of a matrix of their rank.
+
+    Args:
+        weight: (O, I), fp32.
+        rank: R.
+        scale: Of the product.
+    """
     wanted = min(rank + _OVERSAMPLING, *weight.shape)
     left, values, right = torch.svd_lowrank(weight, q=wanted, niter=_ROUNDS)
     root = (values[:rank] / scale).sqrt()

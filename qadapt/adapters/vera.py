@@ -86,12 +86,12 @@ class ProjectedLinear(PeftLinear):  # type: ignore[misc]
         if self.disable_adapters or self.merged or len(active) != 1:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        name = active[0]
-        return projected_linear(x, self.get_base_layer(), vectors_of(self, name), parts_of(self, name))
+        vectors, parts = vectors_of(self, active[0]), parts_of(self, active[0])
+        return projected_linear(x, self.get_base_layer(), vectors, projections=parts)
 
 
 def vectors_of(layer: VeraLayer, name: str) -> tuple[Tensor, Tensor]:
-    """D (R,) and b (O,) of a layer."""
+    """The vectors d (R,) and b (O,) of a layer."""
     return layer.vera_lambda_d[name], layer.vera_lambda_b[name]
 
 

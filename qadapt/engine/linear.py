@@ -39,6 +39,11 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     return layer.weight.to(dtype)
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer holds its weight in 4 or 8 bits."""
+    return isinstance(layer, Linear4bit | Linear8bitLt)
+
+
 def dense_int8(steps: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """(O, I) a weight of 8-bit steps (O, I) and each row's largest magnitude (O,), in a type."""
     return steps.to(dtype).mul_(largest.unsqueeze(1) / INT8_STEPS)
@@ -167,6 +172,64 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             result += (through @ down.to(gradient.dtype)).masked_fill_(dropped, 0)
         return result.view(inputs.shape), down_gradient, up_gradient, None, None, None
+
+
+def projected_linear(
+    inputs: Tensor, layer: nn.Linear, scales: tuple[Tensor, Tensor], *, projections: tuple[Tensor, Tensor]
+) -> Tensor:
+    """What a frozen layer with VeRA's update (arXiv:2310.11454) gives, of whose four factors two are frozen.
+
+    That is inputs @ (W + diag(outer) up diag(inner) down)ᵀ + bias, of which nothing is kept but R values per
+    token: not even the inputs, as no gradient needs them.
+
+    Args:
+        inputs: (..., I) in the type of the products.
+        layer: The frozen layer, as in `adapted_linear`.
+        scales: inner (R,) and outer (O,), which are trained, of any floating type.
+        projections: down (R, I) and up (O, R), frozen.
+
+    Returns:
+        (..., O) in the type of the inputs.
+    """
+    (inner, outer), (down, up) = scales, projections
+    made: tuple[Tensor, Tensor] = _ProjectedLinear.apply(inputs, inner, outer, layer, down, up)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        update = made[1] * inner.to(inputs.dtype), _scaled_up(up, outer, inputs.dtype)
+        _multiply(inputs, layer, update, scale=1.0, result=made[0].detach())
+    return made[0]
+
+
+def _scaled_up(up: Tensor, outer: Tensor, dtype: torch.dtype) -> Tensor:
+    return up.to(dtype) * outer.to(dtype).unsqueeze(1)  # (O, R)
+
+
+class _ProjectedLinear(torch.autograd.Function):
+    """As `_AdaptedLinear`: an empty result, filled afterwards."""
+
+    @staticmethod
+    def forward(
+        context: Any, inputs: Tensor, inner: Tensor, outer: Tensor, layer: nn.Linear, down: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        between = inputs.reshape(-1, inputs.shape[-1]) @ down.to(inputs.dtype).t()  # (N, R)
+        context.save_for_backward(between, inner, outer)
+        context.layer, context.projections = layer, (down, up)
+        context.mark_non_differentiable(between)
+        return inputs.new_empty(*inputs.shape[:-1], len(up)), between
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (between, inner, outer), (down, up) = context.saved_tensors, context.projections
+        shape, dtype = gradient.shape, gradient.dtype
+        gradient, typed = gradient.reshape(-1, shape[-1]), inner.to(dtype)  # (N, O), (R,)
+        outer_gradient = ((gradient.t() @ (between * typed)) * up.to(dtype)).sum(1).to(outer.dtype)
+        through = gradient @ _scaled_up(up, outer, dtype)  # (N, R)
+        inner_gradient = (through * between).sum(0).to(inner.dtype)
+        if not context.needs_input_grad[0]:
+            return None, inner_gradient, outer_gradient, None, None, None
+        result = gradient @ dense_weight(context.layer, dtype)  # (N, I)
+        result.addmm_(through.mul_(typed), down.to(dtype))
+        return result.view(*shape[:-1], down.shape[1]), inner_gradient, outer_gradient, None, None, None
 
 
 def _drawn(inputs: Tensor, share: float) -> Tensor:

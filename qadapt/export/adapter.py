@@ -2,9 +2,10 @@
 
 LoRA updates a weight by scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
 arXiv:2312.03732); DoRA then sets the lengths of its rows (arXiv:2402.09353); IA3 scales rows or columns
-(arXiv:2205.05638). Whole tensors (`modules_to_save`, trained biases) and rows of new tokens
-(`trainable_token_indices`) stand in place of the base's. `adapter_names.py` says what is what, `changes.py`
-computes. Imports no PEFT: the folder is two files of published form.
+(arXiv:2205.05638); VeRA's A and B are parts of shared ones, their rows scaled (arXiv:2310.11454). Whole
+tensors (`modules_to_save`, trained biases) and rows of new tokens (`trainable_token_indices`) stand in place
+of the base's. `adapter_names.py` says what is what, `changes.py` computes. Imports no PEFT: the folder is two
+files of published form.
 
 Legend: O output rows, I input columns of the adapted weight, R rank, N new tokens, D width of a table.
 """
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from qadapt.adapters.facts import mends_base
 from qadapt.errors import BadExport, BadRun, Unsupported
 from qadapt.export.adapter_config import read_adapter_config
 from qadapt.export.adapter_names import (
@@ -49,6 +52,7 @@ class Adapter:
         given: Names of both, and their type and shape in the adapter.
         scaled: Names of the weights whose rows or columns it scales (IA3).
         directed: Names of those of `weights` whose rows or columns it gives a length (DoRA).
+        projected: Names of the weights that it updates through shared projections (VeRA).
         shifts: Names of the biases it adds to (`lora_bias`).
         beyond_pairs: What it has besides low-rank pairs, in words; empty for LoRA and rsLoRA.
 
@@ -75,6 +79,7 @@ class Adapter:
         try:
             self._named = named_parts(self._reader.entries, self._config, folder=folder)
             self._check_ranks()
+            self._check_projections()
             self._check_numbers()
             self.rows = dict(self._token_rows())
         except BaseException:
@@ -87,13 +92,15 @@ class Adapter:
         self.given = {name: self._reader.entries[stored] for name, stored in self._given.items()}
         self.scaled = tuple(f"{module}.weight" for module in self._named.having("scaling"))
         self.directed = tuple(f"{module}.weight" for module in self._named.having("magnitude"))
+        self.projected = tuple(f"{module}.weight" for module in self._named.having("inner"))
         self.shifts = tuple(f"{module}.bias" for module in self._named.having("shift"))
         self.beyond_pairs = beyond_pairs(self._named, self._config)
 
     @property
     def touched(self) -> frozenset[str]:
         """Names of all tensors that are not the base's afterwards, biases of IA3 left out."""
-        return frozenset((*self.weights, *self.rows, *self.given, *self.scaled, *self.shifts))
+        updated = (*self.weights, *self.projected, *self.scaled)
+        return frozenset((*updated, *self.rows, *self.given, *self.shifts))
 
     def promises(self, weight: str) -> bool:
         """Whether its configuration says that it adapts a weight of the base, of which it has nothing."""
@@ -116,6 +123,23 @@ class Adapter:
             return Update(a, b, scale)
         lengths = self._tensor(magnitude).float().view((1, -1) if is_table else (-1, 1))
         return Update(a, b, scale, magnitude=lengths)
+
+    def projected_update(self, weight: str, columns: int) -> Update:
+        """The update of a weight named in `projected`, which has I columns; read now."""
+        parts, (down, up) = self._named.modules[weight.removesuffix(".weight")], self._projections
+        inner, outer = (self._tensor(parts[part]).float().view(-1, 1) for part in ("inner", "outer"))
+        return Update(inner * down[:, :columns], outer * up[: len(outer)], self.weight)
+
+    def projected_shape(self, weight: str) -> tuple[int, int]:
+        """(O, I) of the largest weight that the update of one named in `projected` fits."""
+        outer = self._named.modules[weight.removesuffix(".weight")]["outer"]
+        return math.prod(self._reader.entries[outer].shape), self._projections[0].shape[1]
+
+    @cached_property
+    def _projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """VeRA's, (R, the widest I) and (the largest O, R), in fp32."""
+        down, up = (self._tensor(self._named.shared[part]).float() for part in ("down", "up"))
+        return down, up
 
     def scaling(self, weight: str) -> torch.Tensor:
         """(O, 1) or (1, I): what the rows or the columns of a weight named in `scaled` are multiplied by."""
@@ -189,6 +213,25 @@ class Adapter:
                         cure=_OF_TWO_RUNS,
                     )
 
+    def _check_projections(self) -> None:
+        """Checks that VeRA's vectors are as long as its projections, which have the configuration's rank."""
+        for module, parts in self._named.modules.items():
+            if "inner" not in parts:
+                continue
+            names = self._named.shared["down"], self._named.shared["up"], parts["inner"], parts["outer"]
+            down, up, inner, outer = (self._reader.entries[name].shape for name in names)
+            rank = self._config.get("r")
+            if not len(down) == len(up) == 2 or not down[0] == up[1] == math.prod(inner) == rank:
+                raise BadExport(
+                    f"VeRA's parts of {module} are {down}, {up} and {inner}; adapter_config.json says rank "
+                    f"{rank}.",
+                    cure=_OF_TWO_RUNS,
+                )
+            if math.prod(outer) > up[0]:
+                raise BadExport(
+                    f"VeRA's projection has {up[0]} rows, and {module} {outer}.", cure=_OF_TWO_RUNS
+                )
+
     def _check_numbers(self) -> None:
         for name, entry in self._reader.entries.items():
             rows, count = stored_rows(self._reader, name), rows_of(entry)
@@ -206,8 +249,14 @@ def refuse_in_a_mix(adapter: Adapter) -> None:
     """Refuses an adapter that cannot be added to others, or with a weight.
 
     Raises:
-        Unsupported: It has something that is not added to weights.
+        Unsupported: It has something that is not added to weights, or that belongs to its base (LoftQ).
     """
+    if mends_base(adapter.folder):
+        raise Unsupported(
+            f"The adapter in {adapter.folder} began as the error of its quantized base (LoftQ), which is "
+            "mended once and whole, so it cannot be merged together with others or with a weight.",
+            cure=f"Merge it alone. {AS_IT_IS}",
+        )
     kept = {
         "scales weights (IA3)": adapter.scaled,
         "gives weights a length (DoRA)": adapter.directed,

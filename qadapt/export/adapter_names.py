@@ -26,10 +26,14 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".ia3_l": "scaling",
+    ".vera_lambda_d": "inner",
+    ".vera_lambda_b": "outer",
     ".token_adapter.trainable_tokens_delta": "rows",
 }
 """How a name ends → which part of a module's adapter it is."""
-_PAIRS = (("A", "B"), ("table A", "table B"))
+_PAIRS = (("A", "B"), ("table A", "table B"), ("inner", "outer"))
+_SHARED = {"base_model.vera_A": "down", "base_model.vera_B": "up"}
+"""The projections that all of VeRA's modules share."""
 _MUST_BE_EMPTY = (
     "target_parameters", "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
@@ -59,11 +63,13 @@ class Named:
         modules: Module of the base → part of its adapter → name in the file.
         whole: Tensor of the base → name in the file of what is trained in its place.
         starts: Table of the base → name in the file of the table that its adapter was trained on.
+        shared: `down` and `up` → name in the file of VeRA's projection; empty for other methods.
     """
 
     modules: Mapping[str, Mapping[str, str]]
     whole: Mapping[str, str]
     starts: Mapping[str, str]
+    shared: Mapping[str, str]
 
     def having(self, part: str) -> dict[str, str]:
         """Module → name in the file, of the modules whose adapter has this part."""
@@ -85,7 +91,9 @@ def named_parts(names: Iterable[str], config: Mapping[str, Any], *, folder: Path
     modules: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     starts: dict[str, str] = {}
-    for name in names:
+    known = list(names)
+    shared = {_SHARED[name]: name for name in known if name in _SHARED}
+    for name in (each for each in known if each not in _SHARED):
         base_name = name.removeprefix(_PREFIX)
         ending = next((ending for ending in _PARTS if base_name.endswith(ending)), None)
         target = re.sub(r"\.base_layer\.(weight|bias)$", r".\1", base_name)
@@ -104,7 +112,7 @@ def named_parts(names: Iterable[str], config: Mapping[str, Any], *, folder: Path
                 f"The adapter in {folder} changes {module} in two ways, which are not merged together.",
                 cure=AS_IT_IS,
             )
-    found = Named(modules, whole, starts)
+    found = Named(modules, whole, starts, shared)
     _check_promises(found, config, folder=folder)
     return found
 
@@ -123,7 +131,9 @@ def refuse_unmerged(config: Mapping[str, Any], *, folder: Path) -> None:
             cure=AS_IT_IS,
         )
     asked = [f"{field} = {config[field]!r}" for field in _MUST_BE_EMPTY if config.get(field)]
-    if method not in ("LORA", "IA3"):
+    if method == "VERA" and config.get("save_projection") is False:
+        asked.append("save_projection = False")
+    if method not in ("LORA", "IA3", "VERA"):
         asked.insert(0, f"peft_type = {method!r}")
     if asked:
         raise Unsupported(
@@ -144,6 +154,7 @@ def beyond_pairs(named: Named, config: Mapping[str, Any]) -> tuple[str, ...]:
     found = {
         "DoRA (use_dora)": named.having("magnitude"),
         "IA3": named.having("scaling"),
+        "VeRA": named.having("inner"),
         "rows of new tokens (trainable_token_indices)": named.having("rows"),
         "biases of its own (lora_bias)": named.having("shift"),
         "a table that it was trained on (save_embedding_layers)": named.starts,
@@ -217,7 +228,8 @@ def _check_parts(module: str, parts: Mapping[str, str], config: Mapping[str, Any
             )
     another_run = "Adapter file and configuration are of different runs; take both from one."
     method = config["peft_type"]
-    if ("scaling" in parts) != (method == "IA3") and "rows" not in parts:
+    kinds = (("scaling", "IA3"), ("inner", "VERA"))
+    if any((part in parts) != (method == kind) for part, kind in kinds) and "rows" not in parts:
         raise BadExport(
             f"The adapter in {folder} has {next(iter(parts.values()))}; adapter_config.json says "
             f"peft_type = {method!r}.",
@@ -241,6 +253,8 @@ def _check_promises(named: Named, config: Mapping[str, Any], *, folder: Path) ->
     if not named.modules and not named.whole:
         raise BadExport(f"The adapter in {folder} is empty.", cure="Give the folder of a finished run.")
     damaged = "The adapter file is damaged; take it from a checkpoint of the run."
+    if named.having("inner") and len(named.shared) < len(_SHARED):
+        raise BadExport(f"The adapter in {folder} lacks a projection of VeRA's.", cure=damaged)
     for saved in config.get("modules_to_save") or ():
         if not any(_lies_in(tensor, saved) for tensor in named.whole):
             raise BadExport(

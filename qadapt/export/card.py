@@ -65,6 +65,7 @@ class Made:
         findings: One sentence each: which base is better, what the proof compared.
         is_proven: Whether it was proven.
         method: How the adapter was trained.
+        mended: How the base was held that an adapter alone mends (`AdapterFacts.mends_base`), else empty.
     """
 
     form: str
@@ -73,6 +74,7 @@ class Made:
     findings: Sequence[str] = ()
     is_proven: bool = True
     method: str = "low-rank adaptation"
+    mended: str = ""
 
 
 def card_facts(
@@ -163,6 +165,8 @@ def _kind_of(made: Made) -> _Kind:
         return replace(_KINDS["gguf"], numbers=_BY_LLAMA_QUANTIZE)
     if form == "adapter" and made.file in SIDE_CAR_FILES:
         return replace(_KINDS["adapter"], library="qadapt", use=_SIDE_CAR)
+    if form == "adapter" and made.mended:
+        return replace(_KINDS["adapter"], use=f"{_PEFT}\n\n{_MENDING.format(held=made.mended)}")
     return _KINDS[form if form in _KINDS else form.partition("-")[0]]
 
 
@@ -241,6 +245,9 @@ tokenizer = AutoTokenizer.from_pretrained("{base}")  # from the folder, if it ho
 ```
 
 With vLLM: `vllm serve {base} --enable-lora --lora-modules tuned=.`"""
+_MENDING = """\
+Load the base as it was held in training, by bitsandbytes: {held}. The adapter began as what that took from
+the weights; on the published ones it would mend an error that is not there."""
 _SIDE_CAR = """\
 With qadapt: `qadapt chat FOLDER`, FOLDER being where this card lies. What {file} holds computes beside the
 base's layers, so no other program reads it."""

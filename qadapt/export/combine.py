@@ -319,6 +319,11 @@ def _prompt_warning(folders: Sequence[Path], known: Sequence[AdapterFacts]) -> I
 def _refuse(adapter: Adapter) -> None:
     """Refuses what is no sum of changes of low rank."""
     refuse_in_a_mix(adapter)
+    if adapter.projected:
+        raise Unsupported(
+            f"The adapter in {adapter.folder} is of VeRA, whose sums are no VeRA: they are not combined.",
+            cure="Merge it with others into a model: qadapt export --with.",
+        )
     if adapter.shifts:
         raise Unsupported(
             f"The adapter in {adapter.folder} has biases of its own (lora_bias), {adapter.shifts[0]} first, "

@@ -144,7 +144,7 @@ def _held_base(folders: Sequence[Path], config: Mapping[str, Any], *, is_held: b
     """How the base was held while the adapters were trained; None: its published weights count.
 
     Raises:
-        BadExport: They were trained on different ones.
+        BadExport: They were trained on different ones, or only on the one that was held.
     """
     known = [read_facts(folder) for folder in folders if is_held or (folder / FACTS_FILE).is_file()]
     for facts in known[1:]:
@@ -155,6 +155,7 @@ def _held_base(folders: Sequence[Path], config: Mapping[str, Any], *, is_held: b
                 cure="Merge adapters of one base, held in one way; or merge them one by one.",
             )
     if not is_held:
+        _refuse_mended(known)
         return None
     facts = known[0]
     return BaseForm(
@@ -163,6 +164,17 @@ def _held_base(folders: Sequence[Path], config: Mapping[str, Any], *, is_held: b
         quantized=_linears(config) if facts.quantization != "none" else (),
         double_quant=facts.double_quant,
     )
+
+
+def _refuse_mended(known: Sequence[AdapterFacts]) -> None:
+    """Refuses the published weights for an adapter that mends the quantized ones."""
+    for facts in known:
+        if facts.mends_base:
+            raise BadExport(
+                f"The adapter began as what {facts.quantization} took from its base (LoftQ): on the "
+                "published weights it mends an error that is not there.",
+                cure="Merge it on the dequantized base, or export it with --form adapter.",
+            )
 
 
 def _linears(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -219,6 +231,9 @@ def _shapes(
     """Each shape that an adapter has for a tensor, and that which it must have."""
     if name in adapter.weights:
         yield adapter.shape_of(name), held
+    if name in adapter.projected:
+        rows, most_columns = adapter.projected_shape(name)
+        yield (rows, min(most_columns, held[1])), held
     if name in adapter.rows:
         yield (held[0], adapter.rows[name].values.shape[1]), held
     if name in adapter.shifts:

@@ -126,6 +126,10 @@ class MergedRows:
         """The rows with what the adapters change."""
         name, module = entry.name, entry.name.rpartition(".")[0]
         updates = [adapter.update(name) for adapter in self._adapters if name in adapter.weights]
+        columns = row_elements(self._source(entry))
+        updates += [
+            adapter.projected_update(name, columns) for adapter in self._adapters if name in adapter.projected
+        ]
         if updates:
             rows = updated(rows, updates, count=rows_of(entry), chunk_rows=chunk_rows)
         for adapter in self._adapters:

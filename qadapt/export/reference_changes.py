@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
 from qadapt.errors import BadExport, Unsupported
@@ -31,8 +32,10 @@ _PREFIX = "base_model.model."
 _ADAPTER = "default"
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector|ia3_l|token_adapter\.trainable_tokens_delta)(\.weight)?"
+    r"|lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d|token_adapter\.trainable_tokens_delta)"
+    r"(\.weight)?"
 )
+_PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _OF_TWO_RUNS = "Adapter file and configuration are of different runs; take both from one."
 
@@ -150,7 +153,8 @@ def _changes_of_one(model_folder: Path, folder: Path, weight: float) -> dict[str
     parts: dict[str, dict[str, Tensor]] = {}
     changes: dict[str, Change] = {}
     with StoredTensors([folder / "adapter_model.safetensors"]) as stored:
-        for key in stored.entries:
+        projections = [stored.whole(key).double() for key in _PROJECTIONS if key in stored.entries]
+        for key in (each for each in stored.entries if each not in _PROJECTIONS):
             name = key.removeprefix(_PREFIX)
             if match := _PART.fullmatch(name):
                 parts.setdefault(match["module"], {})[match["part"]] = stored.whole(key).double()
@@ -167,7 +171,9 @@ def _changes_of_one(model_folder: Path, folder: Path, weight: float) -> dict[str
     for module, found in parts.items():
         if (rows := found.pop(_TOKENS, None)) is not None:
             changes[f"{module}.weight"] = Change(tokens=Tokens(_ids_of(module, tokens), rows))
-        if found:
+        if isinstance(layers.get(module), VeraLayer):
+            changes[f"{module}.weight"] = _projected(layers[module], found, projections, weight=weight)
+        elif found:
             for name, change in _layer_changes(module, layers, found, weight=weight).items():
                 start = changes.get(name, Change())  # a table that was saved as well
                 changes[name] = replace(change, whole=start.whole, is_start=start.is_start)
@@ -199,6 +205,16 @@ def _layer_changes(
     return changes
 
 
+def _projected(
+    layer: VeraLayer, parts: Mapping[str, Tensor], projections: Sequence[Tensor], *, weight: float
+) -> Change:
+    """VeRA's update: the part of the projections that the layer takes, between its two vectors."""
+    down, up = projections
+    left = torch.diag(parts["vera_lambda_b"]) @ up.narrow(0, 0, layer.out_features)
+    right = torch.diag(parts["vera_lambda_d"]) @ down.narrow(1, 0, layer.in_features)
+    return Change(pairs=(Pair(left, right, weight),))
+
+
 def _scaled(module: str, layer: Any, factor: Tensor) -> dict[str, Change]:
     """What IA3 multiplies: a weight's rows and its bias, or the columns of what feeds forward."""
     changes = {f"{module}.weight": Change(factor=factor)}  # (O, 1) or (1, I)
@@ -214,7 +230,7 @@ def _adapted_layers(model_folder: Path, config: PeftConfig) -> dict[str, Any]:
     if isinstance(config, LoraConfig):
         config.init_lora_weights = False
         config.trainable_token_indices = None
-    elif not isinstance(config, IA3Config):
+    elif not isinstance(config, IA3Config | VeraConfig):
         raise Unsupported(
             f"An adapter of the method {config.peft_type} cannot be merged.",
             cure="Export it with --form adapter.",
@@ -227,7 +243,7 @@ def _adapted_layers(model_folder: Path, config: PeftConfig) -> dict[str, Any]:
     return {
         name.removeprefix(_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, (LoraLayer, IA3Layer))
+        if isinstance(module, (LoraLayer, IA3Layer, VeraLayer))
     }
 
 

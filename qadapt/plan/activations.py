@@ -123,7 +123,7 @@ def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bo
     """What adapters on layers that share one input keep.
 
     LoRA: that input and the R values between A and B; DoRA besides the output before its rows are scaled.
-    IA3: what it scales, be it input or output.
+    VeRA: the R values alone. IA3: what it scales, be it input or output.
     """
     adapted = [linear for linear in linears if setting.adapts(linear)]
     scaled = [each.outputs for each in adapted if scales_output(each, setting)]
@@ -154,7 +154,7 @@ def adapter_input_bytes(linears: Sequence[Linear], setting: Setting, *, is_kept_
     adapted = [
         each for each in linears if setting.adapts(each) and not (is_idle and scales_output(each, setting))
     ]
-    if not adapted:
+    if not adapted or setting.method == "vera":
         return 0
     masks = len(adapted) if setting.dropout > 0 else 0
     return adapted[0].inputs * (masks + (0 if is_kept_already else setting.compute_bytes))

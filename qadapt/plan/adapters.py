@@ -1,8 +1,9 @@
 """Bytes of what is trained: the adapter, its gradient, its optimizer state. Exact, tensor by tensor.
 
 Knows nothing of activations. A LoRA pair on a layer (outputs O, inputs I) is A (R, I) and B (O, R),
-arXiv:2106.09685, with a magnitude (O,) in DoRA; IA3 has (O,) or (I,) alone. N new tokens have rows (N, D) in
-embedding and head, D the width. Checked to the byte against PEFT's in `tests/test_estimate.py`.
+arXiv:2106.09685, with a magnitude (O,) in DoRA; IA3 has (O,) or (I,) alone, VeRA (O,) and (R,). N new tokens
+have rows (N, D) in embedding and head, D the width. Checked to the byte against PEFT's in
+`tests/test_estimate.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
         return bottleneck_tensors(shape, setting)
     if setting.method == "ia3":
         return tuple(each.inputs if each.name in SCALED_INPUTS else each.outputs for each in adapted)
+    if setting.method == "vera":
+        return tuple(count for each in adapted for count in (each.outputs, setting.rank))
     pairs = [setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs)]
     magnitudes = [linear.outputs for linear in adapted] if setting.method == "dora" else []
     return (*pairs, *magnitudes)
@@ -56,10 +59,18 @@ def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def start_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What PiSSA starts from, frozen, as large as what it trains; it takes no gradient."""
+    """What of the adapter is frozen and takes no gradient.
+
+    PiSSA's start, as large as what it trains; VeRA's two projections, once for all layers, as wide as the
+    widest needs.
+    """
+    each = setting.adapter_value_bytes
+    if setting.method == "vera":
+        adapted = [linear for linear in shape.linears if setting.adapts(linear)]
+        widest = max(linear.inputs for linear in adapted), max(linear.outputs for linear in adapted)
+        return sum(setting.tensor_bytes(setting.rank * side, each) for side in widest)
     if setting.method != "pissa":
         return 0
-    each = setting.adapter_value_bytes
     return shape.layers * sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qadapt.errors import BadRecipe
-from qadapt.methods import METHODS, Activation, Method, activation_of
+from qadapt.methods import METHODS, Activation, Method, activation_of, check_base
 from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def check_numbers(shape: Outline, setting: Setting) -> None:
             f"supervised share = {setting.supervised_share}: a share lies between 0 and 1.",
             cure="Give the share of tokens that the loss counts, such as 0.4.",
         )
+    check_base(setting.method, setting.quantization)
     check_recompute(shape, setting.recompute)
     _check_offload(setting)
 

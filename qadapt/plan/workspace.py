@@ -136,7 +136,7 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     moments = [dequantized_bytes(up, setting, is_forward=True) + residual + normed - later]
     is_whole = not is_recomputed or shape.family == "gemma2" or beside > 0
     if is_whole or setting.adapts(down):
-        taken = 0 if setting.adapts(down) and setting.method != "ia3" else wide * c
+        taken = 0 if setting.adapts(down) and setting.method not in ("ia3", "vera") else wide * c
         base = dequantized_bytes(down, setting, is_forward=True) if is_whole else 0
         moments.append(base + residual + normed + hidden + taken - beside)
     if setting.adapts(down) and setting.dropout > 0:

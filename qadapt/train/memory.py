@@ -18,8 +18,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qadapt.adapters.frozen import frozen_of
 from qadapt.adapters.lora import adapter_tensors
-from qadapt.adapters.pissa import starts_of
 from qadapt.engine.host import device_of
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
@@ -123,9 +123,9 @@ def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
     """The frozen tensors of a base by category, with or without adapters attached."""
     found: dict[str, list[Tensor]] = {name: [] for name in STATIC[:3]}
     ends = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
-    starts = {id(start) for start in starts_of(base).values()}
+    of_adapter = {id(tensor) for tensor in frozen_of(base).values()}
     for parameter in base.parameters():
-        if parameter.requires_grad or id(parameter) in starts:
+        if parameter.requires_grad or id(parameter) in of_adapter:
             continue
         state = getattr(parameter, "quant_state", None)  # only 4-bit parameters have one
         if state is not None:
@@ -134,7 +134,7 @@ def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
             found["quantization_constants"].append(parameter.SCB)
         is_weight = parameter.ndim > 1 and not any(parameter is end for end in ends)
         found["base_weights" if is_weight else "unquantized"].append(parameter)
-    found["unquantized"] += base.buffers()
+    found["unquantized"] += [buffer for buffer in base.buffers() if id(buffer) not in of_adapter]
     return found
 
 
