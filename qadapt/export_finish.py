@@ -14,7 +14,7 @@ from qadapt.adapters.facts import SIDE_CAR_FILES, is_side_car
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport
 from qadapt.events import BasesCompared, Event, Warned
-from qadapt.export.card import Made, card_text, comparison
+from qadapt.export.card import Made, card_text, comparison, served_rank
 from qadapt.export.tensor_proof import prove_tensors
 from qadapt.export_job import Job
 from qadapt.methods import said
@@ -67,6 +67,7 @@ class Finish:
             self.findings,
             is_proven=self._is_proven,
             method=method,
+            rank=served_rank(folder),
             mended=job.facts.mended,
         )
         (folder / "README.md").write_text(card_text(job.card, made), encoding="utf-8")

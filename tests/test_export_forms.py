@@ -27,7 +27,7 @@ from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, NoRoom, QadaptError, Unsupported
 from qadapt.events import Event, Exported, StageAdvanced, StageStarted, Warned
-from qadapt.export.card import CardFacts, Made, card_text, licence_of
+from qadapt.export.card import CardFacts, Made, card_text, licence_of, served_rank
 from qadapt.export.exported_tensors import open_written
 from qadapt.export.merge import Writing, merge
 from qadapt.export.quantized import quantize
@@ -663,3 +663,29 @@ def test_card_of_every_form_says_how_to_use_it_and_nothing_that_is_not_known(for
     assert ("x.gguf" in bare) == form.startswith("gguf")
     for word in ("`None`", "icence", "Recipe", "base_model", "hash"):
         assert word not in bare
+
+
+@pytest.mark.parametrize(("rank", "told"), [(4, 8), (16, 16), (17, 32), (300, 320), (0, None), (513, None)])
+def test_card_of_an_adapter_names_vllm_only_for_what_it_serves(rank, told):
+    card = card_text(KNOWN, Made("adapter", rank=rank))
+    assert "PeftModel.from_pretrained(base, folder)" in card
+    command = f"`vllm serve org/base-1b --enable-lora --max-lora-rank {told} --lora-modules tuned=.`"
+    assert (command in card) == (told is not None)
+    assert ("vllm" in card.lower()) == (told is not None)
+
+
+@pytest.mark.parametrize(
+    ("change", "rank"),
+    [
+        ({}, 12),
+        ({"use_dora": True}, 0),
+        ({"trainable_token_indices": {"embed_tokens": [7]}}, 0),
+        ({"modules_to_save": ["lm_head"]}, 0),
+        ({"peft_type": "IA3"}, 0),
+    ],
+)
+def test_only_plain_lora_is_served(tmp_path, change, rank):
+    assert served_rank(tmp_path) == 0
+    config = {"peft_type": "LORA", "r": 12, "use_dora": False, "modules_to_save": None, **change}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert served_rank(tmp_path) == rank

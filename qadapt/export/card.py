@@ -5,12 +5,13 @@ Written as Markdown with the front matter that model hubs read. It names files, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qadapt.adapters.facts import SIDE_CAR_FILES, AdapterFacts
+from qadapt.adapters.facts import PEFT_FILES, SIDE_CAR_FILES, AdapterFacts, mends_base
 from qadapt.events import BasesCompared, Evaluated, Event, MemoryMeasured, Planned, RunStarted, StepDone
 from qadapt.export.llama_quantize import K_FORMS
 from qadapt.units import format_bytes
@@ -65,6 +66,7 @@ class Made:
         findings: One sentence each: which base is better, what the proof compared.
         is_proven: Whether it was proven.
         method: How the adapter was trained.
+        rank: Of an adapter alone that is plain LoRA (`served_rank`), else 0.
         mended: How the base was held that an adapter alone mends (`AdapterFacts.mends_base`), else empty.
     """
 
@@ -74,6 +76,7 @@ class Made:
     findings: Sequence[str] = ()
     is_proven: bool = True
     method: str = "low-rank adaptation"
+    rank: int = 0
     mended: str = ""
 
 
@@ -142,6 +145,16 @@ def licence_of(model_folder: Path) -> str | None:
     return line[1] if line else None
 
 
+def served_rank(folder: Path) -> int:
+    """The rank of the adapter in a folder, if it is LoRA and nothing else, as servers know it; else 0."""
+    path = folder / PEFT_FILES[1]
+    if not path.is_file():
+        return 0
+    config = json.loads(path.read_text(encoding="utf-8"))
+    is_plain = config["peft_type"] == "LORA" and not any(config.get(name) for name in _BESIDE_PAIRS)
+    return int(config["r"]) if is_plain and not mends_base(folder) else 0
+
+
 def card_text(facts: CardFacts, made: Made) -> str:
     """The card as Markdown.
 
@@ -165,6 +178,9 @@ def _kind_of(made: Made) -> _Kind:
         return replace(_KINDS["gguf"], numbers=_BY_LLAMA_QUANTIZE)
     if form == "adapter" and made.file in SIDE_CAR_FILES:
         return replace(_KINDS["adapter"], library="qadapt", use=_SIDE_CAR)
+    if form == "adapter" and (limit := next((each for each in _SERVED_RANKS if 0 < made.rank <= each), 0)):
+        served = f"vllm serve {{base}} --enable-lora --max-lora-rank {limit} --lora-modules tuned=."
+        return replace(_KINDS["adapter"], use=f"{_PEFT}\n\nWith vLLM: `{served}`")
     if form == "adapter" and made.mended:
         return replace(_KINDS["adapter"], use=f"{_PEFT}\n\n{_MENDING.format(held=made.mended)}")
     return _KINDS[form if form in _KINDS else form.partition("-")[0]]
@@ -242,12 +258,14 @@ folder = "."  # where this card lies
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, folder)
 tokenizer = AutoTokenizer.from_pretrained("{base}")  # from the folder, if it holds one
-```
-
-With vLLM: `vllm serve {base} --enable-lora --lora-modules tuned=.`"""
+```"""
 _MENDING = """\
 Load the base as it was held in training, by bitsandbytes: {held}. The adapter began as what that took from
 the weights; on the published ones it would mend an error that is not there."""
+_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be told as the highest rank; it takes 16 by itself."""
+_BESIDE_PAIRS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+"""Settings of adapters that have more than low-rank pairs, which vLLM refuses."""
 _SIDE_CAR = """\
 With qadapt: `qadapt chat FOLDER`, FOLDER being where this card lies. What {file} holds computes beside the
 base's layers, so no other program reads it."""
