@@ -2,8 +2,9 @@
 
 Between one and two bf16 knows every 128th: cast to it, a factor of 1.01 is 1.0078 for all tokens alike. So
 they are multiplied in fp32, whatever type the values have, and the product is rounded: right on the mean, but
-for changes below a 256th, which values that were rounded before hide. Kept are the values; on CUDA nothing
-wider than they are is ever made, a CPU's kernel casts within.
+for changes below a 256th, which values that were rounded before hide. Kept are the values. On CUDA nothing
+wider than they are should be made (read in TensorIterator's sources, measured nowhere); a CPU's kernel casts
+within.
 
 Legend: O values of a token.
 """
