@@ -213,11 +213,11 @@ def _examples(
     recipe: Recipe, material: Material, *, count: int, most_tokens: int | None
 ) -> tuple[ShownRow, ...]:
     """The first training rows; of two, the second is the longest of those near the start."""
-    train = material.rows.train
+    train = material.rows.train.behind(0)
     chosen = list(range(min(count, len(train))))
     if count == 2 and len(train) > 2:
         chosen = sorted({0, int(train.lengths[:MOST_READ_AGAIN].argmax())})
-    viewer = Viewer(material.contract, length=recipe.data.length, most_tokens=most_tokens)
+    viewer = Viewer(material.contract, length=reading_of(recipe).length, most_tokens=most_tokens)
     numbers = train.numbers()[chosen].tolist()
     read = _read_again(recipe, numbers)
     return tuple(
@@ -262,7 +262,7 @@ def preview_rows(
         lambda report: find_model(source, revision=revision, report=report, needs_weights=False),
     )
     contract = contract_of(recipe, files.folder)
-    viewer = Viewer(contract, length=recipe.data.length, most_tokens=most_tokens)
+    viewer = Viewer(contract, length=reading_of(recipe).length, most_tokens=most_tokens)
     return tuple(viewer.row(row, number=number) for number, row in enumerate(chosen, start=first))
 
 

@@ -33,6 +33,7 @@ from qadapt.data.rows import Rows, RowSet
 from qadapt.data.split import Split, split_rows
 from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, Warned
+from qadapt.methods import virtual_tokens
 from qadapt.model.source import ModelFiles, find_model, is_here
 from qadapt.recipe import Recipe
 from qadapt.stage import Report, with_progress
@@ -192,10 +193,10 @@ def held_out_sources(recipe: Recipe) -> tuple[Source, ...]:
 
 
 def reading_of(recipe: Recipe) -> Reading:
-    """How the recipe's rows are read and cut."""
-    data = recipe.data
+    """How the recipe's rows are read and cut: virtual tokens are a part of their length."""
+    data, front = recipe.data, virtual_tokens(recipe.adapter.method, recipe.adapter.rank)
     columns = tuple(sorted((str(known), name) for known, name in data.columns.items()))
-    return Reading(data.format, columns, data.malformed == "skip", data.length)
+    return Reading(data.format, columns, data.malformed == "skip", data.length - front)
 
 
 def _read_all(recipe: Recipe, report: Report) -> None:
@@ -246,13 +247,14 @@ def _kept(earlier: Mapping[str, Any], gone: Sequence[str]) -> Generator[Event, N
 
 def divided(recipe: Recipe, parts: list[Part], contract: PromptContract) -> Split:
     """The recipe's training rows and held-out rows."""
-    return split_rows(
+    split = split_rows(
         parts[0],
         parts[1] if len(parts) > 1 else None,
         share=recipe.data.held_out_fraction,
         seed=recipe.train.seed,
         pad_id=contract.pad_id,
     )
+    return replace(split, rows=split.rows.behind(virtual_tokens(recipe.adapter.method, recipe.adapter.rank)))
 
 
 @dataclass(frozen=True)

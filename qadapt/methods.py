@@ -13,10 +13,14 @@ from qadapt.errors import BadRecipe
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3", "houlsby", "pfeiffer", "parallel",
+    "prompt", "ptuning",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 SCALED_INPUTS = ("down_proj",)
 """Where IA3 scales a layer's inputs, as its paper does in the feed-forward part; elsewhere its outputs."""
+ENCODER_WIDTH = 512
+"""Of the network that makes the vectors of P-tuning while they are trained. Its authors take the width of the
+model, on a 7B 34 million values for a few vectors; prefix tuning's (arXiv:2101.00190) take this."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class MethodFacts:
         size: What `adapter.rank` is, in a word; empty if it means nothing to it.
         is_beside: Whether it adapts no linear layers: it stands beside a layer's parts, or before the text.
         has_new_tokens: Whether rows of new tokens are trained with it.
+        has_virtual_tokens: Whether `adapter.rank` virtual tokens stand in front of every row.
         is_near_one: Whether it trains factors of about one, of which bf16 knows every 128th: they are fp32
             unless the recipe says otherwise.
         mends_base: Whether it starts from what quantizing took from the base, which must be quantized.
@@ -39,9 +44,10 @@ class MethodFacts:
     title: str
     source: str
     unused: tuple[str, ...] = ()
-    size: Literal["rank", "width", ""] = "rank"
+    size: Literal["rank", "width", "tokens", ""] = "rank"
     is_beside: bool = False
     has_new_tokens: bool = False
+    has_virtual_tokens: bool = False
     is_near_one: bool = False
     mends_base: bool = False
     usual_activation: Activation | None = None
@@ -70,6 +76,11 @@ def _bottleneck(title: str, source: str, activation: Activation) -> MethodFacts:
     return MethodFacts(title, source, beside, size="width", is_beside=True, usual_activation=activation)
 
 
+def _prompt(title: str, source: str) -> MethodFacts:
+    unused = ("alpha", "dropout", "targets")
+    return MethodFacts(title, source, unused, size="tokens", is_beside=True, has_virtual_tokens=True)
+
+
 METHODS: Mapping[Method, MethodFacts] = {
     "lora": _lora("LoRA", "arXiv:2106.09685"),
     "rslora": _lora("rsLoRA", "arXiv:2312.03732"),
@@ -82,6 +93,8 @@ METHODS: Mapping[Method, MethodFacts] = {
     "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu"),
     "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu"),
     "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu"),
+    "prompt": _prompt("prompt tuning", "arXiv:2104.08691"),
+    "ptuning": _prompt("P-tuning", "arXiv:2103.10385"),
 }
 
 
@@ -104,7 +117,19 @@ def activation_of(method: Method) -> Activation:
     return METHODS[method].usual_activation or "relu"
 
 
+def virtual_tokens(method: Method, rank: int) -> int:
+    """How many virtual tokens stand in front of every row."""
+    return rank if METHODS[method].has_virtual_tokens else 0
+
+
+def front_ids(count: int) -> list[int]:
+    """The ids of so many virtual tokens, which no tokenizer has: -1, -2, ..."""
+    return [-1 - place for place in range(count)]
+
+
 def said(method: Method, rank: int) -> str:
     """A method in words, with its size if it has one."""
     facts = METHODS[method]
+    if facts.has_virtual_tokens:
+        return f"{facts.title}, {rank} virtual tokens"
     return f"{facts.title}, {facts.size} {rank}" if facts.size else facts.title

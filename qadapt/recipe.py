@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qadapt.methods import METHODS, Method
+from qadapt.methods import METHODS, Method, virtual_tokens
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.shape import Part
 from qadapt.units import parse_bytes
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+LEAST_TOKENS = 8
+"""Tokens of a row at the least."""
 Column = Literal[
     "messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output",
     "question", "answer", "query", "response", "text", "chosen", "rejected", "tools",
@@ -57,10 +59,11 @@ class AdapterSection(Section):
 
     method: Method = "lora"
     """LoRA (arXiv:2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA (2402.09353), PiSSA
-    (2404.02948), LoftQ (2310.08659), VeRA (2310.11454), IA3 (2205.05638), or bottleneck adapters: houlsby
-    (1902.00751), pfeiffer (2005.00247), parallel (2110.04366)."""
+    (2404.02948), LoftQ (2310.08659), VeRA (2310.11454), IA3 (2205.05638), bottleneck adapters: houlsby
+    (1902.00751), pfeiffer (2005.00247), parallel (2110.04366); or virtual tokens: prompt (2104.08691),
+    ptuning (2103.10385)."""
     rank: Positive = 16
-    """Inner width of the low-rank update, or of a bottleneck."""
+    """Inner width of the low-rank update, or of a bottleneck; how many virtual tokens."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / rank, in rsLoRA by alpha / the root of rank."""
     dropout: Share = 0.0
@@ -110,8 +113,9 @@ class DataSection(Section):
     """Rows that are never trained on, for the evaluation loss: a path as above, or `split:test_sft`."""
     held_out_fraction: Share = 0.0
     """Without a `held_out` file: this share of the rows, drawn by `train.seed`."""
-    length: Annotated[int, Field(ge=8)] = 2048
-    """The longest row in tokens; of longer ones whole turns at the end are left out, counted."""
+    length: Annotated[int, Field(ge=LEAST_TOKENS)] = 2048
+    """The longest row in tokens; of longer ones whole turns at the end are left out, counted; virtual
+    tokens are among them."""
     learn: Literal["answers", "last", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = "answers"
     """What is learned: every answer, the last one, every token, or the turns of some roles."""
     template: str = "auto"
@@ -286,6 +290,16 @@ class Recipe(Section):
         if isinstance(values, dict) and isinstance(values.get("model"), str):
             return {**values, "model": {"source": values["model"]}}
         return values
+
+    @model_validator(mode="after")
+    def _leaves_room_for_text(self) -> Recipe:
+        front, length = virtual_tokens(self.adapter.method, self.adapter.rank), self.data.length
+        if length - front < LEAST_TOKENS:
+            raise ValueError(
+                f"adapter.rank = {front} virtual tokens leave {length - front} of data.length = {length}, "
+                f"which counts them; leave {LEAST_TOKENS} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

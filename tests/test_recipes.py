@@ -40,6 +40,8 @@ NAMES = [
     "adapters/parallel",
     "adapters/pfeiffer",
     "adapters/pissa",
+    "adapters/prompt",
+    "adapters/ptuning",
     "adapters/rslora",
     "adapters/vera",
 ]
@@ -64,7 +66,8 @@ def test_a_header_says_what_the_recipe_is_for_and_is_true(name: str) -> None:
     shape = find_shape(recipe.model.source)
     facts = METHODS[recipe.adapter.method]
     if facts.has_rank:
-        assert re.search(rf"(rank|width) {recipe.adapter.rank}[ ,]", said["What it trains"])
+        size = rf"(rank|width) {recipe.adapter.rank}[ ,]|\({recipe.adapter.rank} virtual tokens"
+        assert re.search(size, said["What it trains"])
     assert name in DEMO[:1] or facts.title in said["What it trains"].replace("QLoRA", "LoRA")
     if name not in DEMO:
         assert recipe.model.source.rpartition("/")[2].lower() in said["What it trains"].lower()
@@ -152,11 +155,11 @@ def test_a_recipe_trains_two_steps_on_a_tiny_model(name: str, tmp_path: Path, ti
     assert weights.stat().st_size > 1000
     method, rank = recipe.adapter.method, recipe.adapter.rank
     if METHODS[method].has_rank:
-        beside = METHODS[method].usual_activation is not None
+        beside = METHODS[method].is_beside
         config = json.loads(
             (adapter / ("side_car.json" if beside else "adapter_config.json")).read_text(encoding="utf-8")
         )
-        assert config["width" if beside else "r"] == rank * (2 if method == "pissa" else 1)
+        assert config[METHODS[method].size if beside else "r"] == rank * (2 if method == "pissa" else 1)
 
 
 def test_an_override_of_a_shipped_recipe_starts_from_its_short_model_form() -> None:

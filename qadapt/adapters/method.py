@@ -20,6 +20,7 @@ from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
 from qadapt.adapters.loftq import Originals, start_from_error
 from qadapt.adapters.lora import VARIANTS, Lora, attach_lora, load_lora
+from qadapt.adapters.prompt import PROMPT_KINDS, attach_prompt
 from qadapt.adapters.side_car import Part
 from qadapt.adapters.side_cars import load_side_car
 from qadapt.adapters.vera import attach_vera, use_projected_layers
@@ -83,6 +84,8 @@ def attach(
         scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
         bottleneck = Bottleneck(method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)
         return attach_bottleneck(model, bottleneck, dtype=dtype, seed=seed)
+    if method in PROMPT_KINDS:
+        return attach_prompt(model, method, adapter.rank, dtype=dtype, seed=seed)
     assert method == "ia3"
     return attach_ia3(model, adapter.targets, dtype=dtype)
 

@@ -72,6 +72,11 @@ class SideCar(nn.Module):
         """The base, its layers calling the modules."""
         return self.base
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens stand in front of every row; none where they are switched off."""
+        return sum(part.virtual_tokens for part in self._parts.values() if part.is_on)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model is its base, to the bit."""

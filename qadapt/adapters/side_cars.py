@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import KINDS, bottleneck_shapes, load_bottleneck
+from qadapt.adapters.prompt import PROMPT_KINDS, load_prompt, prompt_shapes
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import read_settings
 from qadapt.errors import BadAdapter
@@ -31,7 +32,10 @@ class _Family:
     shapes: _Shapes
 
 
-_FAMILIES: Mapping[str, _Family] = dict.fromkeys(KINDS, _Family(load_bottleneck, bottleneck_shapes))
+_FAMILIES: Mapping[str, _Family] = {
+    **dict.fromkeys(KINDS, _Family(load_bottleneck, bottleneck_shapes)),
+    **dict.fromkeys(PROMPT_KINDS, _Family(load_prompt, prompt_shapes)),
+}
 
 
 def load_side_car(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> SideCar:

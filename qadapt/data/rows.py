@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
 import numpy as np
@@ -30,13 +30,14 @@ class RowSet(Sequence[Tokens]):
         chosen: Which of them, in this order; None: all.
 
     Attributes:
-        lengths: Tokens of each row, (N,).
+        lengths: Tokens of each row, (N,), with virtual tokens in front (`behind`).
         supervised_counts: Learned tokens of each row, (N,).
     """
 
     def __init__(self, source: Store | Sequence[Tokens], chosen: Numbers | None = None) -> None:
         self._source = source
         self._chosen = chosen
+        self._front = 0
         if isinstance(source, Store):
             self.lengths = _picked(source.lengths(), chosen)
             self.supervised_counts = _picked(source.supervised_counts(), chosen)
@@ -61,7 +62,8 @@ class RowSet(Sequence[Tokens]):
         at = range(len(self))[index]
         if self._chosen is not None:
             at = int(self._chosen[at])
-        return self._source.row(at) if isinstance(self._source, Store) else self._source[at]
+        row = self._source.row(at) if isinstance(self._source, Store) else self._source[at]
+        return row.behind(self._front) if self._front else row
 
     def _part(self, index: slice) -> RowSet:
         part = copy(self)
@@ -71,6 +73,14 @@ class RowSet(Sequence[Tokens]):
         else:
             part._chosen = self._chosen[index]
         return part
+
+    def behind(self, count: int) -> RowSet:
+        """The rows behind so many virtual tokens each (`engine/front.py`); 0: as they are without any."""
+        if count == self._front:
+            return self
+        rows = copy(self)
+        rows.lengths, rows._front = self.lengths + np.int32(count - self._front), count
+        return rows
 
     def numbers(self) -> Numbers:
         """Of each row of a store, the number of the row in its sources that it was made of, (N,)."""
@@ -112,6 +122,10 @@ class Rows:
     held_out: RowSet
     pad_id: int
     source_rows: tuple[int, ...]
+
+    def behind(self, count: int) -> Rows:
+        """All rows behind so many virtual tokens each."""
+        return replace(self, train=self.train.behind(count), held_out=self.held_out.behind(count))
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qadapt.methods import front_ids
+
 Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
@@ -33,6 +35,17 @@ class Tokens:
     def supervised_count(self) -> int:
         """How many tokens are learned; the first token has no predecessor and never is."""
         return int(np.count_nonzero(self.supervised[1:]))
+
+    def behind(self, count: int) -> Tokens:
+        """The row behind so many virtual tokens; its own first token is no more learned than without them."""
+        supervised = self.supervised.copy()
+        supervised[:1] = False
+        front = np.asarray(front_ids(count), np.int32)
+        return Tokens(
+            np.concatenate((front, self.ids)),
+            np.concatenate((np.zeros(count, np.bool_), supervised)),
+            self.place,
+        )
 
 
 def tokens_of(ids: Sequence[int], supervised: Sequence[bool], *, place: str) -> Tokens:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
+from qadapt.engine.front import in_front
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadModel
@@ -68,7 +69,8 @@ def generate(
 
     Args:
         model: A causal language model, with adapters or without; its training mode is left as it was.
-        prompts: Token ids, each prompt of its own length; shorter ones are filled up on the left.
+        prompts: Token ids, each prompt of its own length; shorter ones are filled up on the left,
+            and all get the virtual tokens that the model has.
         max_new_tokens: Where an answer is cut off.
         end_ids: Tokens that end an answer.
         pad_id: The token that fills up.
@@ -77,6 +79,7 @@ def generate(
     Raises:
         OutOfMemoryError: A single prompt does not fit.
     """
+    prompts = [in_front(model, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     was_training = model.training
     model.eval()
@@ -162,6 +165,7 @@ def stream(
     was_training = model.training
     model.eval()
     try:
+        prompt = in_front(model, prompt)
         ids, choose = list(prompt), partial(_chosen, sampling or _likeliest)
         cache, read = (None, 0) if kept is None else kept.taken(prompt)
         written = _written(model, [prompt], pad_id=0, choose=choose, cache=cache, read=read)

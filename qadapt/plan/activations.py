@@ -89,7 +89,7 @@ def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> i
     """What is there once for all layers: rotary tables, token numbers, which of them are new, masks."""
     places = setting.tokens if setting.packed else setting.length
     tables = 2 * places * shape.head_width * setting.compute_bytes
-    numbers = 3 * setting.tokens * 8 + (setting.tokens * 9 if setting.new_tokens else 0)
+    numbers = 3 * setting.tokens * 8 + (setting.tokens * 9 if setting.trains_embeddings else 0)
     return tables + numbers + mask_bytes(shape, setting, attention)
 
 
@@ -101,9 +101,9 @@ def norm_bytes(shape: ModelShape, setting: Setting) -> int:
 def first_input_bytes(shape: ModelShape, setting: Setting) -> int:
     """What the first layer need not keep: its norm, as nothing goes back to its input.
 
-    With new tokens, whose embeddings are trained, something does.
+    With new tokens, whose embeddings are trained, or virtual ones, something does.
     """
-    return 0 if setting.new_tokens else norm_bytes(shape, setting)
+    return 0 if setting.trains_embeddings else norm_bytes(shape, setting)
 
 
 def _wide_norm(shape: ModelShape, setting: Setting, *, is_kept_already: bool = False) -> int:

@@ -12,6 +12,7 @@ import math
 
 from qadapt.methods import SCALED_INPUTS
 from qadapt.plan.bottleneck import bottleneck_tensors, stands_beside
+from qadapt.plan.prompt import front_tensors
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -41,21 +42,26 @@ def token_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     return (rows,) * (1 if shape.tied else 2) if rows else ()
 
 
+def once_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
+    """The number of values of each trained tensor that no layer has for itself."""
+    return (*token_tensors(shape, setting), *front_tensors(shape, setting))
+
+
 def trainable(shape: ModelShape, setting: Setting) -> int:
     """The number of trained values."""
-    return shape.layers * sum(adapter_tensors(shape, setting)) + sum(token_tensors(shape, setting))
+    return shape.layers * sum(adapter_tensors(shape, setting)) + sum(once_tensors(shape, setting))
 
 
 def largest_tensor(shape: ModelShape, setting: Setting) -> int:
     """The number of values of the largest trained tensor."""
-    return max((*adapter_tensors(shape, setting), *token_tensors(shape, setting)), default=0)
+    return max((*adapter_tensors(shape, setting), *once_tensors(shape, setting)), default=0)
 
 
 def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
     """The adapter's values; its gradient takes the same again, in the same type."""
     each = setting.adapter_value_bytes
     layer = sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
-    return shape.layers * layer + sum(setting.tensor_bytes(n, each) for n in token_tensors(shape, setting))
+    return shape.layers * layer + sum(setting.tensor_bytes(n, each) for n in once_tensors(shape, setting))
 
 
 def start_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -74,6 +80,13 @@ def start_bytes(shape: ModelShape, setting: Setting) -> int:
     return shape.layers * sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
 
 
+def saved_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What stands on disk of the adapter when it is trained: virtual tokens are flat there."""
+    if setting.virtual_tokens:
+        return setting.adapter_value_bytes * setting.virtual_tokens * shape.width
+    return adapter_bytes(shape, setting) + start_bytes(shape, setting)
+
+
 def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     """AdamW's two moments, and the compensation that bf16 adapters carry (Kahan, 2 bytes per value).
 
@@ -82,9 +95,9 @@ def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     paged count as if they lay on the GPU: paging moves them only under pressure.
     """
     per_layer = sum(_state_bytes(count, setting) for count in adapter_tensors(shape, setting))
-    tokens = sum(_state_bytes(count, setting) for count in token_tensors(shape, setting))
+    once = sum(_state_bytes(count, setting) for count in once_tensors(shape, setting))
     shared = 2 * setting.tensor_bytes(256, 4) if _has_8bit_state(shape, setting) else 0
-    return shape.layers * per_layer + tokens + shared
+    return shape.layers * per_layer + once + shared
 
 
 def _state_bytes(count: int, setting: Setting) -> int:

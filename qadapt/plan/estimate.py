@@ -31,7 +31,7 @@ from qadapt.plan.activations import (
     norm_bytes,
     shared_bytes,
 )
-from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, start_bytes
+from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, saved_bytes, start_bytes
 from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, shared_stream_bytes, stands_beside
 from qadapt.plan.categories import STATIC
@@ -304,6 +304,6 @@ def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> 
     adapter = adapter_bytes(shape, setting) + start_bytes(shape, setting)
     return {
         "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),
-        "adapter": adapter,
+        "adapter": saved_bytes(shape, setting),
         "merged-fp16": 2 * shape.parameters,
     }

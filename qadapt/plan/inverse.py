@@ -250,6 +250,8 @@ def _at(setting: Setting, what: What, value: int, *, rows_per_step: int) -> Sett
 def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int) -> Ceiling:
     if what == "length":
         return Ceiling(shape.context, f"the context of {shape.name}")
+    if what == "rank" and setting.virtual_tokens:
+        return Ceiling(setting.length - 1, "one less than the length of a row")
     if what == "rank" and METHODS[setting.method].usual_activation is not None:
         return Ceiling(shape.width - 1, "one less than the width of the model")
     if what == "rank":

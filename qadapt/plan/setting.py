@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qadapt.errors import BadRecipe
-from qadapt.methods import METHODS, Activation, Method, activation_of, check_base
+from qadapt.methods import METHODS, Activation, Method, activation_of, check_base, virtual_tokens
 from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
@@ -96,6 +96,16 @@ class Setting:
     def supervised_tokens(self) -> int:
         """Tokens that reach the head."""
         return math.ceil(self.tokens * self.supervised_share)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens each row or packed document begins with; `length` counts them."""
+        return virtual_tokens(self.method, self.rank)
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether gradients go back to what the first layer is given."""
+        return self.new_tokens > 0 or self.virtual_tokens > 0
 
     @property
     def compute_bytes(self) -> int:
@@ -184,6 +194,12 @@ def check_numbers(shape: Outline, setting: Setting) -> None:
     if setting.rank < 1:
         raise BadRecipe(
             f"rank = {setting.rank}: an adapter needs at least rank 1.", cure="Give a rank such as 16."
+        )
+    if setting.virtual_tokens >= setting.length:
+        raise BadRecipe(
+            f"rank = {setting.rank}: so many virtual tokens leave nothing of a row of {setting.length:,}, "
+            "which counts them.",
+            cure=f"Give a rank of less than {setting.length}, such as 20, or a larger length.",
         )
     if not 0 <= setting.supervised_share <= 1:
         raise BadRecipe(

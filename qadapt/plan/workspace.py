@@ -61,7 +61,7 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     if is_recomputed and "boundaries" in setting.offload and c < FP32:
         held += shape.width * c * tokens  # the layer's input, which its norm keeps a copy of, is still there
     if not is_recomputed:  # the model's forward pass holds its embeddings, and what went into this layer
-        is_kept = setting.new_tokens > 0 and c == FP32  # by the first norm, which is trained through
+        is_kept = setting.trains_embeddings and c == FP32  # by the first norm, which is trained through
         is_embedding_free = setting.recomputed_layers(shape.layers) == 0 and not is_kept
         held = ((c < FP32) + is_embedding_free) * shape.width * c * tokens
     return max(

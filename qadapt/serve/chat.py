@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qadapt.adapters.lora import without_adapter
 from qadapt.data.prompt import PromptContract
 from qadapt.engine.adapted import Adapted
+from qadapt.engine.front import front_of
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
@@ -120,9 +121,9 @@ class Chat:
 
     @property
     def context(self) -> int:
-        """The most tokens the model was made for, prompt and answer together."""
+        """The most tokens the model was made for, prompt and answer together, but for virtual tokens."""
         tokens: int = self.model.config.max_position_embeddings
-        return tokens
+        return tokens - front_of(self.model)
 
     @property
     def is_conversation(self) -> bool:

@@ -12,7 +12,9 @@ from qadapt.adapters.lora import without_adapter
 from qadapt.data.batches import Division, all_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
+from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens
+from qadapt.engine.front import front_of
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
@@ -70,7 +72,7 @@ def evaluate_rows(
 
     Args:
         model: The adapted model.
-        rows: Any number.
+        rows: Any number; the virtual tokens that the model has are put in front, and none for the base.
         size: The most of them at a time.
         pad_id: The token that fills up.
         loss_chunk: Learned tokens at the head at once.
@@ -79,9 +81,13 @@ def evaluate_rows(
         DoesNotFit: Memory ran out with one row at a time.
     """
     division = Division(pad_id, size, loss_chunk=loss_chunk)
-    tuned = _loss(model, rows, division)
+    tuned = _loss(model, _behind(rows, front_of(model)), division)
     with without_adapter(model):
-        return tuned, _loss(model, rows, division)
+        return tuned, _loss(model, _behind(rows, 0), division)
+
+
+def _behind(rows: Sequence[Tokens], count: int) -> Sequence[Tokens]:
+    return rows.behind(count) if isinstance(rows, RowSet) else rows
 
 
 def _loss(model: PeftModel, rows: Sequence[Tokens], division: Division) -> float:

@@ -104,7 +104,7 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
     facts = METHODS[setting.method]
     rank = f" {facts.size} {setting.rank}" if facts.size and asked != "rank" else ""
     if facts.is_beside:
-        where = "every layer"
+        where = "every row" if facts.has_virtual_tokens else "every layer"
     rows = "rows" if asked == "rows" else "1 row" if setting.rows == 1 else f"{setting.rows} rows"
     length = "" if asked == "length" else f" of {setting.length:,} tokens"
     packed = ", packed" if setting.packed else ""

@@ -1,0 +1,237 @@
+"""Virtual tokens from a recipe to an answer: planned, trained, resumed, loaded in another process."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from bench.closed_form import BAR
+from safetensors.torch import load_file
+from test_closed_form import FULL, HALF, compared
+from test_dryrun import config, counted
+from test_estimate import CPU, build, folders, shape_of
+from test_train import assert_same, changed, make_recipe, only
+
+from qadapt.adapters.lora import trainable
+from qadapt.adapters.prompt import PROMPT_KINDS, PromptKind
+from qadapt.adapters.side_car import SideCar
+from qadapt.adapters.side_car_files import save_side_car
+from qadapt.adapters.store import Store
+from qadapt.errors import BadRecipe, Unsupported
+from qadapt.events import (
+    AdapterAttached,
+    CheckpointSaved,
+    DataReady,
+    Evaluated,
+    Event,
+    RunFinished,
+    StepDone,
+)
+from qadapt.exporting import export
+from qadapt.keeping import add
+from qadapt.loading import load_partner
+from qadapt.material import Material, prepare, reading_of
+from qadapt.plan.adapters import saved_bytes
+from qadapt.plan.adapters import trainable as planned
+from qadapt.plan.estimate import estimate_step
+from qadapt.recipe import Recipe
+from qadapt.recipe_file import check_recipe
+from qadapt.run import evaluate, load, resume, train
+from qadapt.serve.partner import find_partner
+from qadapt.train.dryrun import dry_run
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+__all__ = ["folders"]  # a fixture
+ELSEWHERE = """
+import sys, torch
+from safetensors.torch import save_file
+from qadapt.run import load
+torch.set_num_threads(1)
+found = {}
+for kind in sys.argv[3:]:
+    tuned = load("first", folder=f"{sys.argv[1]}/{kind}/runs")
+    with torch.no_grad():
+        found[kind] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits.contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+def recipe_of(kind: PromptKind, folder: Path, model: Path, **fields: Any) -> Recipe:
+    values = make_recipe(folder, model, **fields).model_dump(mode="json")
+    values["adapter"] = {"method": kind, "rank": 4}
+    return check_recipe(values, origin="the test")
+
+
+def test_runs_train_resume_bit_for_bit_and_a_new_process_has_the_same_logits(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    logits, base_losses = {}, []
+    for kind in PROMPT_KINDS:
+        (tmp_path / kind).mkdir()
+        runs, recipe = tmp_path / kind / "runs", recipe_of(kind, tmp_path / kind, tiny_model("gemma2"))
+        recipe = changed(recipe, "train", rehearse=kind == "prompt", sample_prompts=("say 3",))
+        events = list(train(recipe))
+        (attached,) = only(AdapterAttached, events)
+        assert (attached.adapted_layers, attached.trainable) == (1, trained_values(kind))
+        losses = [event.loss for event in only(Evaluated, events)]
+        assert losses[-1] < losses[0]
+        assert {path.name for path in (runs / "first/adapter").iterdir()} == {
+            "side_car.json", "side_car.safetensors", "qadapt.json", "prompt.json",
+        }  # fmt: skip
+        whole = (runs / "first/adapter/side_car.safetensors").read_bytes()
+        (runs / "first").rename(tmp_path / kind / "straight")
+        begun = train(recipe)
+        next(event for event in begun if isinstance(event, CheckpointSaved))
+        begun.close()  # type: ignore[attr-defined]
+        assert isinstance(list(resume("first", folder=str(runs)))[-1], RunFinished)
+        assert (runs / "first/adapter/side_car.safetensors").read_bytes() == whole
+        found = evaluate("first", folder=str(runs), answers=1, max_new_tokens=4)
+        assert found.loss < found.base_loss
+        assert found.loss == pytest.approx(losses[-1], rel=1e-5)
+        base_losses.append(found.base_loss)
+        with torch.no_grad():
+            tuned = load("first", folder=str(runs))
+            logits[kind] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
+    assert base_losses[0] == base_losses[1]
+    place = tmp_path / "logits.safetensors"
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path), str(place), *PROMPT_KINDS], check=True)
+    assert_same(load_file(place), logits)
+
+
+def trained_values(kind: PromptKind) -> int:
+    return 4 * 64 + (2 * 512 * 64 + 512 + 64 if kind == "ptuning" else 0)
+
+
+def test_a_packed_run_is_the_one_that_fills_rows_up_and_its_rows_count_virtual_tokens(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = recipe_of("prompt", tmp_path, tiny_model("llama"), steps=2, evaluate_every=None)
+    losses, tokens = [], []
+    for packing in (True, False):
+        events = list(train(changed(changed(recipe, "data", packing=packing), "run", name=f"run{packing}")))
+        losses.append([event.loss for event in only(StepDone, events)])
+        tokens.append([event.tokens for event in only(StepDone, events)])
+        (ready,) = only(DataReady, events)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert tokens[0] == tokens[1]
+    plain = changed(recipe, "adapter", method="lora")
+    counts = []
+    for each in (recipe, plain):
+        material = prepared(each)
+        counts.append((material.rows.tokens, material.rows.longest, material.rows.supervised_tokens))
+        assert {len(row) for row in material.rows.train} == set(material.rows.train.lengths.tolist())
+    (more, longer, learned), (fewer, shorter, same) = counts
+    assert (more, longer, learned) == (fewer + 4 * 24, shorter + 4, same)
+    assert (ready.tokens, ready.longest_row_tokens) == (more, longer)
+    assert reading_of(recipe).length == reading_of(plain).length - 4 == 124
+
+
+def prepared(recipe: Recipe) -> Material:
+    found: list[Material] = []
+
+    def steps() -> Iterator[Event]:
+        found.append((yield from prepare(recipe, revision=None)))
+
+    list(steps())
+    return found[0]
+
+
+def test_a_run_is_kept_exported_as_an_adapter_and_as_nothing_else(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = recipe_of("ptuning", tmp_path, tiny_model("qwen2"), steps=2)
+    list(train(recipe))
+    for form in ("merged-fp16", "gguf-lora"):
+        with pytest.raises(Unsupported, match=rf"P-tuning, .*no {form} of it.\n.*--form adapter"):
+            list(export("first", form=form, folder=recipe.run.folder))
+    list(export("first", form="adapter", folder=recipe.run.folder))
+    folder = Path(recipe.run.folder) / "first" / "export" / "adapter"
+    assert "by P-tuning, 4 virtual tokens; this is the adapter alone" in (folder / "README.md").read_text(
+        "utf-8"
+    )
+    store = Store(tmp_path / "store")
+    kept = add("first", store, name="front", folder=recipe.run.folder).version
+    assert kept.record.method == "ptuning"
+    tuned = load("first", folder=recipe.run.folder).model
+    ids = torch.arange(3, 40)[None]
+    for place in (folder, store.folder_of(kept.id)):
+        with torch.no_grad():
+            partner = load_partner(find_partner(str(place))).model
+            assert torch.equal(partner(input_ids=ids).logits, tuned(input_ids=ids).logits)
+
+
+def test_new_tokens_behind_virtual_ones_are_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = recipe_of("prompt", tmp_path, tiny_model("qwen2"))
+    with pytest.raises((BadRecipe, Unsupported), match=r"data.new_tokens: .*prompt tuning"):
+        list(train(changed(recipe, "data", new_tokens=("<a>",))))
+
+
+# --- what is planned --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes"),
+    [
+        ("llama", "prompt", {}),
+        ("gemma2", "ptuning", {"recompute": 2}),
+        ("phi3", "ptuning", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
+        ("qwen3", "prompt", {"recompute": "none", "compute_dtype": "bf16", "mlp_tiles": 3}),
+    ],
+)
+def test_the_dry_run_is_the_real_step_to_the_byte(
+    family: str, kind: PromptKind, changes: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    setting = dataclasses.replace(CPU, method=kind, rank=6, **changes)
+    ledger, dry = counted(folders[family], setting), dry_run(config(family), setting)
+    assert dry.peak == ledger.peak
+    assert dry.phase_bytes == dict(ledger.phase_bytes)
+    categories = estimate_step(shape_of(family), setting).categories
+    for category in ("base_weights", "quantization_constants", "unquantized", "adapters", "optimizer"):
+        assert dry.static[category] == categories[category], category
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "card", "changes"),
+    [
+        ("prompt", "SmolLM2-360M", None, {"length": 300, "recompute": "none", **FULL}),
+        ("prompt", "Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096, "supervised_share": 0.1}),
+        ("ptuning", "Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096, "supervised_share": 0.1}),
+        ("ptuning", "Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, "supervised_share": 0.05, **HALF}),
+        ("prompt", "gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none", "supervised_share": 0.05}),
+        ("ptuning", "Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "supervised_share": 0.02}),
+        (
+            "prompt",
+            "Qwen3-0.6B",
+            "RTX 4060 8GB",
+            {"rows": 2, "length": 777, "supervised_share": 0.02, "mlp_tiles": 4},
+        ),
+    ],
+)
+def test_the_closed_form_is_the_dry_run_within_three_percent(
+    kind: PromptKind, model: str, card: str | None, changes: dict[str, Any]
+) -> None:
+    found = compared(model, card, method=kind, rank=20, **changes)
+    for part in ("peak", "working"):
+        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+
+
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_what_is_trained_and_what_stands_on_disk_is_known_to_the_byte(
+    kind: PromptKind, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    setting = dataclasses.replace(CPU, method=kind, rank=6, adapter_dtype="bf16")
+    model = build(folders["qwen2"], setting)
+    shape = shape_of("qwen2")
+    assert sum(each.numel() for each in trainable(model).values()) == planned(shape, setting)
+    assert isinstance(model, SideCar)
+    save_side_car(model, tmp_path)
+    stored = load_file(tmp_path / "side_car.safetensors").values()
+    assert sum(each.nbytes for each in stored) == saved_bytes(shape, setting) == 2 * 6 * 192
