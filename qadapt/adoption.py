@@ -8,15 +8,14 @@ base's own template, and is not known to be right. Its numbers stay as they are.
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from qadapt.adapters.adapters_library import import_bottleneck, is_of_library, librarys_config
-from qadapt.adapters.check import CONFIG
-from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, write_facts
-from qadapt.adapters.versions import files_of
+from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, read_facts, write_facts
+from qadapt.adapters.peft_config import CONFIG, PEFT_TYPES, peft_values
+from qadapt.adapters.versions import copy_adapter_files
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadAdapter
 from qadapt.export.adapter_names import BASE_KEEPING_STARTS
@@ -24,7 +23,6 @@ from qadapt.model.precision import choose_compute_dtype, choose_device
 from qadapt.model.source import find_model
 
 Held = Literal["nf4", "int8", "none"]
-_METHODS = ("LORA", "IA3")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Said:
     Attributes:
         revision: Branch, tag or commit of a hub.
         held: How its base was held in training: in 4 bits, 8 bits, or as it is.
-        base: Its base, if not the one that its configuration names.
+        base: Its base, if not the one that its configuration names, or where that is here.
     """
 
     revision: str | None = None
@@ -42,7 +40,7 @@ class Said:
     base: str | None = None
 
 
-def is_adopted(folder: Path) -> bool:
+def is_foreign(folder: Path) -> bool:
     """Whether a folder's adapter does not say itself what it was trained on."""
     return (folder / CONFIG).is_file() and not (folder / FACTS_FILE).is_file()
 
@@ -52,7 +50,7 @@ def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
 
     Args:
         folder: A PEFT folder, or one of the library `adapters`.
-        place: An empty folder, or the same one.
+        place: An empty folder.
         said: What is said of it.
         name: What to call it in messages.
 
@@ -70,16 +68,15 @@ def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
     is_librarys = is_of_library(folder)
     config = librarys_config(folder) if is_librarys else _config_of(folder, name)
     base = said.base or config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    revision = None if said.base else config.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise BadAdapter(f"{name} names no base.", cure="Name it with --base.")
-    files = find_model(base, revision=None if said.base else config.get("revision"))
+    files = find_model(base, revision=revision)
     contract = load_contract(files.folder)
     if is_librarys:
         import_bottleneck(folder, place)
-    elif folder != place:
-        for each in files_of(folder):
-            (place / each).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / each, place / each)
+    else:
+        copy_adapter_files(folder, place)
     facts = AdapterFacts(
         base=files.name,
         revision=files.revision,
@@ -94,15 +91,35 @@ def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
     (place / CONTRACT_FILE).write_text(text, encoding="utf-8")
 
 
-def _config_of(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        method, start = config["peft_type"], config.get("init_lora_weights", True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadAdapter(f"{name} has no sound {CONFIG}: {error}.", cure="Choose another revision.") from None
-    if method not in _METHODS:
+def move_base(folder: Path, place: Path, base: str) -> None:
+    """Writes a copy of an adapter that finds its base elsewhere: the same files under another name.
+
+    Args:
+        folder: An adapter's that says what it was trained on.
+        place: An empty folder.
+        base: Where its base is, as `find_model` takes it.
+
+    Raises:
+        BadAdapter: That is another base.
+        BadModel: It cannot be found or read.
+        BadRun: The folder holds no adapter.
+    """
+    facts, files = read_facts(folder), find_model(base)
+    if files.fingerprint != facts.fingerprint:
         raise BadAdapter(
-            f"{name} is of the method {method}; of others' adapters LORA and IA3 are loaded here.",
+            f"{base} is not the base of the adapter in {folder}: that is {facts.base}, with other files.",
+            cure="Give the very files it was trained on.",
+        )
+    copy_adapter_files(folder, place)
+    write_facts(replace(facts, base=files.name, revision=files.revision), place)
+
+
+def _config_of(folder: Path, name: str) -> dict[str, Any]:
+    config = peft_values(folder)
+    method, start = config.get("peft_type"), config.get("init_lora_weights", True)
+    if method not in PEFT_TYPES:
+        raise BadAdapter(
+            f"{name} is of the method {method}; of PEFT's, {', '.join(PEFT_TYPES)} are loaded here.",
             cure="Load it with PEFT.",
         )
     if start not in BASE_KEEPING_STARTS:

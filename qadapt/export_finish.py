@@ -1,7 +1,7 @@
 """What is done to a whole export before it appears: its proof and its card.
 
-What several runs make together was never trained as one model: there is no live model to hold the answers of
-such a mix against, so its numbers alone are proven, and that is said.
+What several adapters make together was never trained as one model: there is no live model to hold the answers
+of such a mix against, so its numbers alone are proven, and that is said.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from qadapt.events import BasesCompared, Event, Warned
 from qadapt.export.card import Made, card_text, comparison, served_rank
 from qadapt.export.tensor_proof import prove_tensors
 from qadapt.export_job import Job
-from qadapt.methods import said
 from qadapt.proving import prove_export
 
 
@@ -51,7 +50,7 @@ class Finish:
             BadExport: It is not what was trained, or not what was merged.
         """
         job = self._job
-        shutil.copyfile(job.run.adapter / CONTRACT_FILE, folder / CONTRACT_FILE)
+        shutil.copyfile(job.trained.adapter / CONTRACT_FILE, folder / CONTRACT_FILE)
         if self._is_proven:
             yield from self._mix_proven(folder) if job.is_mix else self._proven(folder)
         if job.is_mix:
@@ -59,7 +58,7 @@ class Finish:
         file = next((path.name for path in folder.glob("*.gguf")), "")
         if is_side_car(folder):
             file = SIDE_CAR_FILES[0]
-        method = said(job.recipe.adapter.method, job.recipe.adapter.rank)
+        method = job.trained.said_method
         made = Made(
             job.form,
             self.base,
@@ -74,7 +73,7 @@ class Finish:
 
     def _proven(self, folder: Path) -> Iterator[Event]:
         job = self._job
-        proof = yield from prove_export(folder, job.run, form=job.form, base=self.base, files=job.files)
+        proof = yield from prove_export(folder, job.trained, form=job.form, base=self.base, files=job.files)
         self.findings += proof.sentences()
         if (lost := proof.deviation) is not None:
             yield Warned(
@@ -90,7 +89,7 @@ class Finish:
         )
         if not proof.holds:
             raise BadExport(
-                f"The export is not what its runs make together: {proof.sentence()}.",
+                f"The export is not what its adapters make together: {proof.sentence()}.",
                 cure="Export again; if it is so every time, it is a bug of qadapt.",
             )
         self.findings += (

@@ -1,8 +1,8 @@
-"""What an export is made from: finished runs, read and checked, and what its card may tell."""
+"""What an export is made from: trained adapters, read and checked, and what its card may tell."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +12,7 @@ from qadapt.export.card import CardFacts, card_facts
 from qadapt.model.source import ModelFiles
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml
-from qadapt.run_folder import RunFolder
-from qadapt.train.stored_plan import StoredPlan
+from qadapt.trained import HELD_OUT_LOSS, TRAINING_LOSS, Trained
 from qadapt.view.journal import effective, read_events
 
 
@@ -22,63 +21,73 @@ class Job:
     """What is exported, in which form, to where.
 
     Attributes:
-        runs: The runs with the weights of their updates; what is said of data, prompts and base is of the
-            first.
-        recipe: The first run's.
-        facts: What the first run's adapter was trained on.
+        parts: The adapters with the weights of their updates; what is said of data, prompts and base is of
+            the first.
         files: The base.
-        contract: How the prompts of the first run were made.
-        plan: How the first run was placed, and what it was made of.
+        contract: How the prompts of the first were made.
         form: The form, such as `merged-fp16`.
         target: The folder to be.
     """
 
-    runs: tuple[tuple[RunFolder, float], ...]
-    recipe: Recipe
-    facts: AdapterFacts
+    parts: tuple[tuple[Trained, float], ...]
     files: ModelFiles
     contract: PromptContract
-    plan: StoredPlan
     form: str
     target: Path
 
     @property
-    def run(self) -> RunFolder:
-        """The first run."""
-        return self.runs[0][0]
+    def trained(self) -> Trained:
+        """The first adapter."""
+        return self.parts[0][0]
+
+    @property
+    def facts(self) -> AdapterFacts:
+        """What it was trained on."""
+        return self.trained.facts
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Its recipe, where that is known."""
+        return self.trained.recipe
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """The folders of the adapters, each with the weight of its update."""
-        return [(run.adapter, weight) for run, weight in self.runs]
+        return [(trained.adapter, weight) for trained, weight in self.parts]
 
     @property
     def is_mix(self) -> bool:
-        """Whether what is merged was never trained: several runs, or one that is weighted."""
-        return len(self.runs) > 1 or self.runs[0][1] != 1
+        """Whether what is merged was never trained: several adapters, or one that is weighted."""
+        return len(self.parts) > 1 or self.parts[0][1] != 1
 
     @property
     def mixed(self) -> str:
         """What a mix is made of, in a sentence."""
-        parts = [f"{weight:g} times that of the run {run.name}" for run, weight in self.runs]
-        first = f" Recipe, rows and losses are those of {self.run.name}." if len(parts) > 1 else ""
+        parts = [f"{weight:g} times that of {trained.said}" for trained, weight in self.parts]
+        first = f" Recipe, rows and losses are those of {self.trained.name}." if len(parts) > 1 else ""
         return f"The update that is merged is {' plus '.join(parts)}.{first}"
 
     @property
     def gguf_name(self) -> str:
         """Name of the one file of a GGUF form."""
-        return f"{self.run.name}-{self.form.removeprefix('gguf-').upper()}.gguf"
+        return f"{self.trained.name}-{self.form.removeprefix('gguf-').upper()}.gguf"
 
     @cached_property
     def card(self) -> CardFacts:
-        """What a card tells about the run; it names no folder of this machine."""
+        """What a card tells about the adapter; it names no folder of this machine."""
+        trained, recipe = self.trained, self.recipe
+        is_hub_model = self.facts.revision is not None
         card = card_facts(
             self.facts,
-            effective(read_events(self.run.path)),
-            recipe=dump_yaml(_shareable(self.recipe, is_hub_model=self.facts.revision is not None)),
-            data=tuple(_shown(source.path) for source in self.recipe.data.sources),
-            data_hash=self.plan.ingredients.rows,
+            () if trained.run is None else effective(read_events(trained.run.path)),
+            recipe="" if recipe is None else dump_yaml(_shareable(recipe, is_hub_model=is_hub_model)),
+            data=() if recipe is None else tuple(_shown(source.path) for source in recipe.data.sources),
+            data_hash=trained.rows,
         )
+        if trained.run is None:
+            kept = {"training rows": TRAINING_LOSS, "held-out rows": HELD_OUT_LOSS}
+            losses = {what: trained.metrics[name] for what, name in kept.items() if name in trained.metrics}
+            card = replace(card, losses=losses)
         return card.with_licence_of(self.files.folder)
 
 

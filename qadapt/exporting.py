@@ -1,6 +1,6 @@
-"""A finished run made into something to use: in which form, on which base, proven, with its card.
+"""A trained adapter made into something to use: in which form, on which base, proven, with its card.
 
-    run ─► base files ─► which base? ─► the form's writer ─► proof ─► card ─► the folder appears
+    adapter ─► base files ─► which base? ─► the form's writer ─► proof ─► card ─► the folder appears
 
 Each form has a writer in `export/`, which shows its folder only after `Finish` has proven it. Pushing to a
 hub comes after that and on its own (`export/hub.py`).
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from qadapt.adapters.facts import is_side_car, read_facts
+from qadapt.adapters.facts import is_side_car
 from qadapt.data.prompt import saved_contract
 from qadapt.data.tokens import Tokens
 from qadapt.engine.out_of_memory import free_memory
@@ -46,20 +46,16 @@ from qadapt.export.quantized import quantize
 from qadapt.export.staging import new_folder, refuse_existing
 from qadapt.export_finish import Finish
 from qadapt.export_job import Job
-from qadapt.material import rows_to_evaluate
-from qadapt.methods import METHODS
+from qadapt.measuring import rows_to_evaluate
 from qadapt.model.folder import read_config
 from qadapt.model.precision import choose_device
 from qadapt.model.source import quantized_type_of
 from qadapt.quiet import quiet_libraries
-from qadapt.recipe_file import read_recipe
-from qadapt.resumption import Earlier, check_finished
-from qadapt.run_folder import RunFolder, find_run
+from qadapt.recipe import ExportSection
 from qadapt.run_parts import find_same_base
 from qadapt.stage import passing, with_progress
-from qadapt.train.stored_plan import read_plan
+from qadapt.trained import Trained, find_trained
 from qadapt.units import parse_bytes
-from qadapt.view.journal import effective, read_events
 
 UNMERGED = (ADAPTER, GGUF_LORA)
 """Forms of the adapter alone."""
@@ -76,98 +72,109 @@ def export(
     base: str | None = None,
     to: Path | None = None,
     folder: str = "runs",
+    store: str = "adapters",
     proof: bool = True,
 ) -> Iterator[Event]:
-    """Exports a finished run, or what several make together; the last event is `Exported`.
+    """Exports a trained adapter, or what several make together; the last event is `Exported`.
 
     Nothing is at the target before everything is, and is proven.
 
     Args:
-        name: Name or path of the run; or of several, each with the weight of its update, the first of which
-            gives prompts, rows and base. These are merged, as `merge.FORMS`.
-        form: One of `FORMS`; None: as the recipe says.
-        base: One of `BASES`; None: as the recipe says. Not for forms of the adapter alone.
+        name: A run by name or path, an adapter's folder, or a name, tag or version of the store; or several,
+            each with the weight of its update, the first of which gives prompts, rows and base. These are
+            merged, as `merge.FORMS`.
+        form: One of `FORMS`; None: as the recipe says, so too the next.
+        base: One of `BASES`. Not for forms of the adapter alone.
         to: The folder to be; None: `export/<form>` in the run's folder.
         folder: Where the runs are.
+        store: Where the store is.
         proof: Prove it; without, the card says that it is unproven.
 
     Raises:
         BadExport: The exported numbers would not be the trained ones, or there is no original base.
         BadOutput: The target exists or cannot be written.
-        BadRecipe: The form or the base is not known, or one does not go with the other, or several runs are
-            to be no merged model or have no folder to go to.
-        BadRun: There is no such run, it has no adapter yet, or it is damaged, or its base or
-            tokenizer changed.
+        BadAdapter: A version of the store is damaged, or a name stands for more than one adapter.
+        BadRecipe: The form or the base is not known, or one does not go with the other, or several adapters
+            are to be no merged model, or what is exported has no folder to go to.
+        BadRun: There is nothing of that name, a run has not finished or is damaged, or its base or tokenizer
+            changed.
         Unsupported: This adapter or base has no such form; the cure names one that serves.
     """
     quiet_libraries()
-    runs = tuple(_finished_runs({name: 1.0} if isinstance(name, str) else name, folder))
-    run = runs[0][0]
-    facts, recipe = read_facts(run.adapter), read_recipe(str(run.recipe))
-    chosen = form or recipe.export.form
+    parts = tuple(_chosen({name: 1.0} if isinstance(name, str) else name, folder, store))
+    trained, is_mix = parts[0][0], [weight for _, weight in parts] != [1]
+    wanted = ExportSection() if trained.recipe is None else trained.recipe.export
+    chosen = form or wanted.form
     _check_choices(chosen, base)
-    _check_side_cars(runs, chosen)
-    if runs != ((run, 1),):
-        _check_mix(chosen, to)
-    target = to or run.export(chosen)
+    _check_side_cars(parts, chosen)
+    if is_mix:
+        _check_mix(chosen)
+    target = to or _own_folder(trained, chosen, is_mix=is_mix)
     refuse_existing(target)
     if chosen in K_FORMS:
         find_llama_quantize()  # before anything is measured
-    files = yield from with_progress("finding the base", lambda report: find_same_base(facts, report))
-    contract, plan = saved_contract(run.adapter, files.folder), read_plan(run.plan)
-    job = Job(runs, recipe, facts, files, contract, plan, chosen, target)
+    find = partial(find_same_base, trained.facts)
+    files = yield from with_progress("finding the base", find)
+    job = Job(parts, files, saved_contract(trained.adapter, files.folder), chosen, target)
     finish = Finish(job, is_proven=proof)
     if chosen not in UNMERGED:
-        base_of = _base_of(job, base or recipe.export.base, is_measured=proof)
+        base_of = _base_of(job, base or wanted.base, is_measured=proof)
         finish.base = yield from passing(base_of, finish.notes)
-    writing = Writing(shard_bytes=parse_bytes(recipe.export.shard), finish=finish)
+    writing = Writing(shard_bytes=parse_bytes(wanted.shard), finish=finish)
     for event in WAYS[chosen](job, finish.base, writing):
         yield replace(event, notes=tuple(finish.findings)) if isinstance(event, Exported) else event
 
 
-def _finished_runs(weights: Mapping[str, float], folder: str) -> Iterator[tuple[RunFolder, float]]:
-    """The runs, each with its weight.
+def _chosen(weights: Mapping[str, float], folder: str, store: str) -> Iterator[tuple[Trained, float]]:
+    """The adapters, each with its weight.
 
     Raises:
+        BadAdapter: See `find_trained`; so too the next.
         BadRecipe: There are none.
-        BadRun: There is no such run, or it has no adapter yet.
+        BadRun: There is none of a name.
     """
     if not weights:
         raise BadRecipe("There is no run to export.", cure="Name one, or several with their weights.")
     for name, weight in weights.items():
-        run = find_run(name, folder)
-        read_facts(run.adapter)
-        check_finished(run, Earlier(effective(read_events(run.path))))
-        yield run, weight
+        yield find_trained(name, folder=folder, store=store), weight
 
 
-def _check_side_cars(runs: Sequence[tuple[RunFolder, float]], form: str) -> None:
+def _own_folder(trained: Trained, form: str, *, is_mix: bool) -> Path:
+    """Where an export goes if nothing else is said.
+
+    Raises:
+        BadRecipe: It is no run's.
+    """
+    if trained.run is None or is_mix:
+        what = "What adapters make together" if is_mix else f"What is made of {trained.said}"
+        raise BadRecipe(
+            f"{what} belongs to no run: it has no folder of its own.",
+            cure="Give the folder to be with --to.",
+        )
+    return trained.run.export(form)
+
+
+def _check_side_cars(parts: Sequence[tuple[Trained, float]], form: str) -> None:
     """Refuses to make weights of adapters that no weights can be made of.
 
     Raises:
-        Unsupported: One stands beside the base's layers, and the form is not the adapter alone.
+        Unsupported: One stands beside the base's weights, and the form is not the adapter alone.
     """
-    for run, _ in runs:
-        if form != ADAPTER and is_side_car(run.adapter):
-            method = METHODS[read_recipe(str(run.recipe)).adapter.method].title
+    for trained, _ in parts:
+        if form != ADAPTER and is_side_car(trained.adapter):
             raise Unsupported(
-                f"The run {run.name} has {method}, which compute beside the base's layers: no weights are "
-                f"the same function, so there is no {form} of it.",
-                cure="Choose --form adapter, which qadapt reads; `qadapt chat` and `qadapt evaluate` use the "
-                "run as it is.",
+                f"{trained.name} has {trained.said_method}, which compute beside the base's layers: no "
+                f"weights are the same function, so there is no {form} of it.",
+                cure="Choose --form adapter, which qadapt reads; `qadapt chat` and `qadapt evaluate` use it "
+                "as it is.",
             )
 
 
-def _check_mix(form: str, to: Path | None) -> None:
+def _check_mix(form: str) -> None:
     if form not in MERGED_FORMS:
         raise BadRecipe(
-            f"Runs are merged with weights into {', '.join(MERGED_FORMS)}, not into {form}.",
+            f"Adapters are merged with weights into {', '.join(MERGED_FORMS)}, not into {form}.",
             cure="Choose one of these with --form.",
-        )
-    if to is None:
-        raise BadRecipe(
-            "What runs make together belongs to none of them: it has no folder of its own.",
-            cure="Give the folder to be with --to.",
         )
 
 
@@ -215,7 +222,8 @@ def _base_of(job: Job, asked: str, *, is_measured: bool) -> Generator[Event, Non
         dtype=_dtype_of(job),
         rows=(yield from _held_out(job)),
     )
-    device = choose_device("cpu" if job.recipe.memory.device == "cpu" else "auto")
+    is_on_cpu = job.recipe is not None and job.recipe.memory.device == "cpu"
+    device = choose_device("cpu" if is_on_cpu else "auto")
     try:
         return (yield from compared(device=device))
     except torch.OutOfMemoryError:
@@ -230,13 +238,13 @@ def _base_of(job: Job, asked: str, *, is_measured: bool) -> Generator[Event, Non
 
 
 def _held_out(job: Job) -> Generator[Event, None, Sequence[Tokens]]:
-    """The rows that the run held out; a warning if they cannot be had again."""
-    data = job.recipe.data
-    if data.held_out is None and not data.held_out_fraction:
+    """The rows that were held out; a warning if they cannot be had again."""
+    recipe = job.recipe
+    if recipe is None or (recipe.data.held_out is None and not recipe.data.held_out_fraction):
         return ()
     try:
         chosen = rows_to_evaluate(
-            job.recipe, job.contract, data=None, fingerprint=job.plan.ingredients.rows, conversations=0
+            recipe, job.contract, data=None, fingerprint=job.trained.rows, conversations=0
         )
     except (BadRun, BadData) as error:
         yield Warned(message=f"The two bases cannot be compared: {error.problem}", cure=error.cure)
@@ -265,7 +273,7 @@ def _merged(job: Job, base: str, writing: Writing) -> Iterator[Event]:
 def _quantized(job: Job, base: str, writing: Writing) -> Iterator[Event]:
     yield from quantize(
         model_folder=job.files.folder,
-        adapter_folder=job.run.adapter,
+        adapter_folder=job.trained.adapter,
         target=job.target,
         base=base,
         load_dtype=job.facts.load_dtype,
@@ -280,7 +288,7 @@ def _adapter(job: Job, base: str, writing: Writing) -> Iterator[Event]:
             cure="Give others the base, too; they load it themselves and the adapter onto it.",
         )
     yield from copy_adapter(
-        model_folder=job.files.folder, adapter_folder=job.run.adapter, target=job.target, writing=writing
+        model_folder=job.files.folder, adapter_folder=job.trained.adapter, target=job.target, writing=writing
     )
 
 
@@ -289,7 +297,7 @@ def _gguf(job: Job, base: str, writing: Writing) -> Iterator[Event]:
     started = time.monotonic()
     program = find_llama_quantize() if job.form in K_FORMS else None
     with (
-        open_merged(job.files.folder, job.run.adapter, base=base, dtype="F32") as merged,
+        open_merged(job.files.folder, job.trained.adapter, base=base, dtype="F32") as merged,
         _described(job, merged) as described,
         new_folder(job.target, needed_bytes=_gguf_bytes(job, merged)) as building,
     ):
@@ -317,11 +325,13 @@ def _gguf_bytes(job: Job, merged: MergedModel) -> int:
 def _gguf_lora(job: Job, base: str, writing: Writing) -> Iterator[Event]:
     started = time.monotonic()
     with (
-        open_merged(job.files.folder, job.run.adapter, base="original"),  # whether it is of this base
+        open_merged(job.files.folder, job.trained.adapter, base="original"),  # whether it is of this base
         new_folder(job.target, needed_bytes=OTHER_FILES_BYTES) as building,
     ):
         file = building.path / job.gguf_name
-        yield from write_gguf_lora(job.run.adapter, file, model_folder=job.files.folder, about=_about(job))
+        yield from write_gguf_lora(
+            job.trained.adapter, file, model_folder=job.files.folder, about=_about(job)
+        )
         copy_licence(job.files.folder, building.path)
         yield from writing.finish(building.path)
     yield exported(job.target, form=job.form, base=base, started=started)
@@ -329,7 +339,9 @@ def _gguf_lora(job: Job, base: str, writing: Writing) -> Iterator[Event]:
 
 def _about(job: Job) -> About:
     card = job.card
-    return About(title=job.run.name, base=card.model, licence=card.licence, adds_bos=adds_bos(job.contract))
+    return About(
+        title=job.trained.name, base=card.model, licence=card.licence, adds_bos=adds_bos(job.contract)
+    )
 
 
 @contextmanager
@@ -344,13 +356,14 @@ def _described(job: Job, merged: MergedModel) -> Iterator[Path]:
             changed_config=merged.changed_config,
             vocabulary=merged.vocabulary,
         )
-        write_prompt_files(job.run.adapter, folder)
+        write_prompt_files(job.trained.adapter, folder)
         yield folder
 
 
 def _write_modelfile(job: Job, folder: Path) -> Iterator[Event]:
     config = read_config(folder, name=folder.name)
-    longest = min(max(job.recipe.data.length, _LEAST_CONTEXT), int(config["max_position_embeddings"]))
+    trained_length = 0 if job.recipe is None else job.recipe.data.length
+    longest = min(max(trained_length, _LEAST_CONTEXT), int(config["max_position_embeddings"]))
     written = modelfile(job.contract, job.gguf_name, context_tokens=longest)
     (folder / "Modelfile").write_text(written.text, encoding="utf-8")
     yield from written.warnings

@@ -6,25 +6,21 @@ fit its base is refused before anything is written.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qadapt.adapters.check import CONFIG, check_adapter
-from qadapt.adapters.facts import AdapterFacts, is_side_car, read_facts
-from qadapt.adapters.side_car_files import read_settings
+from qadapt.adapters.check import check_adapter
+from qadapt.adapters.facts import AdapterFacts, read_facts
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import Record, belongs, check_weights
-from qadapt.adoption import Said, adopt, is_adopted
+from qadapt.adoption import Said, adopt, is_foreign, move_base
 from qadapt.cache import cache_folder, output_errors, working_folder
 from qadapt.errors import BadAdapter, BadRun
-from qadapt.events import Evaluated, StepDone
 from qadapt.model.folder import read_config
 from qadapt.model.skeleton import skeleton_base
 from qadapt.model.source import find_model, is_here
@@ -32,9 +28,11 @@ from qadapt.quiet import quiet_libraries
 from qadapt.run_folder import RunFolder, find_run
 from qadapt.run_parts import find_same_base
 from qadapt.train.stored_plan import read_plan
-from qadapt.view.journal import effective, read_events
+from qadapt.trained import method_of, of_run
 
 NOTHING = Said()
+HUB = "hub:"
+"""May stand before the `owner/name` of a repository, as it does before those of rows."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -59,7 +57,7 @@ def add(
     """Keeps an adapter in the store and lets a name mean it.
 
     Args:
-        what: A run by name or path, an adapter's folder, or `owner/name` of a hub.
+        what: A run by name or path, an adapter's folder, or `owner/name` of a hub, also as `hub:owner/name`.
         store: Where to keep it.
         name: The name; by default the run's, the folder's or the repository's.
         parent: The version it followed; by default the one that the name means now.
@@ -75,39 +73,13 @@ def add(
     quiet_libraries()
     with _found(what, said, folder) as found:
         _check(found.folder, found.record.facts)
-        chosen = name or re.sub(r"[^a-z0-9._-]+", "-", found.name.lower())
+        chosen = name or re.sub(r"[^a-z0-9._-]+", "-", found.name.lower()).strip("-._")
         return store.add(found.folder, found.record, name=chosen, parent=parent)
-
-
-def find_adapter(what: str, *, folder: str = "runs", store: str = "adapters") -> Path:
-    """The folder of an adapter.
-
-    Args:
-        what: A run by name or path, an adapter's folder, or a name, tag or version of the store.
-        folder: Where the runs are.
-        store: Where the store is.
-
-    Raises:
-        BadAdapter: There is nothing of that name, or it is a version of the store that is damaged.
-        BadRun: The run has no adapter yet.
-    """
-    if _is_run(what, folder):
-        return _finished(what, folder).adapter
-    if (Path(what) / CONFIG).is_file() or is_side_car(Path(what)):
-        return Path(what)
-    kept = Store(Path(store))
-    if not kept.meant(what):
-        raise BadAdapter(
-            f"{what} is no run in {folder}, no adapter's folder, and no name, tag or version in the store "
-            f"{store}.",
-            cure="`qadapt adapters list` shows what the store has.",
-        )
-    return kept.folder_of(kept.find(what))
 
 
 @contextmanager
 def _found(what: str, said: Said, folder: str) -> Iterator[Found]:
-    path = Path(what).expanduser()
+    path, repository = Path(what).expanduser(), what.removeprefix(HUB)
     if said.revision is not None and (_is_run(what, folder) or path.exists()):
         raise BadAdapter(
             f"{what} has no revisions ({said.revision!r}): only a hub's adapters do.",
@@ -121,14 +93,14 @@ def _found(what: str, said: Said, folder: str) -> Iterator[Found]:
         with _described(path, said, name=what) as place:
             source = f"folder {path.resolve().name}"
             yield Found(place, _record_of_folder(place, source), path.resolve().name)
-    elif _HUB_ID.fullmatch(what):
+    elif _HUB_ID.fullmatch(repository):
         from qadapt.model.hub_files import fetch_files
 
         with _temporary() as fetched:
-            commit = fetch_files(what, fetched, choose=_chooser(what), revision=said.revision)
-            with _described(fetched, said, name=what) as place:
-                record = _record_of_folder(place, f"hub {what}@{commit}")
-                yield Found(place, record, what.partition("/")[2])
+            commit = fetch_files(repository, fetched, choose=_chooser(repository), revision=said.revision)
+            with _described(fetched, said, name=repository) as place:
+                record = _record_of_folder(place, f"hub {repository}@{commit}")
+                yield Found(place, record, repository.partition("/")[2])
     else:
         find_run(what, folder)  # says which runs there are
 
@@ -136,12 +108,16 @@ def _found(what: str, said: Said, folder: str) -> Iterator[Found]:
 @contextmanager
 def _described(folder: Path, said: Said, *, name: str) -> Iterator[Path]:
     """A folder whose adapter says what it was trained on: the same one, or a copy to which that was added."""
-    if not is_adopted(folder):
-        _refuse_said(said, name)
-        yield folder
-        return
+    if not is_foreign(folder):
+        _refuse_said(replace(said, base=None), name)
+        if said.base is None:
+            yield folder
+            return
     with _temporary() as place:
-        adopt(folder, place, said, name=name)
+        if is_foreign(folder):
+            adopt(folder, place, said, name=name)
+        else:
+            move_base(folder, place, said.base or "")
         yield place
 
 
@@ -173,41 +149,19 @@ def _chooser(name: str) -> Callable[[Sequence[str]], list[str]]:
 
 
 def _record_of_run(run: RunFolder) -> Record:
-    plan, events = read_plan(run.plan), effective(read_events(run.path))
-    trained = {event.step: event.loss for event in events if isinstance(event, StepDone)}
-    held_out = {event.step: event.loss for event in events if isinstance(event, Evaluated)}
-    metrics: dict[str, float] = {"steps": max(trained, default=0)}
-    if trained:
-        metrics["training loss"] = trained[max(trained)]
-    if held_out:
-        metrics["held-out loss"] = min(held_out.values())
+    trained, recipe = of_run(run), read_plan(run.plan).recipe
     return Record(
-        facts=read_facts(run.adapter),
-        method=plan.recipe.get("adapter", {}).get("method") or _method_of(run.adapter),
+        facts=trained.facts,
+        method=recipe.get("adapter", {}).get("method") or trained.method,
         source=f"run {run.name}",
-        data=plan.ingredients.rows,
-        recipe=plan.recipe,
-        metrics=metrics,
+        data=trained.rows,
+        recipe=recipe,
+        metrics=trained.metrics,
     )
 
 
 def _record_of_folder(folder: Path, source: str) -> Record:
-    return Record(facts=read_facts(folder), method=_method_of(folder), source=source)
-
-
-def _method_of(folder: Path) -> str:
-    if is_side_car(folder):
-        return str(read_settings(folder).get("kind"))
-    try:
-        values: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = str(values["peft_type"]).lower()
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadAdapter(
-            f"{folder} holds no adapter: no {CONFIG} says of which method it is.",
-            cure="Give the folder of an adapter, or a finished run.",
-        ) from None
-    refined = {"use_dora": "dora", "use_rslora": "rslora"}
-    return next((name for field, name in refined.items() if values.get(field)), kind)
+    return Record(facts=read_facts(folder), method=method_of(folder), source=source)
 
 
 def _check(folder: Path, facts: AdapterFacts) -> None:

@@ -11,9 +11,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qadapt.data.conversation import Conversation
 from qadapt.data.order import Order
 from qadapt.data.prepared import (
     Part,
@@ -26,12 +23,12 @@ from qadapt.data.prepared import (
     read_sources,
 )
 from qadapt.data.prompt import PromptContract, load_contract
-from qadapt.data.reading.sources import RowReader, Skipped
+from qadapt.data.reading.sources import Skipped
 from qadapt.data.row_cache import drop_unused
-from qadapt.data.row_notes import Note, no_rows_left, part_notes, source_notes, split_notes, token_notes
-from qadapt.data.rows import Rows, RowSet
+from qadapt.data.row_notes import no_rows_left, part_notes, source_notes, split_notes, token_notes
+from qadapt.data.rows import Rows
 from qadapt.data.split import Split, split_rows
-from qadapt.errors import BadData, BadRun
+from qadapt.errors import BadData
 from qadapt.events import DataReady, Event, Warned
 from qadapt.methods import virtual_tokens
 from qadapt.model.source import ModelFiles, find_model, is_here
@@ -255,111 +252,6 @@ def divided(recipe: Recipe, parts: list[Part], contract: PromptContract) -> Spli
         pad_id=contract.pad_id,
     )
     return replace(split, rows=split.rows.behind(virtual_tokens(recipe.adapter.method, recipe.adapter.rank)))
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Rows to evaluate on, and the first of the conversations that they were made of.
-
-    `parts` hold the stores the rows lie in; `notes` say what became of the rows of a file, with cures.
-    """
-
-    rows: RowSet
-    conversations: list[Conversation]
-    parts: tuple[Part, ...]
-    notes: tuple[Note, ...] = ()
-
-
-def rows_to_evaluate(
-    recipe: Recipe, contract: PromptContract, *, data: Path | None, fingerprint: str, conversations: int
-) -> Chosen:
-    """The rows of a file, or those that the recipe's run held out.
-
-    Args:
-        recipe: The run's.
-        contract: How rows become tokens.
-        data: The file.
-        fingerprint: Of the rows that the run was made of.
-        conversations: So many are wanted as such, too.
-
-    Raises:
-        BadRun: No file is given, and the run held out none or its rows are others today.
-        BadData: The file or a row of it cannot be used, or no row has anything to learn.
-    """
-    if data is not None:
-        return _rows_of_file(recipe, contract, data, conversations=conversations)
-    return _held_out(recipe, contract, fingerprint=fingerprint, conversations=conversations)
-
-
-def _rows_of_file(recipe: Recipe, contract: PromptContract, data: Path, *, conversations: int) -> Chosen:
-    reading, sources = replace(reading_of(recipe), skips_malformed=False), (Source(str(data)),)
-    part = prepare_part(identify(sources), reading, contract)
-    rows = RowSet(part.prepared.store)
-    if not len(rows):
-        raise no_rows_left("evaluate on", part.tally)
-    first = _conversations(sources, reading.reader(), rows=rows, most=conversations)
-    return Chosen(rows, first, (part,), tuple(part_notes(part, "rows", length=reading.length)))
-
-
-def _held_out(recipe: Recipe, contract: PromptContract, *, fingerprint: str, conversations: int) -> Chosen:
-    training, own = training_sources(recipe), held_out_sources(recipe)
-    if not own and not recipe.data.held_out_fraction:
-        raise BadRun(f"The run {recipe.run.name} held out no rows.", cure="Give a file of rows with --data.")
-    rows, parts = _rows_of_run(recipe, contract, fingerprint=fingerprint)
-    reader = reading_of(recipe).reader()
-    first = _conversations(own or training, reader, rows=rows.held_out, most=conversations)
-    return Chosen(rows.held_out, first, parts)
-
-
-def rows_to_prove(recipe: Recipe, contract: PromptContract, *, fingerprint: str) -> tuple[Chosen, bool]:
-    """The rows that a run held out, or those it trained on if there are none; whether they were held out.
-
-    Args:
-        recipe: The run's.
-        contract: How rows become tokens.
-        fingerprint: Of the rows that the run was made of.
-
-    Raises:
-        BadRun: The rows are others today.
-        BadData: A file or a row of it cannot be used.
-    """
-    rows, parts = _rows_of_run(recipe, contract, fingerprint=fingerprint)
-    are_held_out = len(rows.held_out) > 0
-    return Chosen(rows.held_out if are_held_out else rows.train, [], parts), are_held_out
-
-
-def _rows_of_run(
-    recipe: Recipe, contract: PromptContract, *, fingerprint: str
-) -> tuple[Rows, tuple[Part, ...]]:
-    """The rows that a run was made of, and the parts that hold their stores."""
-    reading, sources = reading_of(recipe), (training_sources(recipe), held_out_sources(recipe))
-    parts = [prepare_part(identify(each), reading, contract) for each in sources if each]
-    rows = divided(recipe, parts, contract).rows
-    if rows.fingerprint != fingerprint:
-        raise BadRun(
-            f"The rows are not those that the run {recipe.run.name} was made of: others would be held out, "
-            "and some of them were trained on.",
-            cure="Put the files of rows back as they were, or give a file of other rows with --data.",
-        )
-    return rows, tuple(parts)
-
-
-def _conversations(
-    sources: tuple[Source, ...], reader: RowReader, *, rows: RowSet, most: int
-) -> list[Conversation]:
-    """The first conversations that some rows of these sources were made of."""
-    found: list[Conversation] = []
-    if not most:
-        return found
-    wanted, at = np.unique(rows.numbers()), 0
-    for number, row in enumerate(read_sources(sources, reader)):
-        if number == wanted[at]:
-            at += 1
-            if isinstance(row, Conversation):
-                found.append(row)
-            if len(found) == most or at == len(wanted):
-                break
-    return found
 
 
 def _warned(notes: Iterable[tuple[str, str]]) -> Generator[Event, None, None]:

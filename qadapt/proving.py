@@ -1,4 +1,4 @@
-"""The proof of a run's export, made while it is exported, and repeated on any later day (`qadapt verify`).
+"""The proof of an adapter's export, made while it is exported, and repeated on any day (`qadapt verify`).
 
     files as written ─► every tensor ─► tokenizer, template, ends ─► behaviour beside the live model ─► hashes
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from qadapt.adapters.facts import AdapterFacts, own_files, read_facts
+from qadapt.adapters.facts import own_files
+from qadapt.adapters.store import SHOWN, Store
 from qadapt.data.prompt import PromptContract, saved_contract
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens
 from qadapt.engine.out_of_memory import free_memory
-from qadapt.errors import BadData, BadModel, BadRun, DoesNotFit, Unsupported
+from qadapt.errors import BadAdapter, BadData, BadModel, BadRun, DoesNotFit, Unsupported
 from qadapt.events import Event, Warned
 from qadapt.export.adapter_proof import prove_copied
 from qadapt.export.behaviour import Behaviour, Sample, prove_behaviour
@@ -42,17 +43,16 @@ from qadapt.export.reference import open_reference
 from qadapt.export.stored_tensors import Written
 from qadapt.export.streamed_model import StreamedModel
 from qadapt.export.tensor_proof import TensorProof, prove_tensors, prove_written
-from qadapt.material import rows_to_prove
+from qadapt.measuring import rows_to_prove
 from qadapt.model.precision import choose_device
 from qadapt.model.source import ModelFiles
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
-from qadapt.recipe_file import read_recipe
-from qadapt.run import load
 from qadapt.run_folder import RunFolder, find_run
 from qadapt.run_parts import find_same_base
+from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report, with_progress
-from qadapt.train.stored_plan import read_plan
+from qadapt.trained import Trained, trained_of
 from qadapt.units import MIB
 
 MOST_ROWS, MOST_TOKENS, FEWEST_TOKENS = 64, 8192, 512
@@ -72,7 +72,7 @@ class _Subject:
     """An export, and what it was made of."""
 
     folder: Path
-    run: RunFolder
+    trained: Trained
     files: ModelFiles
     made_of: MadeOf
     contract: PromptContract
@@ -90,7 +90,7 @@ class _Subject:
 
 def prove_export(
     folder: Path,
-    run: RunFolder,
+    trained: Trained,
     *,
     form: str,
     base: str,
@@ -100,18 +100,17 @@ def prove_export(
 
     Args:
         folder: The export.
-        run: The run it was made of.
+        trained: What it was made of.
         form: Its form, such as `merged-fp16`.
         base: Weights it is merged on, `dequantized` or `original`; empty for the adapter alone.
-        files: The run's base.
+        files: Its base.
 
     Raises:
         BadExport: The export is not the model that was trained; `proof.json` is not written.
-        BadRun: The run is damaged.
+        BadRun: What it was made of is damaged.
     """
-    facts = read_facts(run.adapter)
-    made_of = _made_of(run, facts, form=form, base=base)
-    subject = _Subject(folder, run, files, made_of, saved_contract(run.adapter, files.folder))
+    made_of = _made_of(trained, form=form, base=base)
+    subject = _Subject(folder, trained, files, made_of, saved_contract(trained.adapter, files.folder))
     proof = yield from _proven(subject)
     proof.check()
     hashed = yield from _hashed(folder)
@@ -140,17 +139,21 @@ class Verified:
 
 
 def verify_export(
-    export: Path, *, run: str | None = None, folder: str = "runs"
+    export: Path, *, run: str | None = None, folder: str = "runs", store: str = "adapters"
 ) -> Generator[Event, None, Verified]:
-    """Repeats the proof of an export: the hashes of its files always, the rest if its run is found.
+    """Repeats the proof of an export: the hashes of its files always, the rest if what it is made of is here.
 
     Args:
         export: The folder of an export.
-        run: Name or path of its run; None: where the export lies in a run, that one, else by its name.
+        run: What it was made of, as `find_trained` takes it; None: where the export lies in a run, that one,
+            else the run or the version of the store of its name.
         folder: Where the runs are.
+        store: Where the store is.
 
     Raises:
-        BadRun: The folder has no proof, there is no such run, or the one that is given made another export.
+        BadAdapter: The name that is given stands for more than one adapter, or a damaged one.
+        BadRun: The folder has no proof, there is nothing of the name that is given, or that made another
+            export.
     """
     quiet_libraries()
     recorded = read_proof(export)
@@ -159,7 +162,12 @@ def verify_export(
     changed = tuple(changed_files(recorded["files"], hashed))
     if changed:
         return Verified(made_of, len(hashed), changed, reason="its files are not those that were proven")
-    subject = yield from _found_again(export, made_of, run=run, folder=folder)
+    partner = (
+        _partner_of(export, made_of, folder, Store(Path(store)))
+        if run is None
+        else find_partner(run, folder, store=store)
+    )
+    subject = yield from _found_again(export, made_of, partner, store=store)
     if isinstance(subject, str):
         if run is not None:
             raise BadRun(
@@ -172,39 +180,40 @@ def verify_export(
 
 
 def _found_again(
-    export: Path, made_of: MadeOf, *, run: str | None, folder: str
+    export: Path, made_of: MadeOf, partner: Partner | None, *, store: str
 ) -> Generator[Event, None, _Subject | str]:
     """What the export was made of, as it is today; or why the proof cannot be repeated."""
-    found = find_run(run, folder) if run is not None else _run_of(export, made_of, folder)
-    if found is None:
+    if partner is None:
         return f"the run {made_of.run} is not here; give it with --run"
     try:
-        facts = read_facts(found.adapter)
-        now = _made_of(found, facts, form=made_of.form, base=made_of.base)
+        found = trained_of(partner, store=store)
+        now = _made_of(found, form=made_of.form, base=made_of.base)
         if replace(now, run=made_of.run) != made_of:
-            return f"the run {found.name} has another adapter or base than this export was made of"
-        files = yield from with_progress("finding the base", partial(find_same_base, facts))
+            return f"{found.said} has another adapter or base than this export was made of"
+        files = yield from with_progress("finding the base", partial(find_same_base, found.facts))
         return _Subject(export, found, files, made_of, saved_contract(found.adapter, files.folder))
-    except (BadRun, BadModel) as error:
+    except (BadAdapter, BadRun, BadModel) as error:
         return error.problem
 
 
-def _run_of(export: Path, made_of: MadeOf, folder: str) -> RunFolder | None:
-    """The run that an export lies in, or the one of its name."""
+def _partner_of(export: Path, made_of: MadeOf, folder: str, kept: Store) -> Partner | None:
+    """The run that an export lies in, or the one of its name, or the version of the store."""
     around = RunFolder(export.absolute().parent.parent)
     if around.journal.is_file():
-        return around
-    try:
-        return find_run(made_of.run, folder)
-    except BadRun:
-        return None
+        return Partner("run", around.path)
+    with suppress(BadRun):
+        return Partner("run", find_run(made_of.run, folder).path)
+    with suppress(BadAdapter):
+        version = kept.find(made_of.run)
+        return Partner("adapter", kept.folder_of(version), version)
+    return None
 
 
-def _made_of(run: RunFolder, facts: AdapterFacts, *, form: str, base: str) -> MadeOf:
-    digest = hashlib.sha256()
+def _made_of(trained: Trained, *, form: str, base: str) -> MadeOf:
+    facts, digest = trained.facts, hashlib.sha256()
     try:
-        for name in own_files(run.adapter):
-            with (run.adapter / name).open("rb") as file:
+        for name in own_files(trained.adapter):
+            with (trained.adapter / name).open("rb") as file:
                 while piece := file.read(MIB):
                     digest.update(piece)
     except OSError as error:
@@ -212,7 +221,8 @@ def _made_of(run: RunFolder, facts: AdapterFacts, *, form: str, base: str) -> Ma
             f"{error.filename} cannot be read: {error.strerror}.", cure="Give the folder of a finished run."
         ) from None
     model = facts.base if facts.revision else Path(facts.base).name  # no folder of this machine
-    return MadeOf(run.name, form, base, model, facts.revision, facts.fingerprint, digest.hexdigest())
+    name = trained.version[:SHOWN] or trained.name
+    return MadeOf(name, form, base, model, facts.revision, facts.fingerprint, digest.hexdigest())
 
 
 def _hashed(folder: Path) -> Generator[Event, None, dict[str, dict[str, Any]]]:
@@ -260,8 +270,8 @@ def _with_tensors(subject: _Subject, proof: Proof) -> Generator[Event, None, Pro
 
 
 def _tensors(subject: _Subject) -> Generator[Event, None, TensorProof]:
-    """Every tensor that base and adapter make; of the adapter's own files that they are the run's."""
-    model, adapter, base = subject.files.folder, subject.run.adapter, subject.made_of.base
+    """Every tensor that base and adapter make; of the adapter's own files that they are the same."""
+    model, adapter, base = subject.files.folder, subject.trained.adapter, subject.made_of.base
     if subject.form in MERGED_FORMS:
         return (
             yield from prove_tensors(
@@ -284,14 +294,14 @@ def _tensors(subject: _Subject) -> Generator[Event, None, TensorProof]:
 
 
 def _with_behaviour(subject: _Subject, proof: Proof) -> Generator[Event, None, Proof]:
-    recipe = read_recipe(str(subject.run.recipe))
-    fingerprint = read_plan(subject.run.plan).ingredients.rows
+    trained, recipe = subject.trained, subject.trained.recipe
     try:
-        chosen, are_held_out = rows_to_prove(recipe, subject.contract, fingerprint=fingerprint)
+        chosen, are_held_out = rows_to_prove(recipe, subject.contract, fingerprint=trained.rows)
     except (BadRun, BadData) as error:
+        back = "Put the files of rows back as they were, and `qadapt verify` the export."
         yield Warned(
             message=f"The export is not run beside the live model: {error.problem}",
-            cure="Put the files of rows back as they were, and `qadapt verify` the export.",
+            cure=error.cure if recipe is None else back,
         )
         return replace(proof, left_out=(*proof.left_out, f"behaviour: {error.problem}"))
     behaviour = None
@@ -310,10 +320,11 @@ def _with_behaviour(subject: _Subject, proof: Proof) -> Generator[Event, None, P
     return replace(proof, behaviour=behaviour)
 
 
-def _devices(recipe: Recipe) -> list[torch.device]:
+def _devices(recipe: Recipe | None) -> list[torch.device]:
     """The device of the recipe, then the CPU."""
     host = torch.device("cpu")
-    if recipe.memory.device == "cpu" or not torch.cuda.is_available():
+    is_on_cpu = recipe is not None and recipe.memory.device == "cpu"
+    if is_on_cpu or not torch.cuda.is_available():
         return [host]
     return [choose_device("auto"), host]
 
@@ -322,7 +333,7 @@ def _behaviour(
     subject: _Subject, rows: RowSet, *, are_held_out: bool, device: torch.device
 ) -> Generator[Event, None, Behaviour]:
     def live() -> PeftModel:
-        return load(str(subject.run.path.absolute()), device=device.type).model
+        return subject.trained.load(device).model
 
     opened = exported_tensors(subject.folder, subject.form, model_folder=subject.files.folder)
     with opened as (config, tensors):

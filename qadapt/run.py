@@ -25,14 +25,15 @@ from qadapt.cache import output_errors
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract
 from qadapt.errors import BadRun
 from qadapt.events import Event, Paused, RunFinished, StepDone, Stopped
-from qadapt.loading import Tuned, load_run
-from qadapt.material import Material, order_of, prepare, resolved, rows_to_evaluate
+from qadapt.loading import Tuned
+from qadapt.material import Material, order_of, prepare, resolved
+from qadapt.measuring import rows_to_evaluate
 from qadapt.model.precision import choose_device
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
-from qadapt.recipe_file import dump_yaml, read_recipe
+from qadapt.recipe_file import dump_yaml
 from qadapt.resumption import (
     Consent,
     Earlier,
@@ -62,7 +63,11 @@ from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
+from qadapt.trained import find_trained
 from qadapt.view.journal import Journal, effective, read_events
+
+ROWS_AT_ONCE = 4
+"""In an evaluation for which no run planned how many fit; fewer where memory runs out."""
 
 
 def train(recipe: Recipe) -> Iterator[Event]:
@@ -249,49 +254,66 @@ def _remember(recipe: Recipe, plan: StoredPlan, run: RunFolder, *, loop: Loop, m
         remember_peak(recipe, plan, run, measured_bytes=measured_bytes)
 
 
-def load(name: str, *, folder: str = "runs", device: str = "auto") -> Tuned:
-    """Loads base and adapter of a finished run, as they were trained, and placed as they were in the end.
+def load(name: str, *, folder: str = "runs", store: str = "adapters", device: str = "auto") -> Tuned:
+    """Loads an adapter and its base, as they were trained, those of a run placed as they were in the end.
+
+    Args:
+        name: A run by name or path, an adapter's folder, or a name, tag or version of the store.
+        folder: Where the runs are.
+        store: Where the store is.
+        device: Where to; `auto`, `cpu` or `cuda`.
 
     Raises:
-        BadRun: There is no such run, or it has no adapter yet.
+        BadAdapter: A version of the store is damaged, or the name stands for more than one adapter.
+        BadRun: There is nothing of that name, or a run has not finished.
         DoesNotFit: Memory ran out.
     """
     quiet_libraries()
-    return load_run(find_run(name, folder), device=choose_device(device))
+    return find_trained(name, folder=folder, store=store).load(choose_device(device))
 
 
 def evaluate(
-    name: str, *, data: Path | None = None, answers: int = 0, max_new_tokens: int = 256, folder: str = "runs"
+    name: str,
+    *,
+    data: Path | None = None,
+    answers: int = 0,
+    max_new_tokens: int = 256,
+    folder: str = "runs",
+    store: str = "adapters",
 ) -> Evaluation:
-    """Measures a finished run's adapter on rows.
+    """Measures an adapter on rows.
 
     Args:
-        name: Name or path of the run.
-        data: A file of rows; None: the rows that the run held out.
+        name: As `load` takes it; so too folder and store.
+        data: A file of rows; None: the rows that its run held out.
         answers: Let the model answer so many rows, too; those that ask nothing are passed over.
         max_new_tokens: Longest answer in tokens.
         folder: Where the runs are.
+        store: Where the store is.
 
     Raises:
-        BadRun: There is no such run, it has no adapter yet, it held out no rows, or its rows changed.
+        BadAdapter: A version of the store is damaged, or the name stands for more than one adapter.
+        BadRun: There is nothing of that name, a run has not finished, no rows were held out, or they changed.
         BadData: The file or a row of it cannot be used.
     """
-    run = find_run(name, folder)
-    recipe, plan = read_recipe(str(run.recipe)), read_plan(run.plan)
-    tuned = load(name, folder=folder)
+    quiet_libraries()
+    trained = find_trained(name, folder=folder, store=store)
+    tuned = trained.load(choose_device("auto"))
     chosen = rows_to_evaluate(
-        recipe,
+        trained.recipe,
         tuned.contract,
         data=data,
-        fingerprint=plan.ingredients.rows,
+        fingerprint=trained.rows,
         conversations=answers,
+        in_front=trained.in_front,
     )
+    plan = None if trained.run is None else read_plan(trained.run.plan)
     loss, base_loss = evaluate_rows(
         tuned.model,
         chosen.rows,
-        size=plan.micro_batch,
+        size=ROWS_AT_ONCE if plan is None else plan.micro_batch,
         pad_id=tuned.contract.pad_id,
-        loss_chunk=plan.loss_chunk or LOSS_CHUNK,
+        loss_chunk=(plan.loss_chunk if plan else 0) or LOSS_CHUNK,
     )
     return Evaluation(
         rows=len(chosen.rows),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 _DATASET = r"(datasets/[^/]+/[^/]+)"
+_MODEL = r"models/([^/]+/[^/]+)"
 _NAME = r"(?:models/)?((?:datasets/)?[^/]+/[^/]+)"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -138,6 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.hub.repositories[name].files[line["value"]["path"]] = content
+                elif line["key"] == "deletedFile":
+                    del self.hub.repositories[name].files[line["value"]["path"]]
             self.answer({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def answer(self, values: object, *, status: int = 200) -> None:
@@ -156,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
         if match := re.fullmatch(rf"/api/{_NAME}(?:/revision/(.+))?", path):
             self.info(match[1], match[2] or "main")
+        elif match := re.fullmatch(rf"/api/{_MODEL}/tree/([^/]+)", path):
+            self.tree(match[1], match[2], lambda file: True)
         elif match := re.fullmatch(rf"/api/{_DATASET}/tree/([^/]+)(?:/(.*))?", path):
             folder = f"{match[3]}/" if match[3] else ""
             self.tree(match[1], match[2], lambda file: file.startswith(folder))

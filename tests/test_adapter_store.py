@@ -17,7 +17,7 @@ from qadapt.adapters import store as store_module
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.pointers import Name, check_name
 from qadapt.adapters.store import Added, Store
-from qadapt.adapters.versions import Record, files_of, read_version
+from qadapt.adapters.versions import FileFacts, Record, Version, files_of, read_version
 from qadapt.errors import BadAdapter, BadOutput, NoRoom
 
 FACTS = AdapterFacts(
@@ -77,6 +77,12 @@ def test_an_id_is_the_sha256_of_a_description_with_all_hashes(shelf: Shelf) -> N
     assert shelf.store.version(second).parent == first
     other = replace(shelf.store.version(first), record=replace(RECORD, data="0" * 64))
     assert other.id != first
+
+
+def test_an_id_is_the_same_in_every_release() -> None:
+    """Whoever adds a field to what is known must leave it out of the description where it says nothing."""
+    version = Version({"adapter_model.safetensors": FileFacts(3, "a" * 64)}, RECORD, "b" * 64)
+    assert version.id == "8731bba7788d38475c04c8341a1e11ada6c003134af2021cb0a4a493b104d492"
 
 
 def test_what_is_there_is_not_added_twice(shelf: Shelf) -> None:
@@ -285,11 +291,19 @@ def test_a_description_that_was_changed_is_refused(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "used": []}']
+    "text",
+    [
+        *("", "{", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "used": [], "left": []}'),
+        '{"version": 1, "used": ["ID"]}',
+        '{"version": 1, "used": "ID", "left": []}',
+        '{"version": 1, "used": ["ID"], "left": 3}',
+        '{"version": 1, "used": [4], "left": []}',
+        '{"version": 1, "used": ["../ID"], "left": []}',
+    ],
 )
 def test_a_damaged_name_says_which_file(shelf: Shelf, text: str) -> None:
-    shelf.add("one")
-    (shelf.store.path / "names" / "summaries.json").write_text(text)
+    one = shelf.add("one")
+    (shelf.store.path / "names" / "summaries.json").write_text(text.replace("ID", one))
     with pytest.raises(BadAdapter, match=r"summaries\.json does not say which version is meant"):
         shelf.store.names()
 

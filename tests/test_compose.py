@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from qadapt.adapters import thinning
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
-from qadapt.adapters.facts import write_facts
+from qadapt.adapters.facts import COMBINATION_FILE, write_facts
 from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, QadaptError, Unsupported
 from qadapt.events import Event, StageAdvanced, Warned
 from qadapt.export.adapter import Adapter
-from qadapt.export.combine import RECORD, Combined, Way, combine
+from qadapt.export.combine import Combined, Way, combine
 
 WEIGHTS = "adapter_model.safetensors"
 ROWS, COLUMNS = 37, 53
@@ -226,6 +227,17 @@ def test_a_copy_may_be_of_any_method(tiny, tmp_path):
         assert (tmp_path / f"{place} out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
+def test_a_copy_has_all_that_belongs_to_the_adapter(make, tmp_path):
+    folder = Path(shutil.copytree(make(), tmp_path / "mine"))
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/rag.jinja", "LICENSE", "notes.txt"):
+        (folder / name).write_text(name, encoding="utf-8")
+    put_together([(folder, 1)], tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert {"additional_chat_templates/rag.jinja", "LICENSE"} <= found
+    assert "notes.txt" not in found
+
+
 @pytest.mark.parametrize("first", FORMS)
 @pytest.mark.parametrize("second", FORMS)
 def test_a_weighted_sum_is_the_sum_of_the_changes(tiny, make, tmp_path, first, second):
@@ -332,7 +344,7 @@ def test_the_error_that_is_told_is_that_of_what_is_written(make, tmp_path, way):
     found = deltas(tmp_path / "out")
     errors = {name: float((asked[name] - found[name]).norm()) for name in asked}
     size = sum(float(value.square().sum()) for value in asked.values()) ** 0.5
-    told = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))["error"]
+    told = json.loads((tmp_path / "out" / COMBINATION_FILE).read_text(encoding="utf-8"))["error"]
     assert (
         made.error == told == pytest.approx(sum(each**2 for each in errors.values()) ** 0.5 / size, rel=1e-5)
     )
@@ -392,7 +404,7 @@ def test_progress_is_counted_in_weights_and_the_record_names_the_parts(make, tmp
     events = list(combine([(a, 0.5), (b, -2)], tmp_path / "out"))
     counts = [(each.done, each.total, each.unit) for each in events if isinstance(each, StageAdvanced)]
     assert counts == [(done, len(counts), "weights") for done in range(1, len(counts) + 1)] and counts
-    record = json.loads((tmp_path / "out" / RECORD).read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "out" / COMBINATION_FILE).read_text(encoding="utf-8"))
     assert [(part["name"], part["weight"]) for part in record["parts"]] == [(a.name, 0.5), (b.name, -2)]
     assert record["way"] == {"name": "sum", "rank": None, "density": None, "seed": 0}
 

@@ -514,7 +514,7 @@ def test_mix_whose_numbers_are_not_those_of_its_runs_does_not_appear(pair, tmp_p
         yield from merge(adapter_folder=adapter_folder[:1], **options)
 
     monkeypatch.setattr(exporting, "merge", forgetful)
-    with pytest.raises(BadExport, match="not what its runs make together"):
+    with pytest.raises(BadExport, match="not what its adapters make together"):
         list(export(WEIGHTS, folder=str(pair), to=tmp_path / "exports" / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from hub_server import COMMIT, Hub, Repository, running_hub
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,11 +21,13 @@ from qadapt.adapters.side_car_files import write_side_car
 from qadapt.adapters.store import Store
 from qadapt.adoption import Said
 from qadapt.cli.main import run
+from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadAdapter, BadModel, BadRun, QadaptError
-from qadapt.keeping import add, find_adapter
+from qadapt.keeping import add
 from qadapt.loading import load_tuned
 from qadapt.model.hub_files import fetch_files
 from qadapt.model.source import find_model
+from qadapt.trained import find_trained
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -92,7 +94,7 @@ def refused(store: Store, folder: Path, problem: str, kind: type[QadaptError] = 
 def test_an_adapter_comes_out_as_it_went_in(store: Store, folder: Path) -> None:
     added = add(str(folder), store)
     assert (added.name, added.is_new, added.version.record.method) == ("mine", True, "lora")
-    kept = find_adapter("mine", store=str(store.path))
+    kept = find_trained("mine", store=str(store.path)).adapter
     for name in ("adapter_model.safetensors", "adapter_config.json", "qadapt.json"):
         assert (kept / name).read_bytes() == (folder / name).read_bytes()
 
@@ -105,14 +107,30 @@ def test_an_adapter_comes_out_as_it_went_in(store: Store, folder: Path) -> None:
         ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1.0}}, "lora"),
         ({"modules_to_save": ["lm_head"]}, "lora"),
         ({"bias": "lora_only"}, "lora"),
-        ({"trainable_token_indices": {"embed_tokens": [1, 5]}}, "lora"),
+        ({"trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 6]}}, "lora"),
     ],
 )
-def test_what_peft_can_save_fits(
+def test_what_peft_can_save_is_kept_and_answers_as_peft_s_own(
     store: Store, tmp_path: Path, tiny_model: TinyModel, options: dict[str, Any], method: str
 ) -> None:
-    folder = write_adapter(tmp_path / "odd", tiny_model("qwen2"), **options)
-    assert add(str(folder), store).version.record.method == method
+    model = tiny_model("qwen2")
+    folder = write_adapter(tmp_path / "odd", model, **options)
+    write_facts(facts_of(model, quantization="none", double_quant=False), folder)
+    shutil.copyfile(contract_of(model, tmp_path), folder / CONTRACT_FILE)
+    version = add(str(folder), store).version
+    assert version.record.method == method
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, str(folder))
+    ours = load_tuned(store.folder_of(version.id), device=torch.device("cpu"))
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(ours.model(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
+
+
+def contract_of(model: Path, place: Path) -> Path:
+    path = place / "contract.json"
+    path.write_text(json.dumps(load_contract(model).facts()), encoding="utf-8")
+    return path
 
 
 def test_ia3_fits(store: Store, tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -162,6 +180,43 @@ def test_tensors_that_do_not_fit_are_refused_by_name(store: Store, folder: Path,
     refused(store, folder, problem)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64, torch.uint16]
+)
+def test_numbers_of_a_type_that_no_adapter_has_are_refused(
+    store: Store, folder: Path, dtype: torch.dtype
+) -> None:
+    name = f"{LAYER}.lora_A.weight"
+    change_tensors(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    refused(store, folder, "which is no type that adapters are trained in")
+
+
+def test_a_huge_update_of_a_table_is_refused(store: Store, tmp_path: Path, tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(str(tmp_path / "table"), save_embedding_layers=False)
+    write_facts(facts_of(model), tmp_path / "table")
+    change_tensors(tmp_path / "table", lambda t: [each.normal_(std=0.02) for each in t.values()])
+    assert add(str(tmp_path / "table"), store, name="good").is_new
+    change_tensors(tmp_path / "table", lambda t: [each.mul_(200) for each in t.values()])
+    with pytest.raises(
+        BadAdapter, match=r"would drown its base: its update of .*embed_tokens has a root mean"
+    ):
+        add(str(tmp_path / "table"), store, name="bad")
+
+
+@pytest.mark.parametrize(
+    "values", [{"base": 4}, {"revision": 3}, {"double_quant": "yes"}, {"prompt_fingerprint": None}]
+)
+def test_what_is_said_of_a_base_must_say_something(
+    store: Store, folder: Path, values: dict[str, Any]
+) -> None:
+    path = folder / "qadapt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    refused(store, folder, "holds no adapter that qadapt trained", BadRun)
+
+
 def test_an_absurd_alpha_is_refused(store: Store, folder: Path) -> None:
     change_config(folder, lora_alpha=1e9)
     refused(store, folder, "would drown its base: its update of")
@@ -172,7 +227,19 @@ def test_an_absurd_alpha_is_refused(store: Store, folder: Path) -> None:
     [
         ({"target_modules": ["no_such"]}, "does not fit its base: Target modules"),
         ({"r": 8}, "has the shape"),
-        ({"peft_type": "NO_SUCH"}, "describes no adapter"),
+        ({"target_modules": "("}, r"does not fit its base: missing \)"),
+        ({"peft_type": "NO_SUCH"}, "is of the method NO_SUCH, which is not loaded here"),
+        ({"peft_type": "XLORA", "adapters": {"0": "owner/other"}}, "is of the method XLORA"),
+        ({"peft_type": ["LORA"]}, "nothing there says of which method"),
+        ({"peft_type": None}, "nothing there says of which method"),
+        ({"alora_invocation_tokens": [1, 2]}, r"has alora_invocation_tokens = \[1, 2\], which is not loaded"),
+        ({"megatron_config": {"x": 1}, "megatron_core": "antigravity"}, "has megatron_config"),
+        (
+            {"trainable_token_indices": {"embed_tokens": 5}},
+            "has rows of the tokens .*: only those of new tokens",
+        ),
+        ({"trainable_token_indices": [1, 5]}, "has rows of the tokens .*: only those of new tokens"),
+        ({"trainable_token_indices": "ab"}, "has rows of the tokens .*: only those of new tokens"),
         ({"r": 0}, "does not fit its base"),
     ],
 )
@@ -203,8 +270,8 @@ def test_a_side_car_is_kept_under_its_method(store: Store, tmp_path: Path, tiny_
     folder = side_car(tmp_path / "mine", tiny_model("llama"))
     version = add(str(folder), store).version
     assert version.record.method == "pfeiffer"
-    assert find_adapter("mine", store=str(store.path)) == store.folder_of(version.id)
-    assert find_adapter(str(folder), store=str(store.path)) == folder
+    assert find_trained("mine", store=str(store.path)).adapter == store.folder_of(version.id)
+    assert find_trained(str(folder), store=str(store.path)).adapter == folder
 
 
 @pytest.mark.parametrize(
@@ -257,12 +324,40 @@ def test_an_adapter_of_others_is_kept_with_what_is_said_of_it(
     assert add(str(folder), store, said=said).is_new is False
 
 
+def test_a_base_that_lies_elsewhere_is_named_and_must_be_the_same(
+    store: Store, folder: Path, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    moved = Path(shutil.copytree(tiny_model("llama"), tmp_path / "moved"))
+    write_facts(facts_of(moved, base="/gone/model"), folder)
+    with pytest.raises(BadModel):
+        add(str(folder), store)
+    kept = store.folder_of(add(str(folder), store, said=Said(base=str(moved))).version.id)
+    assert read_facts(kept) == facts_of(moved)
+    other = str(tiny_model("llama", layers=3))
+    with pytest.raises(BadAdapter, match=r"is not the base of the adapter in .*: that is /gone/model"):
+        add(str(folder), store, said=Said(base=other))
+
+
+@pytest.mark.parametrize(
+    ("folder_name", "name"), [("My Adapter", "my-adapter"), ("_v2_", "v2"), ("Größe 3", "gr-e-3")]
+)
+def test_a_folder_gives_the_name_that_it_can(
+    store: Store, good: Path, tmp_path: Path, folder_name: str, name: str
+) -> None:
+    shutil.copytree(good, tmp_path / folder_name)
+    assert add(str(tmp_path / folder_name), store).name == name
+
+
 @pytest.mark.parametrize(
     ("said", "config", "problem"),
     [
         (Said(), {}, "nothing there says how its base was held"),
         (Said(held="none"), {"base_model_name_or_path": None}, "names no base"),
-        (Said(held="none"), {"peft_type": "LOHA"}, "is of the method LOHA; .* LORA and IA3 are loaded here"),
+        (
+            Said(held="none"),
+            {"peft_type": "LOHA"},
+            r"is of the method LOHA; of PEFT.s, LORA, IA3\b.* are loaded here",
+        ),
         (Said(held="none"), {"init_lora_weights": "pissa"}, "'pissa', which rewrites the base it starts on"),
     ],
 )
@@ -294,7 +389,7 @@ def test_a_damaged_file_is_refused(store: Store, folder: Path) -> None:
 
 def test_a_folder_without_configuration_or_facts_is_refused(store: Store, folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
-    refused(store, folder, r"no adapter_config\.json says of which method")
+    refused(store, folder, r"adapter_config\.json in .* describes no adapter")
     (folder / "qadapt.json").unlink()
     refused(store, folder, "holds no adapter that qadapt trained", BadRun)
 
@@ -316,7 +411,7 @@ def test_a_hub_adapter_is_pinned_by_its_commit_and_its_pickles_stay_there(
         assert added.version.record.source == f"hub owner/mine@{COMMIT}"
         assert not hub.downloads(".bin")
         assert (added.name, len(added.version.files)) == ("mine", 3)
-        again = add("owner/mine", store, said=Said(revision="main"))
+        again = add("hub:owner/mine", store, said=Said(revision="main"))
         assert (again.version.id, again.is_new) == (added.version.id, False)
 
 
@@ -366,10 +461,8 @@ def test_a_folder_has_no_revisions(store: Store, folder: Path) -> None:
 def test_what_is_nothing_says_what_there_is(store: Store, tmp_path: Path) -> None:
     with pytest.raises(BadRun, match="There is no run 'nothing'"):
         add("nothing", store, folder=str(tmp_path))
-    with pytest.raises(
-        BadAdapter, match=r"nothing is no run in .*, no adapter's folder, and no name, tag or version"
-    ):
-        find_adapter("nothing", folder=str(tmp_path), store=str(store.path))
+    with pytest.raises(BadRun, match="no run 'nothing', no such folder, and no such name, tag or version"):
+        find_trained("nothing", folder=str(tmp_path), store=str(store.path))
 
 
 def test_the_commands_follow_each_other(

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
+from killed_store import RECORD
+from killed_store import source as adapter_source
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_train import changed, make_recipe
 from transformers import AutoModelForCausalLM
 
+from qadapt.adapters.store import Store
 from qadapt.data.prompt import CONTRACT_FILE, exported_contract, load_contract
-from qadapt.errors import BadModel, BadRun, DoesNotFit, QadaptError
+from qadapt.errors import BadAdapter, BadModel, BadRun, DoesNotFit, QadaptError
 from qadapt.export.prompt_files import write_prompt_files
 from qadapt.loading import Loaded, load_partner
 from qadapt.model.load import load_base
@@ -93,6 +96,61 @@ def test_an_unknown_name_is_refused_with_the_nearest_run(tmp_path: Path) -> None
     (tmp_path / "order-bot").mkdir()
     (tmp_path / "order-bot/events.jsonl").touch()
     assert "Did you mean `order-bot`?" in refused("oder-bot", tmp_path).cure
+
+
+def named_bot(place: Path) -> Store:
+    """A store in which `bot` means the adapter of the run `bot` beside it."""
+    run, store = place / "runs/bot", Store(place / "adapters")
+    run.mkdir(parents=True)
+    (run / "events.jsonl").touch()
+    shutil.copytree(adapter_source(place, "one"), run / "adapter")
+    store.add(adapter_source(place, "one"), RECORD, name="bot")
+    return store
+
+
+def test_a_name_for_one_adapter_is_the_run_and_for_two_is_refused(tmp_path: Path) -> None:
+    store, runs = named_bot(tmp_path), tmp_path / "runs"
+    run = Partner("run", runs / "bot")
+    assert find_partner("bot", runs, store=store.path) == run
+    second = store.add(adapter_source(tmp_path, "two"), RECORD, name="bot").version.id
+    with pytest.raises(BadAdapter, match=r"bot is .*runs.bot, and in the store .* another adapter") as caught:
+        find_partner("bot", runs, store=store.path)
+    assert f"Give {runs / 'bot'} for the one, {second[:12]} for the other." == caught.value.cure
+    assert find_partner(str(runs / "bot"), runs, store=store.path) == run
+    kept = Partner("adapter", store.folder_of(second), second)
+    assert find_partner(second[:12], runs, store=store.path) == kept
+    store.rollback("bot")
+    assert find_partner("bot", runs, store=store.path) == run
+    shutil.rmtree(runs)
+    store.use("bot", second)
+    assert find_partner("bot", runs, store=store.path) == kept
+
+
+def test_a_folder_here_and_another_adapter_of_its_name_in_the_store_are_not_mistaken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = named_bot(tmp_path)
+    here = tmp_path / "here"
+    (here / "bot").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert find_partner("bot", store=store.path).version == store.find("bot")  # an empty folder is nothing
+    shutil.copytree(adapter_source(tmp_path, "two"), here / "bot", dirs_exist_ok=True)
+    with pytest.raises(BadAdapter, match=r"and in the store .* another adapter"):
+        find_partner("bot", store=store.path)
+    assert find_partner("./bot", store=store.path) == Partner("adapter", Path("bot"))
+
+
+def test_a_damaged_store_does_not_hinder_a_run(tmp_path: Path) -> None:
+    store = named_bot(tmp_path)
+    (store.path / "names/other.json").write_text("{", encoding="utf-8")
+    assert find_partner("bot", tmp_path / "runs", store=store.path).kind == "run"
+
+
+def test_a_mistyped_name_hears_what_the_store_has(tmp_path: Path) -> None:
+    store = named_bot(tmp_path)
+    with pytest.raises(BadRun, match="no such name, tag or version in the store") as caught:
+        find_partner("bott", tmp_path / "none", store=store.path)
+    assert caught.value.cure.endswith("has bot.")
 
 
 def test_a_run_without_an_adapter_says_how_it_comes_by_one(tmp_path: Path) -> None:

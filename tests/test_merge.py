@@ -315,6 +315,7 @@ def test_base_with_a_nan_is_refused(tmp_path, llama_adapter):
     ("field", "value"),
     [
         ("r", None), ("r", 0), ("r", "4"), ("lora_alpha", None), ("lora_alpha", "six"), ("rank_pattern", [1]),
+        ("lora_alpha", float("inf")), ("lora_alpha", float("nan")), ("alpha_pattern", {"q_proj": 1e999}),
         ("rank_pattern", {"q_proj(": 4}), ("alpha_pattern", {"q_proj": "6"}), ("modules_to_save", "lm_head"),
         ("bias", 1), ("trainable_token_indices", [3, -1]), ("trainable_token_indices", {"lm_head": [2, 2]}),
         ("peft_type", []),

@@ -34,7 +34,8 @@ from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.data_check import check_data
 from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, StageAdvanced, Warned
-from qadapt.material import Chosen, Material, prepare, resolved, rows_to_evaluate, step_count
+from qadapt.material import Material, prepare, resolved, step_count
+from qadapt.measuring import Chosen, rows_to_evaluate
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 

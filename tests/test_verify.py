@@ -14,7 +14,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qadapt import proving
-from qadapt.adapters.facts import read_facts
 from qadapt.cli.main import run
 from qadapt.cli.verify import _shown
 from qadapt.data.prepared import identify, prepare_part
@@ -24,12 +23,14 @@ from qadapt.events import Event, Exported, Warned
 from qadapt.export import merge
 from qadapt.export.gguf_prompt_proof import prove_gguf_prompt
 from qadapt.exporting import export
-from qadapt.material import divided, reading_of, rows_to_prove, training_sources
+from qadapt.material import divided, reading_of, training_sources
+from qadapt.measuring import rows_to_prove
 from qadapt.proving import Verified, verify_export
 from qadapt.recipe_file import check_recipe, read_recipe
 from qadapt.run import train
 from qadapt.run_folder import RunFolder
 from qadapt.run_parts import find_same_base
+from qadapt.trained import of_run
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -270,8 +271,8 @@ def forged(folder: Path, **changes: Any) -> Path:
 
 def proof_by(runs: Path, folder: Path, form: str, *, base: str) -> None:
     """Proves any folder as an export of the run `first`."""
-    whole = RunFolder(runs / "first")
-    files = find_same_base(read_facts(whole.adapter))
+    whole = of_run(RunFolder(runs / "first"))
+    files = find_same_base(whole.facts)
     list(proving.prove_export(folder, whole, form=form, base=base, files=files))
 
 

@@ -9,8 +9,10 @@ Legend: O output and I input width of a layer, R rank, N tokens, D width of a ta
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -18,18 +20,22 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from qadapt.adapters.facts import is_side_car
-from qadapt.adapters.side_car_files import read_settings, read_tensors
+from qadapt.adapters.facts import PEFT_FILES, is_side_car
+from qadapt.adapters.peft_config import read_peft_config
+from qadapt.adapters.side_car_files import TYPES, read_settings, read_tensors
 from qadapt.adapters.side_cars import load_side_car, side_car_shapes
 from qadapt.errors import BadAdapter
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = PEFT_FILES[0]
 MOST_RMS = 1.0
 """Root mean square of an update's numbers: weights of language models have 0.01 to 0.1, updates far less."""
 MOST = 1e4
 """Of any other trained number: magnitudes, scalings, biases and rows of tables stay below some hundreds."""
 Shape = tuple[int, ...]
 _ROWS = ".token_adapter.trainable_tokens_delta"
+_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_NO_FIT = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+"""What PEFT raises where a configuration and a base do not go together."""
 _ANEW = "Take the adapter from its run, or from where it is published, once more."
 
 
@@ -48,18 +54,17 @@ def check_adapter(folder: Path, base: PreTrainedModel) -> None:
         _check_side_car(folder, base)
         return
     config, new_tokens = _config(folder)
-    tables = {name: tuple(tensor.shape) for name, tensor in base.named_parameters()}
+    rows = _row_shapes(new_tokens, base, folder)
     try:
         with torch.device("meta"):
             model = get_peft_model(base, config, autocast_adapter_dtype=False)
             wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (*_NO_FIT, re.error) as error:
         raise BadAdapter(
             f"The adapter in {folder} does not fit its base: {_first_line(error)}",
             cure="Check that it was trained on this base, and that this release of PEFT knows its method.",
         ) from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    shapes |= _row_shapes(new_tokens, tables)
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()} | rows
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -80,31 +85,40 @@ def _check_side_car(folder: Path, base: PreTrainedModel) -> None:
         raise _absurd(folder, f"its scale is {scale:.3g}, more than {MOST:g}")
 
 
-def _config(folder: Path) -> tuple[PeftConfig, dict[str, list[int]]]:
-    """What the adapter says of itself, for a start that needs no weights; and tables → ids of new tokens."""
-    try:
-        if not (folder / CONFIG).is_file():
-            raise ValueError("there is none")
-        config = PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            return config, {}
-        config.init_lora_weights = True  # others read or change the base's weights before the first step
-        tables, config.trainable_token_indices = config.trainable_token_indices, None
-        return config, {"embed_tokens": tables} if isinstance(tables, list) else dict(tables or {})
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+def _config(folder: Path) -> tuple[PeftConfig, Any]:
+    """What the adapter says of itself, for a start that needs no weights; and the rows of tokens it names."""
+    config = read_peft_config(folder)
+    if not isinstance(config, LoraConfig):
+        return config, None
+    config.init_lora_weights = True  # others read or change the base's weights before the first step
+    tokens, config.trainable_token_indices = config.trainable_token_indices, None
+    return config, tokens
+
+
+def _row_shapes(asked: Any, base: PreTrainedModel, folder: Path) -> dict[str, Shape]:
+    """Names and shapes of the rows of new tokens, (N, D): numbered one after the other, in every table.
+
+    A tied head shares the embeddings' rows.
+    """
+    if not asked:
+        return {}
+    tables = asked if isinstance(asked, dict) else {"embed_tokens": asked}
+    ids = next(iter(tables.values()))
+    is_row = isinstance(ids, list) and all(type(each) is int and each >= 0 for each in ids) and len(ids) > 0
+    if not is_row or any(each != list(range(ids[0], ids[0] + len(ids))) for each in tables.values()):
         raise BadAdapter(
-            f"The {CONFIG} in {folder} describes no adapter: {_first_line(error)}", cure=_ANEW
-        ) from None
-
-
-def _row_shapes(tables: Mapping[str, list[int]], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Names and shapes of the rows of new tokens, (N, D); a tied head's table is the embeddings'."""
-    found: dict[str, Shape] = {}
-    for table, ids in tables.items():
-        for name, shape in shapes.items():
-            if name.endswith(f"{table}.weight"):
-                found[f"base_model.model.{name.removesuffix('.weight')}{_ROWS}"] = (len(ids), shape[1])
-    return found
+            f"The adapter in {folder} has rows of the tokens {asked}: only those of new tokens, numbered one "
+            "after the other and the same in every table, are loaded here.",
+            cure="Load it with PEFT.",
+        )
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    held = {id(each) for end in ends for each in end.parameters(recurse=False) if each.ndim > 1}
+    found = {
+        name.removesuffix(".weight"): tuple(tensor.shape)
+        for name, tensor in base.named_parameters()
+        if id(tensor) in held
+    }
+    return {f"base_model.model.{name}{_ROWS}": (len(ids), shape[1]) for name, shape in found.items()}
 
 
 def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], folder: Path) -> None:
@@ -125,6 +139,12 @@ def _check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], folde
 
 def _check_sizes(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
+        if tensor.dtype not in TYPES:
+            raise BadAdapter(
+                f"The adapter in {folder} has {name} in {str(tensor.dtype).removeprefix('torch.')}, which "
+                "is no type that adapters are trained in.",
+                cure="Take the adapter in 16 or 32 bits.",
+            )
         if not tensor.isfinite().all():
             raise BadAdapter(
                 f"The adapter in {folder} has a NaN or infinite number in {name}.",
@@ -136,8 +156,9 @@ def _check_sizes(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 def _check_updates(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, folder: Path) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and f"{path}.lora_A.weight" in tensors:
-            a, b = (tensors[f"{path}.lora_{side}.weight"].double() for side in "AB")  # (R, I), (O, R)
+        pair = next((pair for pair in _PAIRS if f"{path}{pair[0]}" in tensors), None)
+        if isinstance(module, LoraLayer) and pair is not None:
+            a, b = (tensors[f"{path}{name}"].double() for name in pair)  # (R, I), (O, R)
             squares = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)  # of the numbers of B·A, which is never made
             rms = abs(module.scaling["default"]) * (squares / (b.shape[0] * a.shape[1])).sqrt().item()
             if not rms <= MOST_RMS:

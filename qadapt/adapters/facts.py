@@ -9,6 +9,8 @@ from pathlib import Path
 from qadapt.errors import BadRun
 
 FACTS_FILE = "qadapt.json"
+COMBINATION_FILE = "combination.json"
+"""What an adapter was made of, if of others."""
 PEFT_FILES = "adapter_model.safetensors", "adapter_config.json"
 SIDE_CAR_FILES = "side_car.safetensors", "side_car.json"
 """Tensors and settings of an adapter whose modules stand beside the base's layers."""
@@ -64,8 +66,12 @@ def read_facts(folder: Path) -> AdapterFacts:
     try:
         values = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         facts = AdapterFacts(**values)
-        if not isinstance(facts.base, str) or not isinstance(facts.fingerprint, str):
+        if not all(
+            isinstance(each, str) for each in (facts.base, facts.fingerprint, facts.prompt_fingerprint)
+        ):
             raise ValueError("it names no base")
+        if not isinstance(facts.revision, str | None) or not isinstance(facts.double_quant, bool):
+            raise ValueError("it names no base, or does not say how that was held")
         if facts.quantization not in _QUANTIZATIONS or facts.load_dtype not in _DTYPES:
             raise ValueError(f"{facts.quantization!r} in {facts.load_dtype!r} is no way to hold a base")
         return facts

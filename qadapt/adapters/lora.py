@@ -25,6 +25,7 @@ from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.frozen import frozen_of
 from qadapt.adapters.fused import use_fused_layers
 from qadapt.adapters.new_rows import NewRows, attach_new_rows, new_rows_of, without_new_rows
+from qadapt.adapters.peft_config import read_peft_config
 from qadapt.adapters.pissa import add_starts, start_of, starts_of
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
@@ -252,7 +253,7 @@ def _is_full(error: OSError | SafetensorError) -> bool:
 
 def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """The base with the adapter of a PEFT folder, in the type it was saved in, and its new tokens' rows."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_peft_config(folder)
     config.inference_mode = not is_trainable
     tables = None
     if isinstance(config, LoraConfig):
@@ -263,8 +264,7 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
     _check_names(adapted, folder, has_rows=bool(tables))
     if tables:
         saved = load_file(folder / _WEIGHTS)
-        assert isinstance(tables, dict)
-        ids = next(iter(tables.values()))
+        ids = tables if isinstance(tables, list) else next(iter(tables.values()))
         attach_new_rows(model, ids, dtype=next(iter(saved.values())).dtype)
         for path, rows in new_rows_of(adapted).items():
             if path + _ROWS not in saved:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qadapt.durable import flush_folder, make_folder, write_whole
 from qadapt.errors import BadAdapter
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_ID = re.compile(r"[0-9a-f]{4,64}")
+_ID, _WHOLE_ID = re.compile(r"[0-9a-f]{4,64}"), re.compile(r"[0-9a-f]{64}")
 _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?")
 _FORMAT = 1
+_Meant = TypeVar("_Meant")
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,7 @@ def read_names(folder: Path) -> dict[str, Name]:
     Raises:
         BadAdapter: One is damaged.
     """
-    return {
-        name: Name(tuple(values["used"]), tuple(values["left"])) for name, values in _pointers(folder, "used")
-    }
+    return dict(_pointers(folder, lambda values: Name(_ids(values["used"]), _ids(values["left"], least=0))))
 
 
 def read_tags(folder: Path) -> dict[str, str]:
@@ -100,7 +99,7 @@ def read_tags(folder: Path) -> dict[str, str]:
     Raises:
         BadAdapter: One is damaged.
     """
-    return {tag: values["id"] for tag, values in _pointers(folder, "id")}
+    return dict(_pointers(folder, lambda values: _ids([values["id"]])[0]))
 
 
 def write_name(folder: Path, name: str, value: Name) -> None:
@@ -124,16 +123,16 @@ def _write(path: Path, values: dict[str, object]) -> None:
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
-def _pointers(folder: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _pointers(folder: Path, read: Callable[[dict[str, Any]], _Meant]) -> Iterator[tuple[str, _Meant]]:
     """The files of a folder by what they are called; one that is taken away meanwhile is passed over."""
     for path in sorted(folder.glob("*.json")):
         if not _NAME.fullmatch(path.stem):
             continue
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if values["version"] != _FORMAT or not values[field]:
-                raise ValueError("it names no version, or is of another release")
-            yield path.stem, values
+            if values["version"] != _FORMAT:
+                raise ValueError("it is of another release")
+            meant = read(values)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -142,3 +141,12 @@ def _pointers(folder: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 cure=f"Remove that file, then set it again with `qadapt adapters use {path.stem} VERSION` or "
                 f"`qadapt adapters tag VERSION {path.stem}`.",
             ) from None
+        yield path.stem, meant
+
+
+def _ids(values: Any, *, least: int = 1) -> tuple[str, ...]:
+    """Whole ids as they stand in a file."""
+    is_list = isinstance(values, list) and len(values) >= least
+    if not is_list or not all(isinstance(each, str) and _WHOLE_ID.fullmatch(each) for each in values):
+        raise ValueError(f"{values!r} names no version")
+    return tuple(values)

@@ -21,6 +21,8 @@ from qadapt.errors import BadAdapter
 
 TENSORS_FILE, SETTINGS_FILE = SIDE_CAR_FILES
 VERSION = 1
+TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""In which adapters are kept."""
 _AGAIN = "Take the adapter's files from where they were made."
 
 
@@ -83,7 +85,7 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     except (OSError, SafetensorError) as error:
         raise BadAdapter(f"{path} cannot be read: {error}.", cure=_AGAIN) from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in TYPES or not bool(torch.isfinite(tensor).all()):
             raise BadAdapter(f"{path} has a number in {name} that is none.", cure=_AGAIN)
     return tensors
 

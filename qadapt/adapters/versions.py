@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _FILES = (
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """What belongs to an adapter; others are left out: notes, checkpoints, and pickles above all."""
+PATTERNS = (*_FILES, "additional_chat_templates/*")
+"""The same and its templates as patterns; of licences a folder may have more than its adapter's."""
 _OTHERS = re.compile(r"(LICENSE|NOTICE|USE_POLICY)[\w.-]*|additional_chat_templates/\w[\w.-]*\.jinja")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -90,8 +93,15 @@ class Version:
         return replace(self, parent=None).text() == replace(other, parent=None).text()
 
     def text(self) -> str:
-        """The description, the same text for the same version."""
+        """The description, the same text for the same version in every release.
+
+        A fact that came with a later release stands there only where it says something.
+        """
         values = {"version": _FORMAT, **asdict(self)}
+        facts = values["record"]["facts"]
+        for each in fields(AdapterFacts):
+            if each.default is not MISSING and facts[each.name] == each.default:
+                del facts[each.name]
         return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -160,6 +170,13 @@ def files_of(folder: Path) -> dict[str, FileFacts]:
             found[name] = FileFacts(path.stat().st_size, sha256_of(path))
     check_weights(found, [path.name for path in folder.glob("*")], where=str(folder))
     return found
+
+
+def copy_adapter_files(folder: Path, place: Path) -> None:
+    """Copies the files of an adapter's folder that belong to it into another; raises as `files_of`."""
+    for name in files_of(folder):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, place / name)
 
 
 def belongs(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qadapt.cli.combine import combine
+from qadapt.cli.combine import combine, say_warning
 from qadapt.cli.screen import console
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ adapters = typer.Typer(
 
 @adapters.command()
 def add(
-    what: Annotated[str, typer.Argument(help="A run, an adapter's folder, or owner/name of a hub.")],
+    what: Annotated[str, typer.Argument(help="A run, an adapter's folder, or hub:owner/name.")],
     *,
     name: Annotated[
         str, typer.Option("--as", help="The name that means it from now on; default: the run's own.")
@@ -49,7 +49,7 @@ def add(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Its base, if not the one that its configuration names.")
+        str | None, typer.Option(help="Its base, if not the one that it names, or where that lies here.")
     ] = None,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
     store: StoreOption = "adapters",
@@ -60,7 +60,7 @@ def add(
     Refused: tensors that do not fit the base, NaN, absurd numbers, pickles, links out of the folder.
 
     Examples: `qadapt adapters add my-run`, `qadapt adapters add my-run --as summaries`, `qadapt adapters add
-    owner/adapter --revision v1`.
+    hub:owner/adapter --revision v1`.
     """
     from qadapt.adoption import Said
     from qadapt.keeping import add as keep
@@ -83,7 +83,7 @@ def list_(store: StoreOption = "adapters", json: JsonOption = False) -> None:
     kept = _store(store)
     if json:
         typer.echo(json_text.dumps(store_values(kept), indent=2))
-    elif kept.ids():
+    elif kept.ids() or kept.names():
         console().print(store_table(kept))
     else:
         console().print(f"The store {store} holds nothing.", markup=False)
@@ -177,6 +177,37 @@ def remove(what: What, store: StoreOption = "adapters", json: JsonOption = False
     """
     removed = _store(store).remove(what)
     _say(json, {"schema": 1, "removed": removed}, f"Removed {removed}.")
+
+
+@adapters.command()
+def push(
+    what: Annotated[
+        str, typer.Argument(help="A name, a tag, the beginning of a version's id, a run, or a folder.")
+    ],
+    *,
+    to: Annotated[str, typer.Option(help="The repository, hub:owner/name; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
+    store: StoreOption = "adapters",
+    json: JsonOption = False,
+) -> None:
+    """Pushes an adapter to a hub as it is, with its card and its proof, as `hf auth login` allows.
+
+    What an earlier adapter left in the repository is replaced; `qadapt adapters add hub:owner/name` is the
+    way back.
+
+    Example: `qadapt adapters push summaries --to hub:me/summaries --private`.
+    """
+    from qadapt.cli.screen import watched
+    from qadapt.export.hub import HubTarget
+    from qadapt.keeping import HUB
+    from qadapt.sharing import push as push_adapter
+    from qadapt.stage import passing
+
+    target = HubTarget(to.removeprefix(HUB), is_private=private)
+    events = passing(push_adapter(what, target, folder=folder, store=store), say_warning)
+    pushed = watched(events, first="reading the adapter")
+    _say(json, {"schema": 1, **asdict(pushed)}, f"pushed {pushed.name}: {pushed.address}")
 
 
 @adapters.command()

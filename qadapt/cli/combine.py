@@ -57,13 +57,13 @@ def combine(
 
     from qadapt.export.combine import Way
     from qadapt.export.combine import combine as combine_adapters
-    from qadapt.keeping import find_adapter
     from qadapt.stage import passing
+    from qadapt.trained import find_trained
 
     weights = [_weighted(part) for part in parts]
-    chosen = [(find_adapter(name, folder=folder, store=store), weight) for name, weight in weights]
+    chosen = [(find_trained(name, folder=folder, store=store).adapter, weight) for name, weight in weights]
     way = Way(how, rank=rank, density=density, seed=seed)
-    events = passing(combine_adapters(chosen, to, way=way), _say_warning)
+    events = passing(combine_adapters(chosen, to, way=way), say_warning)
     made = watched(events, first="reading the adapters")
     if json:
         typer.echo(json_text.dumps(result_values(made), indent=2))
@@ -117,7 +117,7 @@ def _weighted(part: str) -> tuple[str, float]:
     return name, number
 
 
-def _say_warning(event: Event) -> bool:
+def say_warning(event: Event) -> bool:
     """Says what there is to know; all events pass."""
     from qadapt.events import Warned
 

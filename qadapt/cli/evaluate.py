@@ -1,4 +1,4 @@
-"""`qadapt evaluate`: how good a finished run's adapter is on rows of your own."""
+"""`qadapt evaluate`: how good an adapter is on rows of your own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ SAMPLES = 3
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="Name of the run, or the path of its folder.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="A run, an adapter's folder, or a name, tag or version of the store."),
+    ],
     data: Annotated[
-        Path | None, typer.Option(help="A file of rows; default: the rows the run held out.")
+        Path | None, typer.Option(help="A file of rows; default: the rows that were held out.")
     ] = None,
     answers: Annotated[
         int,
@@ -30,19 +33,20 @@ def evaluate(
     ] = 0,
     longest: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
+    store: Annotated[str, typer.Option(help="Where the store of adapters is.")] = "adapters",
     json: Annotated[
         bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")
     ] = False,
 ) -> None:
     """Measures the loss with the adapter and without it on rows, and compares greedy answers with theirs.
 
-    Examples: `qadapt evaluate my-run`, `qadapt evaluate my-run --data mine.jsonl --answers 20`.
+    Examples: `qadapt evaluate my-run`, `qadapt evaluate summaries --data mine.jsonl --answers 20`.
     """
     import json as json_text
 
     from qadapt.run import evaluate as evaluate_run
 
-    result = evaluate_run(run, data=data, answers=answers, max_new_tokens=longest, folder=folder)
+    result = evaluate_run(run, data=data, answers=answers, max_new_tokens=longest, folder=folder, store=store)
     if json:
         typer.echo(json_text.dumps(evaluation_values(result), indent=2))
     else:

@@ -1,4 +1,4 @@
-"""`qadapt export`: a finished run as a model, a GGUF file or an adapter, proven; and onto a hub."""
+"""`qadapt export`: a trained adapter as a model, a GGUF file or an adapter, proven; and onto a hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="Name of the run, or the path of its folder.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="A run, an adapter's folder, or a name, tag or version of the store."),
+    ],
     form: Annotated[
         str | None,
         typer.Option(
@@ -33,11 +36,11 @@ def export(
         ),
     ] = None,
     weight: Annotated[
-        float, typer.Option(help="How much of the run's update is merged: 1, as it was trained.")
+        float, typer.Option(help="How much of its update is merged: 1, as it was trained.")
     ] = 1.0,
     add: Annotated[
         list[str] | None,
-        typer.Option("--with", help="RUN=WEIGHT: merge the update of this run, too; may be repeated."),
+        typer.Option("--with", help="RUN=WEIGHT: merge the update of this one, too; may be repeated."),
     ] = None,
     to: Annotated[
         Path | None, typer.Option(help="The folder to be; default: export/<form> in the run's folder.")
@@ -53,9 +56,10 @@ def export(
         bool, typer.Option("--private", help="With --push: a new repository is private.")
     ] = False,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
+    store: Annotated[str, typer.Option(help="Where the store of adapters is.")] = "adapters",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
-    """Makes a model of a run, compares it with what was trained, and writes it: all of it, or nothing.
+    """Makes a model of an adapter, compares it with what was trained, and writes it: all of it, or nothing.
 
     Examples: `qadapt export my-run`, `qadapt export my-run --form gguf-q8_0`, `qadapt export my-run --form
     merged-bf16 --base auto --to models/mine`, `qadapt export my-run --form adapter --push me/mine --private`,
@@ -70,7 +74,7 @@ def export(
     screen = console(is_quiet=json)
     target = _hub_target(push, is_private=private)
     runs = _weighted({run: weight}, add or [])
-    events = export_run(runs, form=form, base=base, to=to, folder=folder, proof=not no_proof)
+    events = export_run(runs, form=form, base=base, to=to, folder=folder, store=store, proof=not no_proof)
     exported = show_export(events, console=screen)
     pushed = None if target is None else _push(exported, target, console=screen)
     if json:
@@ -114,10 +118,12 @@ def _hub_target(push: str | None, *, is_private: bool) -> HubTarget | None:
 
 
 def _push(exported: Exported, target: HubTarget, *, console: Console) -> str:
+    from qadapt.adapters.versions import PATTERNS
     from qadapt.export.hub import push_folder
 
     console.print(f"pushing to {target.name}", markup=False)
-    address = push_folder(Path(exported.folder), target, message=f"Add {exported.form}")
+    replaces = PATTERNS if exported.form == "adapter" else ()
+    address = push_folder(Path(exported.folder), target, message=f"Add {exported.form}", replaces=replaces)
     console.print(f"pushed: {address}", markup=False, soft_wrap=True)
     return address
 

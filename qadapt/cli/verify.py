@@ -19,9 +19,12 @@ def verify(
     export: Annotated[Path, typer.Argument(help="The folder of an export.")],
     run: Annotated[
         str | None,
-        typer.Option(help="Its run, by name or path; default: the run it lies in, or the one of its name."),
+        typer.Option(
+            help="Its run, or adapter of the store; default: the run it lies in, or the one of its name."
+        ),
     ] = None,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",
+    store: Annotated[str, typer.Option(help="Where the store of adapters is.")] = "adapters",
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Repeats an export's proof: the hashes of its files, and all the rest if its run and base are here.
@@ -36,7 +39,7 @@ def verify(
     from qadapt.proving import verify_export
 
     screen = console(is_quiet=json)
-    verified = _shown(verify_export(export, run=run, folder=folder), screen)
+    verified = _shown(verify_export(export, run=run, folder=folder, store=store), screen)
     if json:
         typer.echo(json_text.dumps(result_values(verified), indent=2))
     else:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from qadapt.errors import BadRun
@@ -46,7 +47,7 @@ def _damaged(path: Path, reason: str) -> BadRun:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _is_pattern(value: Any) -> bool:

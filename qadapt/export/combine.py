@@ -23,10 +23,17 @@ from torch import Tensor
 
 from qadapt.adapters.average import average
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
-from qadapt.adapters.facts import AdapterFacts, is_side_car, own_files, read_facts, write_facts
+from qadapt.adapters.facts import (
+    COMBINATION_FILE,
+    AdapterFacts,
+    is_side_car,
+    own_files,
+    read_facts,
+    write_facts,
+)
 from qadapt.adapters.side_car_files import VERSION
 from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
-from qadapt.adapters.versions import belongs
+from qadapt.adapters.versions import copy_adapter_files
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRecipe, Unsupported
 from qadapt.events import Event, StageAdvanced, StageStarted, Warned
@@ -40,7 +47,6 @@ from qadapt.export.staging import new_folder, refuse_existing, sha256_of
 
 WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties")
 """How changes are put together: as they are, or with a share of their numbers only."""
-RECORD = "combination.json"
 STAGE = "combining adapters"
 _ALIKE = ("fingerprint", "quantization", "double_quant", "load_dtype")
 
@@ -246,14 +252,14 @@ def _written(made: _Made | None, chosen: Sequence[tuple[Path, float]], target: P
     with new_folder(target, needed_bytes=size + OTHER_FILES_BYTES) as building:
         folder = building.path
         if made is None:
-            copy_files(first, folder, [path.name for path in first.iterdir() if belongs(path.name)])
+            copy_adapter_files(first, folder)
         else:
             save_file(dict(made.tensors), folder / file, {"format": "pt"})
             _write_json(folder / settings_file, made.settings)
             copy_files(first, folder, (CONTRACT_FILE,))
             write_facts(read_facts(first), folder)
         parts = [_said(*each) for each in chosen]
-        _write_json(folder / RECORD, {"parts": parts, "way": asdict(way), "error": error})
+        _write_json(folder / COMBINATION_FILE, {"parts": parts, "way": asdict(way), "error": error})
         size = (folder / file).stat().st_size
     if made is None:
         return Combined(target, 0, 0, "", size, error, *worst)

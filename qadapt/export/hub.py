@@ -1,4 +1,4 @@
-"""An export on a hub, through huggingface_hub: a repository made if there is none, one folder uploaded.
+"""An export or adapter on a hub, through huggingface_hub: a repository made if need be, a folder uploaded.
 
 Who may do that is known by huggingface_hub's own login alone (`hf auth login`): the token is never asked for,
 kept or shown here. An upload that broke off goes on where it was when it is asked for again. The reading side
@@ -8,7 +8,7 @@ is `model/hub.py`. Knows nothing of what is uploaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +72,17 @@ def check_target(target: HubTarget) -> None:
         )
 
 
-def push_folder(folder: Path, target: HubTarget, *, message: str) -> str:
+def push_folder(
+    folder: Path, target: HubTarget, *, message: str, replaces: Sequence[str] = (), again: str = ""
+) -> str:
     """Uploads a folder to a repository, which is made if it is not there.
 
     Args:
         folder: What to upload, whole.
         target: Where to.
         message: First line of the commit.
+        replaces: Patterns of what is taken out of the repository where the folder has no such file.
+        again: How to push again after a refusal; by default the folder, which stays.
 
     Returns:
         The commit's address.
@@ -89,16 +93,21 @@ def push_folder(folder: Path, target: HubTarget, *, message: str) -> str:
     """
     quiet_libraries()
     api = HfApi(endpoint=target.endpoint)
-    with _hub_errors(folder, target):
+    again = again or f"The export is whole in {folder}; push it with `hf upload {target.name} {folder}`."
+    with _hub_errors(target, again):
         api.create_repo(target.name, private=target.is_private or None, exist_ok=True)
-        commit = api.upload_folder(repo_id=target.name, folder_path=folder, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=target.name,
+            folder_path=folder,
+            commit_message=message,
+            delete_patterns=list(replaces) or None,
+        )
     return str(commit.commit_url)
 
 
 @contextmanager
-def _hub_errors(folder: Path, target: HubTarget) -> Iterator[None]:
+def _hub_errors(target: HubTarget, again: str) -> Iterator[None]:
     """Says what the hub's answers mean. Tokens and request headers never become text."""
-    again = f"The export is whole in {folder}; push it with `hf upload {target.name} {folder}`."
     try:
         yield
     except LocalTokenNotFoundError:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qadapt.adapters.facts import FACTS_FILE, own_files
+from qadapt.adapters.facts import COMBINATION_FILE, FACTS_FILE, own_files
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, StageStarted
@@ -55,7 +55,9 @@ def copy_adapter(
     with new_folder(target, needed_bytes=needed_bytes) as building:
         folder = building.path
         copy_files(adapter_folder, folder, files)
+        copy_files(adapter_folder, folder, (COMBINATION_FILE,))
         copy_licence(model_folder, folder)
+        copy_licence(adapter_folder, folder)
         if (source := _changed_tokenizer(model_folder, adapter_folder)) is not None:
             copy_tokenizer(source, folder)
             write_prompt_files(adapter_folder, folder)

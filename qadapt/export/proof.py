@@ -63,7 +63,7 @@ class MadeOf:
     """What was exported.
 
     Attributes:
-        run: Name of the run.
+        run: Name of the run or of the adapter's folder, or the beginning of the id of a version of the store.
         form: Form of the export, such as `merged-fp16`.
         base: Weights it is merged on, `dequantized` or `original`.
         model: The base's name.

@@ -1,0 +1,146 @@
+"""Adapters of the store on a hub: pushed in one commit that mixes no two, and pulled again as they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub.constants
+import pytest
+from hub_server import COMMIT, Hub, Repository, running_hub
+from test_keeping import contract_of, facts_of, side_car, write_adapter
+
+from qadapt.adapters.facts import write_facts
+from qadapt.adapters.store import Store
+from qadapt.cli.main import run
+from qadapt.data.prompt import CONTRACT_FILE
+from qadapt.errors import HubRefused
+from qadapt.export.hub import HubTarget
+from qadapt.keeping import add
+from qadapt.sharing import push
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
+
+NAME = "me/summaries"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with running_hub() as running:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            running.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        yield running
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store with `summaries`; the cache is empty."""
+    monkeypatch.setattr("qadapt.sharing.cache_folder", lambda: tmp_path / "cache")
+    model, kept = tiny_model("llama"), Store(tmp_path / "adapters")
+    folder = write_adapter(tmp_path / "summaries", model)
+    shutil.copyfile(contract_of(model, tmp_path), folder / CONTRACT_FILE)
+    (folder / "LICENSE").write_text("mine", encoding="utf-8")
+    add(str(folder), kept)
+    return kept
+
+
+def pushed(store: Store, what: str = "summaries") -> Any:
+    found = []
+
+    def whole() -> Iterator[object]:
+        found.append((yield from push(what, HubTarget(NAME), folder="no runs", store=str(store.path))))
+
+    list(whole())
+    return found[0]
+
+
+def test_what_is_pushed_can_be_pulled_as_it_was(hub: Hub, store: Store, tmp_path: Path) -> None:
+    version = store.find("summaries")
+    found = pushed(store)
+    assert (found.name, found.version) == ("summaries", version)
+    assert found.address == f"{hub.endpoint}/{NAME}/commit/{COMMIT}"
+    files = hub.repositories[NAME].files
+    assert {"README.md", "proof.json", "LICENSE"} <= files.keys()
+    assert json.loads(files["proof.json"])["holds"]
+    assert json.loads(files["proof.json"])["made_of"]["run"] == version[:12]
+    other = Store(tmp_path / "elsewhere")
+    pulled = add(f"hub:{NAME}", other).version
+    assert pulled.files == store.version(version).files
+    assert pulled.record.source == f"hub {NAME}@{COMMIT}"
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_nothing_of_an_earlier_adapter_stays_in_the_repository(
+    hub: Hub, store: Store, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    earlier = ("side_car.json", "side_car.safetensors", "tokenizer.json", "additional_chat_templates/a.jinja")
+    others = {"notes.md": b"kept", "model.safetensors": b"kept", "NOTICE": b"kept"}
+    hub.repositories[NAME] = Repository({**dict.fromkeys(earlier, b"old"), **others})
+    pushed(store)
+    files = hub.repositories[NAME].files
+    assert not set(earlier) & files.keys()
+    assert {name: files[name] for name in others} == others
+    assert add(f"hub:{NAME}", Store(tmp_path / "elsewhere")).version.record.method == "lora"
+
+
+def test_a_side_car_is_pushed_and_pulled(
+    hub: Hub, store: Store, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    model = tiny_model("llama")
+    folder = side_car(tmp_path / "beside", model)
+    write_facts(facts_of(model), folder)
+    shutil.copyfile(contract_of(model, tmp_path), folder / CONTRACT_FILE)
+    pushed(store)
+    add(str(folder), store)
+    pushed(store, "beside")
+    assert "adapter_model.safetensors" not in hub.repositories[NAME].files
+    pulled = add(f"hub:{NAME}", Store(tmp_path / "elsewhere")).version
+    assert pulled.record.method == "pfeiffer"
+    kept = store.version(store.find("beside")).files
+    assert {name: facts for name, facts in pulled.files.items() if name != "LICENSE"} == kept
+
+
+def test_the_command_pushes_and_says_where(
+    hub: Hub, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["adapters", "push", "summaries", "--to", f"hub:{NAME}", "--store", str(store.path)]
+    assert run([*words, "--private"]) == 0
+    said = capsys.readouterr()
+    assert f"pushed summaries: {hub.endpoint}/{NAME}/commit/{COMMIT}" in said.out
+    assert "is on no hub: its name helps nobody else" in " ".join(said.err.split())
+    assert "hf_secret" not in said.out + said.err
+    assert hub.repositories[NAME].is_private
+    assert run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == store.find("summaries")
+
+
+def test_a_push_that_the_hub_refuses_changes_nothing(hub: Hub, store: Store, tmp_path: Path) -> None:
+    hub.write_status = 403
+    with pytest.raises(HubRefused, match="status 403") as caught:
+        pushed(store)
+    assert caught.value.cure == "Nothing is lost: push it once more."
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_cannot_be_pushed_is_said_before_anything_is_made(
+    hub: Hub, store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(what: str, to: str) -> str:
+        assert run(["adapters", "push", what, "--to", to, "--store", str(store.path)]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "no such name, tag or version" in refused("nothing", NAME)
+    assert "no name of a repository" in refused("summaries", "hub:mine")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "no-such-file")
+    assert "no account is logged in" in refused("summaries", NAME)
+    assert not hub.requests
