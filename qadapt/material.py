@@ -191,9 +191,14 @@ def held_out_sources(recipe: Recipe) -> tuple[Source, ...]:
 
 def reading_of(recipe: Recipe) -> Reading:
     """How the recipe's rows are read and cut: virtual tokens are a part of their length."""
-    data, front = recipe.data, virtual_tokens(recipe.adapter.method, recipe.adapter.rank)
+    data = recipe.data
     columns = tuple(sorted((str(known), name) for known, name in data.columns.items()))
-    return Reading(data.format, columns, data.malformed == "skip", data.length - front)
+    return Reading(data.format, columns, data.malformed == "skip", data.length - virtual_tokens_of(recipe))
+
+
+def virtual_tokens_of(recipe: Recipe) -> int:
+    """How many virtual tokens stand in front of every row."""
+    return virtual_tokens(recipe.adapter.method, recipe.adapter.rank)
 
 
 def _read_all(recipe: Recipe, report: Report) -> None:
@@ -251,7 +256,7 @@ def divided(recipe: Recipe, parts: list[Part], contract: PromptContract) -> Spli
         seed=recipe.train.seed,
         pad_id=contract.pad_id,
     )
-    return replace(split, rows=split.rows.behind(virtual_tokens(recipe.adapter.method, recipe.adapter.rank)))
+    return replace(split, rows=split.rows.behind(virtual_tokens_of(recipe)))
 
 
 def _warned(notes: Iterable[tuple[str, str]]) -> Generator[Event, None, None]:

@@ -17,7 +17,7 @@ from qadapt.data.reading.sources import RowReader
 from qadapt.data.row_notes import Note, no_rows_left, part_notes
 from qadapt.data.rows import Rows, RowSet
 from qadapt.errors import BadRun
-from qadapt.material import divided, held_out_sources, reading_of, training_sources
+from qadapt.material import divided, held_out_sources, reading_of, training_sources, virtual_tokens_of
 from qadapt.recipe import Recipe
 
 _LENGTH = 2048
@@ -62,16 +62,19 @@ def rows_to_evaluate(
     """
     if data is not None:
         reading = Reading("auto", (), False, _LENGTH - in_front) if recipe is None else reading_of(recipe)
-        return _rows_of_file(reading, contract, data, conversations=conversations)
+        front = in_front if recipe is None else virtual_tokens_of(recipe)
+        return _rows_of_file(reading, contract, data, front=front, conversations=conversations)
     if recipe is None:
         raise BadRun("Nothing says which rows were held out.", cure="Give a file of rows with --data.")
     return _held_out(recipe, contract, fingerprint=fingerprint, conversations=conversations)
 
 
-def _rows_of_file(reading: Reading, contract: PromptContract, data: Path, *, conversations: int) -> Chosen:
+def _rows_of_file(
+    reading: Reading, contract: PromptContract, data: Path, *, front: int, conversations: int
+) -> Chosen:
     reading, sources = replace(reading, skips_malformed=False), (Source(str(data)),)
     part = prepare_part(identify(sources), reading, contract)
-    rows = RowSet(part.prepared.store)
+    rows = RowSet(part.prepared.store).behind(front)
     if not len(rows):
         raise no_rows_left("evaluate on", part.tally)
     first = _conversations(sources, reading.reader(), rows=rows, most=conversations)
