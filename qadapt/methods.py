@@ -13,14 +13,14 @@ from qadapt.errors import BadRecipe
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3", "houlsby", "pfeiffer", "parallel",
-    "prompt", "ptuning",
+    "prompt", "ptuning", "prefix", "prefix-flat",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 SCALED_INPUTS = ("down_proj",)
 """Where IA3 scales a layer's inputs, as its paper does in the feed-forward part; elsewhere its outputs."""
 ENCODER_WIDTH = 512
-"""Of the network that makes the vectors of P-tuning while they are trained. Its authors take the width of the
-model, on a 7B 34 million values for a few vectors; prefix tuning's (arXiv:2101.00190) take this."""
+"""Of the network that makes a prefix or the vectors of P-tuning while they are trained. P-tuning's authors
+take the width of the model, on a 7B 34 million values for a few vectors; prefix tuning's take this."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MethodFacts:
     title: str
     source: str
     unused: tuple[str, ...] = ()
-    size: Literal["rank", "width", "tokens", ""] = "rank"
+    size: Literal["rank", "width", "tokens", "length", ""] = "rank"
     is_beside: bool = False
     has_new_tokens: bool = False
     has_virtual_tokens: bool = False
@@ -81,6 +81,11 @@ def _prompt(title: str, source: str) -> MethodFacts:
     return MethodFacts(title, source, unused, size="tokens", is_beside=True, has_virtual_tokens=True)
 
 
+def _prefix(title: str) -> MethodFacts:
+    unused = ("alpha", "dropout", "targets")
+    return MethodFacts(title, "arXiv:2101.00190", unused, size="length", is_beside=True)
+
+
 METHODS: Mapping[Method, MethodFacts] = {
     "lora": _lora("LoRA", "arXiv:2106.09685"),
     "rslora": _lora("rsLoRA", "arXiv:2312.03732"),
@@ -95,6 +100,8 @@ METHODS: Mapping[Method, MethodFacts] = {
     "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu"),
     "prompt": _prompt("prompt tuning", "arXiv:2104.08691"),
     "ptuning": _prompt("P-tuning", "arXiv:2103.10385"),
+    "prefix": _prefix("prefix tuning"),
+    "prefix-flat": _prefix("flat prefix tuning"),
 }
 
 

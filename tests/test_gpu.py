@@ -12,6 +12,7 @@ from test_packing import loss_and_gradient, rows
 from test_train import adapted, changed, make_recipe, only
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.adapters.method import Adapter, attach
 from qadapt.batch_shape import packed_shape
 from qadapt.data.batches import MicroBatch, micro_batches, packed_batches
 from qadapt.data.prompt import load_contract
@@ -153,6 +154,22 @@ def test_a_packed_step_on_the_card_is_the_padded_one(family: str, tiny_model: Ti
     for name, value in padded[1].items():
         difference = (packed[1][name] - value).norm() / value.norm()
         assert difference < 0.1, name  # 16 bits
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_packed_documents_on_the_card_see_their_prefix_as_filled_up_rows_do(
+    family: str, tiny_model: TinyModel
+) -> None:
+    compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    device, dtype = torch.device("cuda"), DTYPES[compute]
+    base = load_base(tiny_model(family), quantization="nf4", double_quant=True, dtype=dtype, device=device)
+    set_recompute(base, "all")
+    model = attach(base, Adapter("prefix-flat", 7, 1.0), dtype=torch.float32, seed=0).train()
+    packed = loss_and_gradient(model, packed_batches(rows(), capacity=150))
+    padded = loss_and_gradient(model, micro_batches(rows(), size=2, pad_id=0))
+    assert packed[0] == pytest.approx(padded[0], rel=1e-2)  # 16 bits
+    for name, value in padded[1].items():
+        assert (packed[1][name] - value).norm() < 0.1 * value.norm(), name  # 16 bits
 
 
 def test_a_packed_step_on_the_card_takes_what_the_dry_run_says(

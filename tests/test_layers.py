@@ -178,15 +178,19 @@ def weight_problems(package: Path) -> list[str]:
         module: [found for found in imports(module, path) if found.is_eager] for module, path in files.items()
     }
 
-    def heavy_way(module: str, way: tuple[str, ...] = ()) -> str | None:
+    ways: dict[str, str | None] = {}
+
+    def heavy_way(module: str) -> str | None:
         """How importing a module comes to a heavy library, or None."""
-        for found in eager.get(module, []):
-            library = found.target.partition(".")[0]
-            if library in HEAVY_LIBRARIES:
-                return " → ".join((*way, module, library))
-            if found.target not in way and (deeper := heavy_way(found.target, (*way, module))):
-                return deeper
-        return None
+        if module not in ways:
+            ways[module] = None  # while it is looked at: a circle leads nowhere else
+            for found in eager.get(module, []):
+                library = found.target.partition(".")[0]
+                heavy = library if library in HEAVY_LIBRARIES else heavy_way(found.target)
+                if heavy:
+                    ways[module] = f"{module} → {heavy}"
+                    break
+        return ways[module]
 
     return [
         f"{found.place} at the top, which costs seconds ({heavy}): import it inside the function"

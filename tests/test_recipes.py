@@ -40,6 +40,8 @@ NAMES = [
     "adapters/parallel",
     "adapters/pfeiffer",
     "adapters/pissa",
+    "adapters/prefix-flat",
+    "adapters/prefix",
     "adapters/prompt",
     "adapters/ptuning",
     "adapters/rslora",
@@ -66,7 +68,7 @@ def test_a_header_says_what_the_recipe_is_for_and_is_true(name: str) -> None:
     shape = find_shape(recipe.model.source)
     facts = METHODS[recipe.adapter.method]
     if facts.has_rank:
-        size = rf"(rank|width) {recipe.adapter.rank}[ ,]|\({recipe.adapter.rank} virtual tokens"
+        size = rf"(rank|width|length) {recipe.adapter.rank}[ ,]|\({recipe.adapter.rank} virtual tokens"
         assert re.search(size, said["What it trains"])
     assert name in DEMO[:1] or facts.title in said["What it trains"].replace("QLoRA", "LoRA")
     if name not in DEMO:

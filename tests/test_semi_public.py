@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent.parent / "qadapt"
 USED = {
     "_register_custom_module": {"adapters/fused.py"},
-    "_attn_implementation": {"engine/documents.py"},
+    "_attn_implementation": {"engine/documents.py", "engine/prefix.py"},
     "_gradient_checkpointing_func": {"engine/boundaries.py"},
     "register_quantizer": {"model/placement.py"},
     "get_quantize_ops": {"model/placement.py"},

@@ -21,6 +21,8 @@ EXCEPTIONS: dict[str, str] = {
     "stage.py::except": "whatever goes wrong in the working thread is handed over and raised in the caller",
     "engine/attention.py::attend_repeated": "transformers calls attention with these five by position",
     "engine/documents.py::attend_documents": "transformers calls attention with these five by position",
+    "engine/prefix.py::attend_prefixed": "transformers calls attention with these five by position",
+    "engine/prefix.py::attend_eagerly": "transformers calls attention with these five by position",
     "engine/linear.py::forward": "torch hands a function's arguments over by position",
     "exporting.py::export": "its arguments are the command's options, of which each can be left out",
     "engine/target.py::_attend": "it stands for torch's scaled_dot_product_attention and has its parameters",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qadapt.adapters.bottleneck import bottleneck_shapes
+from qadapt.adapters.bottleneck import KINDS, bottleneck_shapes
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.errors import Unsupported
 
@@ -35,6 +35,11 @@ def average(adapters: Sequence[tuple[Path, float]]) -> tuple[dict[str, Any], dic
     _check_weights(adapters)
     first = adapters[0][0]
     settings = read_settings(first)
+    if settings.get("kind") not in KINDS:
+        raise Unsupported(
+            f"{first} is of the kind {settings.get('kind')}: only bottleneck adapters have a mean.",
+            cure="Use adapters of this kind as they are.",
+        )
     parts: dict[str, list[Tensor]] = {}
     for folder, weight in adapters:
         own = read_settings(folder)

@@ -20,6 +20,7 @@ from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
 from qadapt.adapters.loftq import Originals, start_from_error
 from qadapt.adapters.lora import VARIANTS, Lora, attach_lora, load_lora
+from qadapt.adapters.prefix import PREFIX_KINDS, attach_prefix
 from qadapt.adapters.prompt import PROMPT_KINDS, attach_prompt
 from qadapt.adapters.side_car import Part
 from qadapt.adapters.side_cars import load_side_car
@@ -51,7 +52,7 @@ def attach(
 ) -> PeftModel:
     """The base with a new adapter, which alone is trainable, and the rows of new tokens.
 
-    The first forward pass equals the base's, but for LoftQ's.
+    The first forward pass equals the base's, but for what stands in front of the text, and for LoftQ.
 
     Args:
         model: The frozen base.
@@ -86,6 +87,8 @@ def attach(
         return attach_bottleneck(model, bottleneck, dtype=dtype, seed=seed)
     if method in PROMPT_KINDS:
         return attach_prompt(model, method, adapter.rank, dtype=dtype, seed=seed)
+    if method in PREFIX_KINDS:
+        return attach_prefix(model, method, adapter.rank, dtype=dtype, seed=seed)
     assert method == "ia3"
     return attach_ia3(model, adapter.targets, dtype=dtype)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import KINDS, bottleneck_shapes, load_bottleneck
+from qadapt.adapters.prefix import PREFIX_KINDS, load_prefix, prefix_shapes
 from qadapt.adapters.prompt import PROMPT_KINDS, load_prompt, prompt_shapes
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import read_settings
@@ -34,6 +35,7 @@ class _Family:
 
 _FAMILIES: Mapping[str, _Family] = {
     **dict.fromkeys(KINDS, _Family(load_bottleneck, bottleneck_shapes)),
+    **dict.fromkeys(PREFIX_KINDS, _Family(load_prefix, prefix_shapes)),
     **dict.fromkeys(PROMPT_KINDS, _Family(load_prompt, prompt_shapes)),
 }
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from qadapt.engine.blocks import attend_in_blocks
 from qadapt.engine.host import sent
+from qadapt.engine.prefix import joined, prefixes_of, without_front
 from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for, goes_one_by_one
 from qadapt.errors import Unsupported
 from qadapt.plan.attention import attention_kernel, document_kernel
@@ -50,6 +51,12 @@ class Documents:
     def lengths(self) -> list[int]:
         """Tokens of each document."""
         return [end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    def behind(self, places: int) -> Documents:
+        """The same with so many places in front of each document; nothing waits for a card."""
+        bounds = tuple(bound + places * number for number, bound in enumerate(self.bounds))
+        numbers = torch.arange(len(bounds), dtype=torch.int32, device=self.starts.device)
+        return Documents(bounds, self.position_ids, self.starts + places * numbers)
 
     def to(self, device: torch.device) -> Documents:
         """The same on a device."""
@@ -102,6 +109,35 @@ def attend_documents(
         window=named.get("sliding_window"),
         softcap=named.get("softcap"),
     )
+    (prefix,) = prefixes_of(module)
+    if prefix is None:
+        return _attend(query, key, value, documents, how=how), None
+    keys, values = prefix.in_front(query.dtype)  # (K, P, D)
+    lengths, places = documents.lengths, keys.shape[1]
+    nothing = query.new_zeros(query.shape[1], places, query.shape[3])
+    pairs = (nothing, query), (keys, key), (values, value)
+    query, key, value = (joined(front, of, lengths=lengths) for front, of in pairs)
+    found = _attend(query, key, value, documents.behind(places), how=replace(how, places=places))
+    return without_front(found, places=places, lengths=lengths), None
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a layer says of its attention; all see the first `places` of a document, whatever the window."""
+
+    scaling: float
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+    places: int = 0
+
+    def windowed(self, length: int) -> int | None:
+        """The window, if a document is longer than it."""
+        return self.window if self.window is not None and length - self.places > self.window else None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, how: _How) -> Tensor:
+    """Causal attention within each document, by the kernel of the device; (1, T, H, D)."""
     kernel = document_kernel(
         TYPES[query.dtype],
         capability=capability_for(query),
@@ -109,30 +145,17 @@ def attend_documents(
         has_softcap=how.softcap is not None,
         one_by_one=goes_one_by_one(query),
     )
-    if kernel == "varlen" and not how.dropout:
+    is_windowed = how.windowed(max(documents.lengths)) is not None
+    if kernel == "varlen" and not how.dropout and not (how.places and is_windowed):
         groups = query.shape[1] // key.shape[1]
         if varlen_problem(query.device, query.dtype, head_width=query.shape[-1], groups=groups) is None:
-            return _varlen(query, key, value, documents, how=how), None
-    if kernel == "blocks" and not how.dropout and how.windowed(max(documents.lengths)) is None:
-        return attend_in_blocks(query, key, value, bounds=documents.bounds, scaling=how.scaling), None
+            return _varlen(query, key, value, documents, how=how)
+    if kernel == "blocks" and not how.dropout and not is_windowed:
+        return attend_in_blocks(query, key, value, bounds=documents.bounds, scaling=how.scaling)
     attend = _scores if kernel == "scores" else _fused
     parts = zip(*(each.split(documents.lengths, dim=2) for each in (query, key, value)), strict=True)
     found = [attend(*part, how=how).transpose(1, 2) for part in parts]  # (1, S, H, D) each
-    return found[0].contiguous() if len(found) == 1 else torch.cat(found, dim=1), None
-
-
-@dataclass(frozen=True)
-class _How:
-    """What a layer says of its attention."""
-
-    scaling: float
-    dropout: float = 0.0
-    window: int | None = None
-    softcap: float | None = None
-
-    def windowed(self, length: int) -> int | None:
-        """The window, if a document is longer than it."""
-        return self.window if self.window is not None and length > self.window else None
+    return found[0].contiguous() if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, how: _How) -> Tensor:
@@ -160,7 +183,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, *, 
 def _fused(query: Tensor, key: Tensor, value: Tensor, *, how: _How) -> Tensor:
     """One document by the fused kernel of the device; (1, H, S, D)."""
     window = how.windowed(query.shape[2])
-    mask = None if window is None else _band(query.shape[2], window, query.device)
+    mask = None if window is None else _band(query.shape[2], window, query.device, places=how.places)
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and (mask is not None or _refuses_groups(query)):
         key, value = _repeated(query, key, value)
@@ -192,16 +215,17 @@ def _scores(query: Tensor, key: Tensor, value: Tensor, *, how: _How) -> Tensor:
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     length = query.shape[2]
-    seen = _band(length, how.windowed(length) or length, query.device)
+    seen = _band(length, how.windowed(length) or length, query.device, places=how.places)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     shares = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(functional.dropout(shares, how.dropout, training=how.dropout > 0), value)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """(S, S): whether a token sees another, itself and `window` - 1 before it."""
+def _band(length: int, window: int, device: torch.device, *, places: int) -> Tensor:
+    """(S, S): whether a token sees another, itself and `window` - 1 before it, and the first places."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return seen.triu_(1 - window)
+    seen[places:, places:].triu_(1 - window)
+    return seen
 
 
 def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from qadapt.methods import METHODS, SCALED_INPUTS
 from qadapt.plan.attention import Attention, attention_core_bytes, mask_bytes, score_bytes
 from qadapt.plan.bottleneck import bottleneck_bytes
+from qadapt.plan.prefix import as_attended, network_bytes
 from qadapt.plan.setting import Setting
 from qadapt.shape import Linear, ModelShape
 
@@ -57,13 +58,14 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
         kept += _norm(query, setting, groups=shape.heads) + _norm(key_value, setting, groups=shape.kv_heads)
     # phi3's rotary part lays queries out so that Flash's output, laid out alike, is copied
     is_copied = shape.family == "phi3" and attention.kernel in ("flash", "cpu")
-    kept += attention_core_bytes(shape, setting, attention)
+    attended = as_attended(setting, documents=attention.documents)
+    core = attention_core_bytes(shape, setting, attention) * attended.tokens + network_bytes(setting)
     is_kept = attention.keeps_output and not is_copied and not attention.is_joined
     kept += _adapter(last, setting, is_kept_already=is_kept)
     if shape.family == "gemma2":
         kept += _wide_norm(shape, setting)
     beside = bottleneck_bytes(shape, setting, "attention") + _joined_bytes([*first, *last], setting)
-    return kept * setting.tokens + score_bytes(shape, setting, attention) + beside
+    return kept * setting.tokens + core + score_bytes(shape, attended, attention) + beside
 
 
 def mlp_bytes(shape: ModelShape, setting: Setting) -> int:

@@ -12,6 +12,7 @@ import math
 
 from qadapt.methods import SCALED_INPUTS
 from qadapt.plan.bottleneck import bottleneck_tensors, stands_beside
+from qadapt.plan.prefix import flat_values, has_prefix, network_tensors, prefix_tensors
 from qadapt.plan.prompt import front_tensors
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
@@ -27,6 +28,8 @@ def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     adapted = [linear for linear in shape.linears if setting.adapts(linear)]
     if stands_beside(setting):
         return bottleneck_tensors(shape, setting)
+    if has_prefix(setting):
+        return prefix_tensors(shape, setting)
     if setting.method == "ia3":
         return tuple(each.inputs if each.name in SCALED_INPUTS else each.outputs for each in adapted)
     if setting.method == "vera":
@@ -44,7 +47,11 @@ def token_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
 
 def once_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     """The number of values of each trained tensor that no layer has for itself."""
-    return (*token_tensors(shape, setting), *front_tensors(shape, setting))
+    return (
+        *token_tensors(shape, setting),
+        *front_tensors(shape, setting),
+        *network_tensors(shape, setting),
+    )
 
 
 def trainable(shape: ModelShape, setting: Setting) -> int:
@@ -81,9 +88,11 @@ def start_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def saved_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What stands on disk of the adapter when it is trained: virtual tokens are flat there."""
+    """What stands on disk of the adapter when it is trained: prefix and virtual tokens are flat there."""
     if setting.virtual_tokens:
         return setting.adapter_value_bytes * setting.virtual_tokens * shape.width
+    if has_prefix(setting):
+        return setting.adapter_value_bytes * flat_values(shape, setting)
     return adapter_bytes(shape, setting) + start_bytes(shape, setting)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qadapt.plan.prefix import has_prefix
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -89,10 +90,10 @@ def _packed_attention(shape: ModelShape, setting: Setting, *, capability: float 
         has_softcap=shape.attention_softcap is not None,
         one_by_one=setting.one_by_one,
     )
-    if chosen == "varlen":
+    has_mask = shape.sliding_window is not None and setting.length > shape.sliding_window
+    if chosen == "varlen" and not (has_mask and has_prefix(setting)):
         assert capability is not None
         return Attention("flash", False, False, capability, count)
-    has_mask = shape.sliding_window is not None and setting.length > shape.sliding_window
     is_joined = count > 1
     if chosen == "scores":
         return Attention("eager", is_grouped, has_mask, 0, count, is_joined)
@@ -207,7 +208,8 @@ def attention_core_bytes(shape: ModelShape, setting: Setting, attention: Attenti
         return 3 * query * FP32
     if attention.is_repeated:
         return 4 * query * c + shape.heads * FP32
-    values = query + 2 * key_value if shape.family == "phi3" else key_value  # phi3: a view of q, k and v
+    is_view = shape.family == "phi3" and not has_prefix(setting)  # of q, k and v
+    values = query + 2 * key_value if is_view else key_value
     if attention.kernel == "blocks":
         return (query + key_value + values) * c
     return (2 * query + key_value + values) * c + shape.heads * FP32

@@ -20,6 +20,7 @@ from qadapt.hardware.cards import Card
 from qadapt.methods import METHODS
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.knobs import KNOBS, LEAST_PLANNED_PIECE
+from qadapt.plan.prefix import has_prefix
 from qadapt.plan.room import Room
 from qadapt.plan.setting import MOST_ROWS, Setting, check_setting
 from qadapt.shape import ModelShape
@@ -252,6 +253,8 @@ def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int
         return Ceiling(shape.context, f"the context of {shape.name}")
     if what == "rank" and setting.virtual_tokens:
         return Ceiling(setting.length - 1, "one less than the length of a row")
+    if what == "rank" and has_prefix(setting):
+        return Ceiling(shape.context, f"the context of {shape.name}")
     if what == "rank" and METHODS[setting.method].usual_activation is not None:
         return Ceiling(shape.width - 1, "one less than the width of the model")
     if what == "rank":

@@ -16,6 +16,7 @@ from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes, 
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
 from qadapt.plan.bottleneck import bottleneck_bytes, stands_beside
+from qadapt.plan.prefix import as_attended
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
 from qadapt.shape import Linear, ModelShape
@@ -152,7 +153,8 @@ def attention_passing_bytes(shape: ModelShape, setting: Setting, attention: Atte
     cast let go. Scores made without fusing: the same two, and what the kernel of the softmax's gradient
     takes. Where documents of a packed row come one after another, their scores and kernels do, too.
     """
-    passing = _scores_passing_bytes(shape, setting, attention)
+    attended = as_attended(setting, documents=attention.documents)
+    passing = _scores_passing_bytes(shape, attended, attention)
     return passing - bottleneck_bytes(shape, setting, "attention")
 
 
