@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from test_estimate import CPU, build, folders, shape_of, values_of
 from test_linear import BASES, RANK, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
 from transformers import PreTrainedModel
 
+from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.ia3 import use_typed_layers
-from qadapt.adapters.lora import trainable
+from qadapt.adapters.lora import save_adapter, trainable
 from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.pissa import add_starts, start_of
 from qadapt.engine.linear import dense_weight
@@ -26,13 +27,16 @@ from qadapt.errors import BadRecipe, Unsupported
 from qadapt.methods import METHODS, Method, said
 from qadapt.model.load import load_base
 from qadapt.model.original import original_weights
+from qadapt.model.skeleton import skeleton_base
+from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as planned
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import most
 from qadapt.plan.room import Room
-from qadapt.plan.setting import setting_of
+from qadapt.plan.setting import Setting, setting_of
 from qadapt.recipe import AdapterSection
 from qadapt.recipe_file import check_recipe
+from qadapt.shape import find_config, find_shape
 from qadapt.train.dryrun import dry_run
 
 if TYPE_CHECKING:
@@ -219,6 +223,28 @@ def test_the_plan_counts_what_is_trained(method: Method, folders: dict[str, Path
     model = build(folders["llama"], setting)
     assert sum(each.numel() for each in trainable(model).values()) == planned(shape_of("llama"), setting)
     assert values_of("llama")["num_hidden_layers"] == 3
+
+
+def test_a_rank_16_adapter_of_a_7b_shape_is_written_in_bf16_in_as_many_bytes_as_planned(
+    tmp_path: Path,
+) -> None:
+    name = "Mistral-7B-v0.1"
+    values, bf16 = find_config(name).values, torch.bfloat16
+    base = skeleton_base(values, quantization="none", double_quant=False, dtype=bf16)
+    model = attach(base, Adapter("lora", 16, 32), dtype=bf16, seed=0)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for factors in (layer.lora_A, layer.lora_B):
+                factors.to_empty(device="cpu")
+    facts = AdapterFacts(name, None, "", "nf4", True, "bf16", "")
+    save_adapter(model, tmp_path / "adapter", facts=facts, tokenizer=cast(Any, None))
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    with file.open("rb") as opened:
+        header_bytes = 8 + int.from_bytes(opened.read(8), "little")
+    shape = find_shape(name)
+    assert file.stat().st_size - header_bytes == saved_bytes(shape, Setting()) == 83_886_080
+    odd = Setting(method="houlsby", rank=50)
+    assert saved_bytes(shape, odd) == 2 * planned(shape, odd), "a file is not rounded up as an allocation is"
 
 
 # --- what is refused --------------------------------------------------------------------------------------

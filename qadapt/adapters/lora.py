@@ -252,7 +252,12 @@ def _is_full(error: OSError | SafetensorError) -> bool:
 
 
 def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """The base with the adapter of a PEFT folder, in the type it was saved in, and its new tokens' rows."""
+    """The base with the adapter of a PEFT folder, in the type it was saved in, and its new tokens' rows.
+
+    Raises:
+        BadAdapter: Its configuration is damaged, or of a method that is not loaded here, or its tensors are
+            not those that it has on this base.
+    """
     config = read_peft_config(folder)
     config.inference_mode = not is_trainable
     tables = None

@@ -9,6 +9,7 @@ have rows (N, D) in embedding and head, D the width. Checked to the byte against
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from qadapt.methods import SCALED_INPUTS
 from qadapt.plan.bottleneck import bottleneck_tensors, stands_beside
@@ -93,7 +94,8 @@ def saved_bytes(shape: ModelShape, setting: Setting) -> int:
         return setting.adapter_value_bytes * setting.virtual_tokens * shape.width
     if has_prefix(setting):
         return setting.adapter_value_bytes * flat_values(shape, setting)
-    return adapter_bytes(shape, setting) + start_bytes(shape, setting)
+    on_disk = replace(setting, device="cpu")  # where no size is rounded up
+    return adapter_bytes(shape, on_disk) + start_bytes(shape, on_disk)
 
 
 def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
