@@ -15,10 +15,12 @@ from typing import Any, Literal
 from qadapt.adapters.adapters_library import import_bottleneck, is_of_library, librarys_config
 from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, read_facts, write_facts
 from qadapt.adapters.peft_config import CONFIG, PEFT_TYPES, peft_values
+from qadapt.adapters.peft_prompt import PEFT_PROMPTS, import_prompt
 from qadapt.adapters.versions import copy_adapter_files
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadAdapter
 from qadapt.export.adapter_names import BASE_KEEPING_STARTS
+from qadapt.model.folder import read_config
 from qadapt.model.precision import choose_compute_dtype, choose_device
 from qadapt.model.source import find_model
 
@@ -75,6 +77,9 @@ def adopt(folder: Path, place: Path, said: Said, *, name: str) -> None:
     contract = load_contract(files.folder)
     if is_librarys:
         import_bottleneck(folder, place)
+    elif config["peft_type"] in PEFT_PROMPTS:
+        model_type = str(read_config(files.folder, name=base).get("model_type"))
+        import_prompt(folder, place, model_type=model_type)
     else:
         copy_adapter_files(folder, place)
     facts = AdapterFacts(
@@ -117,9 +122,10 @@ def move_base(folder: Path, place: Path, base: str) -> None:
 def _config_of(folder: Path, name: str) -> dict[str, Any]:
     config = peft_values(folder)
     method, start = config.get("peft_type"), config.get("init_lora_weights", True)
-    if method not in PEFT_TYPES:
+    known = (*PEFT_TYPES, *PEFT_PROMPTS)
+    if method not in known:
         raise BadAdapter(
-            f"{name} is of the method {method}; of PEFT's, {', '.join(PEFT_TYPES)} are loaded here.",
+            f"{name} is of the method {method}; of PEFT's, {', '.join(known)} are loaded here.",
             cure="Load it with PEFT.",
         )
     if start not in BASE_KEEPING_STARTS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_bottleneck import FAMILIES, base_of
 from test_estimate import CPU, shape_of
@@ -22,12 +22,15 @@ from qadapt.adapters.lora import trainable
 from qadapt.adapters.prompt import PROMPT_KINDS, PromptKind, PromptPart, attach_prompt, load_prompt
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
+from qadapt.adapters.store import Store
+from qadapt.adoption import Said
 from qadapt.data.batches import micro_batches, packed_batches
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.front import in_front
 from qadapt.errors import BadAdapter, BadRecipe
+from qadapt.keeping import add
 from qadapt.methods import front_ids, said
 from qadapt.model.generate import Kept, generate, stream
 from qadapt.plan.estimate import estimate_step
@@ -268,6 +271,34 @@ def test_a_number_that_is_none_is_refused(tiny_model: TinyModel, tmp_path: Path)
     save_file({"tokens.vectors": torch.full((COUNT, 64), torch.nan)}, tmp_path / "side_car.safetensors")
     with pytest.raises(BadAdapter, match=r"has a number in tokens\.vectors that is none"):
         load_prompt(base_of(tiny_model, "llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(num_virtual_tokens=COUNT, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=COUNT, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+    ],
+    ids=PROMPT_KINDS,
+)
+def test_what_peft_saved_is_kept_and_answers_as_there(
+    config: Any, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    base = tiny_model("llama")
+    theirs = get_peft_model(base_of(tiny_model, "llama"), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, COUNT:]
+    store = Store(tmp_path / "store")
+    kept = add(str(tmp_path / "theirs"), store, said=Said(held="none", base=str(base))).version
+    assert kept.record.method == ("ptuning" if isinstance(config, PromptEncoderConfig) else "prompt")
+    found = load_prompt(base_of(tiny_model, "llama"), store.folder_of(kept.id))
+    torch.testing.assert_close(found(input_ids=IDS).logits, wanted, rtol=0, atol=2e-5)
+    path = tmp_path / "theirs" / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": torch.zeros(COUNT), "more": torch.zeros(1)}, path)
+    with pytest.raises(
+        BadAdapter, match=r"adapter_model\.safetensors holds no virtual tokens: it has .*more"
+    ):
+        add(str(tmp_path / "theirs"), store, said=Said(held="none", base=str(base)))
 
 
 # --- what is refused before anything is loaded ------------------------------------------------------------
