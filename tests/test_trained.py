@@ -187,3 +187,15 @@ def test_a_recipe_of_another_release_is_not_known(root: Path, tmp_path: Path) ->
     found = find_trained("later", folder=NOWHERE, store=str(store.path))
     assert (found.recipe, found.said_method) == (None, "LoRA")
     assert (found.name, found.rows) == ("later", version.record.data)
+
+
+def test_virtual_tokens_stand_before_rows_that_no_recipe_speaks_of(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"), steps=2, evaluate_every=None)
+    adapter = type(recipe.adapter)(method="prompt", rank=4)
+    list(train(recipe.model_copy(update={"adapter": adapter})))
+    folder = shutil.copytree(tmp_path / "runs/first/adapter", tmp_path / "mine")
+    expected = evaluate("first", folder=str(tmp_path / "runs"))
+    found = evaluate(str(folder), data=tmp_path / "held_out.jsonl")
+    assert (found.loss, found.base_loss) == pytest.approx((expected.loss, expected.base_loss), rel=1e-5)
