@@ -13,7 +13,7 @@ COMBINATION_FILE = "combination.json"
 """What an adapter was made of, if of others."""
 PEFT_FILES = "adapter_model.safetensors", "adapter_config.json"
 SIDE_CAR_FILES = "side_car.safetensors", "side_car.json"
-"""Tensors and settings of an adapter whose modules stand beside the base's layers."""
+"""Tensors and settings of an adapter that stands beside the base's weights."""
 _QUANTIZATIONS, _DTYPES = ("nf4", "int8", "none"), ("bf16", "fp16", "fp32")
 
 

@@ -267,8 +267,8 @@ _SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _BESIDE_PAIRS = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
 """Settings of adapters that have more than low-rank pairs, which vLLM refuses."""
 _SIDE_CAR = """\
-With qadapt: `qadapt chat FOLDER`, FOLDER being where this card lies. What {file} holds computes beside the
-base's layers, so no other program reads it."""
+With qadapt: `qadapt chat FOLDER`, FOLDER being where this card lies. What {file} holds works beside the
+base's weights, so no other program reads it."""
 _GGUF = """\
 With llama.cpp: `llama-cli -m {file} -cnv`. With Ollama: `ollama create tuned -f Modelfile`, then
 `ollama run tuned`."""
