@@ -13,7 +13,7 @@ from qadapt.errors import BadRecipe
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3", "houlsby", "pfeiffer", "parallel",
-    "prompt", "ptuning", "prefix", "prefix-flat",
+    "compacter", "compacterplus", "prompt", "ptuning", "prefix", "prefix-flat",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 SCALED_INPUTS = ("down_proj",)
@@ -21,6 +21,8 @@ SCALED_INPUTS = ("down_proj",)
 ENCODER_WIDTH = 512
 """Of the network that makes a prefix or the vectors of P-tuning while they are trained. P-tuning's authors
 take the width of the model, on a 7B 34 million values for a few vectors; prefix tuning's take this."""
+SUMMANDS = 4
+"""Kronecker products in a projection of Compacter, as many as in its paper; they divide its widths."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class MethodFacts:
             unless the recipe says otherwise.
         mends_base: Whether it starts from what quantizing took from the base, which must be quantized.
         usual_activation: The nonlinearity of a bottleneck adapter; None for all others.
+        after_attention: Whether a layer has a bottleneck adapter after its attention, too.
+        is_hypercomplex: Whether its projections are sums of `SUMMANDS` Kronecker products.
     """
 
     title: str
@@ -51,11 +55,18 @@ class MethodFacts:
     is_near_one: bool = False
     mends_base: bool = False
     usual_activation: Activation | None = None
+    after_attention: bool = False
+    is_hypercomplex: bool = False
 
     @property
     def has_rank(self) -> bool:
         """Whether `adapter.rank` means anything to it."""
         return bool(self.size)
+
+    @property
+    def size_step(self) -> int:
+        """What `adapter.rank` is a multiple of."""
+        return SUMMANDS if self.is_hypercomplex else 1
 
 
 def _lora(
@@ -71,9 +82,29 @@ def _lora(
     )
 
 
-def _bottleneck(title: str, source: str, activation: Activation) -> MethodFacts:
-    beside = ("targets",)
-    return MethodFacts(title, source, beside, size="width", is_beside=True, usual_activation=activation)
+def _bottleneck(
+    title: str,
+    source: str,
+    activation: Activation,
+    *,
+    after_attention: bool = False,
+    is_hypercomplex: bool = False,
+) -> MethodFacts:
+    return MethodFacts(
+        title,
+        source,
+        ("targets",),
+        size="width",
+        is_beside=True,
+        usual_activation=activation,
+        after_attention=after_attention,
+        is_hypercomplex=is_hypercomplex,
+    )
+
+
+def _compacter(title: str, *, after_attention: bool = False) -> MethodFacts:
+    both = {"after_attention": after_attention, "is_hypercomplex": True}
+    return _bottleneck(title, "arXiv:2106.04647", "gelu", **both)
 
 
 def _prompt(title: str, source: str) -> MethodFacts:
@@ -95,9 +126,11 @@ METHODS: Mapping[Method, MethodFacts] = {
     "loftq": _lora("LoftQ", "arXiv:2310.08659", mends_base=True),
     "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
     "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
-    "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu"),
+    "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu", after_attention=True),
     "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu"),
     "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu"),
+    "compacter": _compacter("Compacter", after_attention=True),
+    "compacterplus": _compacter("Compacter++"),
     "prompt": _prompt("prompt tuning", "arXiv:2104.08691"),
     "ptuning": _prompt("P-tuning", "arXiv:2103.10385"),
     "prefix": _prefix("prefix tuning"),
@@ -116,6 +149,25 @@ def check_base(method: Method, quantization: str) -> None:
             f"adapter.method = {method}: {METHODS[method].title} starts from what quantizing took from the "
             "base; with model.quantization = none there is nothing.",
             cure="Set model.quantization=nf4, or adapter.method=lora or pissa.",
+        )
+
+
+def check_step(method: Method, size: int, *, width: int) -> None:
+    """Refuses a width of an adapter, or of its model, that a method cannot have.
+
+    Raises:
+        BadRecipe: It is no multiple of what the method divides it by.
+    """
+    facts = METHODS[method]
+    if size % facts.size_step:
+        raise BadRecipe(
+            f"adapter.rank is {size}; of {facts.title} it is a multiple of {facts.size_step}.",
+            cure=f"Set adapter.rank={max(1, size // facts.size_step) * facts.size_step}.",
+        )
+    if width % facts.size_step:
+        raise BadRecipe(
+            f"{facts.title} cannot divide the width of this model, {width}, by {facts.size_step}.",
+            cure="Set adapter.method=houlsby or pfeiffer.",
         )
 
 

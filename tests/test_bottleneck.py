@@ -28,7 +28,7 @@ from qadapt.adapters.side_car_files import save_side_car
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
-from qadapt.methods import Activation
+from qadapt.methods import METHODS, Activation
 from qadapt.model.load import load_base
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gemma3_text")
@@ -69,14 +69,19 @@ def gemma3() -> PreTrainedModel:
 def adapted(
     base: PreTrainedModel, kind: Kind, *, activation: Activation = "silu", norm: bool = False
 ) -> SideCar:
-    model = attach_bottleneck(base, Bottleneck(kind, 5, activation, scale=1.5, norm=norm))
+    model = attach_bottleneck(base, Bottleneck(kind, width_of(kind), activation, scale=1.5, norm=norm))
     return drawn(model)
+
+
+def width_of(kind: Kind) -> int:
+    return 8 if METHODS[kind].is_hypercomplex else 5
 
 
 def drawn(model: SideCar) -> SideCar:
     draw = torch.Generator().manual_seed(1)
-    for parameter in trained(model).values():
-        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    for name, parameter in trained(model).items():
+        spread = 0.5 if name.endswith(("factors", "left", "right")) else 0.2  # of products of three
+        parameter.data.copy_(spread * torch.randn(parameter.shape, generator=draw))
     return model
 
 
@@ -84,17 +89,29 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
+def naive_weight(model: SideCar, name: str, side: str) -> Tensor:
+    """(outputs, inputs) of a projection; of Compacter as its paper has it, by Kronecker products."""
+    part = dict(model.parts[name].named_parameters())
+    if f"{side}.weight" in part:
+        return part[f"{side}.weight"]
+    (factors,) = model.parts["shared"].parameters()
+    pairs = zip(part[f"{side}.left"], part[f"{side}.right"], strict=True)
+    return (
+        torch.stack([torch.kron(a, torch.outer(*pair)) for a, pair in zip(factors, pairs, strict=True)])
+        .sum(0)
+        .T
+    )
+
+
 def naive_adapter(model: SideCar, name: str, values: Tensor) -> Tensor:
     """The formula, written out with the tensors of the side-car."""
     part = dict(model.parts[name].named_parameters())
     if "norm.weight" in part:
         values = functional.layer_norm(values, values.shape[-1:], part["norm.weight"], part["norm.bias"])
-    inner = values @ part["down.weight"].T + part["down.bias"]
-    name = model.settings["activation"]
-    inner = {"silu": functional.silu, "relu": torch.relu, "gelu": functional.gelu, "tanh": torch.tanh}[name](
-        inner
-    )
-    return 1.5 * (inner @ part["up.weight"].T + part["up.bias"])
+    inner = values @ naive_weight(model, name, "down").T + part["down.bias"]
+    functions = {"silu": functional.silu, "relu": torch.relu, "gelu": functional.gelu, "tanh": torch.tanh}
+    inner = functions[model.settings["activation"]](inner)
+    return 1.5 * (inner @ naive_weight(model, name, "up").T + part["up.bias"])
 
 
 def naive_layers(model: SideCar, kind: Kind, *, has_two_norms: bool) -> None:
@@ -107,14 +124,15 @@ def naive_layers(model: SideCar, kind: Kind, *, has_two_norms: bool) -> None:
             out = layer.self_attn(hidden_states=layer.input_layernorm(stream), **named)[0]
             if has_two_norms:
                 out = layer.post_attention_layernorm(out)
-            if kind == "houlsby":
+            if kind in ("houlsby", "compacter"):
                 out = out + naive_adapter(model, f"layers.{number}.attention", out)
             stream = stream + out
             before = layer.pre_feedforward_layernorm if has_two_norms else layer.post_attention_layernorm
             out = layer.mlp(before(stream))
             if has_two_norms:
                 out = layer.post_feedforward_layernorm(out)
-            seen = {"houlsby": out, "pfeiffer": stream + out, "parallel": stream}[kind]
+            sees = {"pfeiffer": stream + out, "compacterplus": stream + out, "parallel": stream}
+            seen = sees.get(kind, out)
             return stream + out + naive_adapter(model, f"layers.{number}.feed_forward", seen)
 
         return forward
@@ -145,7 +163,7 @@ def test_the_first_forward_pass_is_the_base_to_the_bit(
 ) -> None:
     base = base_of(tiny_model, family)
     before = base(input_ids=IDS).logits
-    model = attach_bottleneck(base, Bottleneck(kind, 5, "gelu", scale=2.0))
+    model = attach_bottleneck(base, Bottleneck(kind, width_of(kind), "gelu", scale=2.0))
     assert torch.equal(model(input_ids=IDS).logits, before)
     drawn(model)
     assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-2)
@@ -405,7 +423,6 @@ def test_an_adapter_of_the_library_is_imported(tiny_model: TinyModel, tmp_path: 
     [
         ({"model_type": "bert"}, "holds an adapter of another kind on bert"),
         ({"use_gating": True}, "Its use_gating is True; only False is known here"),
-        ({"phm_layer": True}, "Its phm_layer is True; only False"),
         ({"residual_before_ln": "post_add"}, "Its residual_before_ln is post_add; only True"),
         ({"non_linearity": "mish"}, "Its nonlinearity is mish and its scaling 1.5; known are relu"),
         ({"scaling": "learned"}, "and its scaling learned; known are"),

@@ -34,7 +34,7 @@ from qadapt.export.tensor_fault import OTHER_FILE, Fault
 from qadapt.exporting import export
 from qadapt.keeping import add
 from qadapt.loading import load_partner
-from qadapt.methods import Method, activation_of
+from qadapt.methods import METHODS, Method, activation_of
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.adapters import trainable as trainable_count
@@ -46,7 +46,7 @@ from qadapt.serve.partner import Partner, find_partner
 from qadapt.train.dryrun import dry_run
 
 __all__ = ["folders"]  # a fixture
-KINDS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel")
+KINDS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterplus")
 PROGRAM = """
 import sys, torch
 from safetensors.torch import save_file
@@ -78,7 +78,7 @@ def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_m
         recipe = bottleneck_recipe(tmp_path / method, tiny_model("qwen2"), method)
         events = list(train(recipe))
         (attached,), (finished,) = only(AdapterAttached, events), only(RunFinished, events)
-        assert attached.adapted_layers == (4 if method == "houlsby" else 2)
+        assert attached.adapted_layers == (4 if method in ("houlsby", "compacter") else 2)
         losses = [event.loss for event in only(StepDone, events)]
         assert losses[-1] < losses[0]
         adapter = Path(finished.adapter)
@@ -148,7 +148,8 @@ def pfeiffer_of(folder: Path, dtype: torch.dtype) -> SideCar:
 
 
 def beside(method: Method, **changes: Any) -> Setting:
-    return dataclasses.replace(CPU, method=method, rank=6, activation=activation_of(method), **changes)
+    rank = 8 if METHODS[method].is_hypercomplex else 6
+    return dataclasses.replace(CPU, method=method, rank=rank, activation=activation_of(method), **changes)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,8 @@ def beside(method: Method, **changes: Any) -> Setting:
         ("phi3", "parallel", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
         ("mistral", "parallel", {"mlp_tiles": 3}),
         ("qwen3", "pfeiffer", {"compute_dtype": "bf16"}),
+        ("llama", "compacter", {"recompute": 2, "dropout": 0.1}),
+        ("gemma2", "compacterplus", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
     ],
 )
 def test_the_dry_run_is_the_real_step_to_the_byte_whatever_the_scale(
@@ -205,7 +208,7 @@ def test_the_adapters_size_on_disk_is_known_to_the_byte(
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    model = attach(base, Adapter(method, 6, 6.0), dtype=torch.bfloat16, seed=0)
+    model = attach(base, Adapter(method, setting.rank, 6.0), dtype=torch.bfloat16, seed=0)
     assert isinstance(model, SideCar)
     save_side_car(model, tmp_path)
     stored = load_file(tmp_path / "side_car.safetensors").values()

@@ -32,6 +32,8 @@ NAMES = [
     "quickstart-smollm2-135m",
     "qwen2.5-7b-qlora-12gb",
     "qwen3-8b-qlora-16gb",
+    "adapters/compacter",
+    "adapters/compacterplus",
     "adapters/dora",
     "adapters/houlsby",
     "adapters/ia3",

@@ -16,26 +16,32 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qadapt.adapters.bottleneck import Bottleneck, Kind, bottleneck_shapes, places_of
+from qadapt.adapters.bottleneck import SHARED, Bottleneck, Kind, bottleneck_shapes, places_of
 from qadapt.adapters.side_car_files import write_side_car
 from qadapt.errors import BadAdapter, Unsupported
-from qadapt.methods import Activation
+from qadapt.methods import METHODS, SUMMANDS, Activation
 
 CONFIG_FILE, TENSORS_FILE, PICKLED_FILE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 _PLACES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
 _NEUTRAL: Mapping[str, object] = {
     "original_ln_after": True, "ln_after": False, "use_gating": False, "inv_adapter": None,
-    "cross_adapter": False, "leave_out": [], "stochastic_depth": 0.0, "phm_layer": False,
+    "cross_adapter": False, "leave_out": [], "stochastic_depth": 0.0,
     "output_adapter": True, "adapter_residual_before_ln": False, "residual_before_ln": True,
 }  # fmt: skip
 """Switches that must stand so."""
+_COMPACTER: Mapping[str, object] = {
+    "phm_dim": SUMMANDS, "phm_rank": 1, "phm_bias": True, "factorized_phm_W": True, "shared_W_phm": False,
+    "shared_phm_rule": True, "factorized_phm_rule": False,
+}  # fmt: skip
+"""Switches that must stand so, besides, where `phm_layer` does."""
+_COMPACT: Mapping[Kind, Kind] = {"houlsby": "compacter", "pfeiffer": "compacterplus"}
 _NEEDED = (
     "is_parallel", "mh_adapter", "original_ln_before", "ln_before", "non_linearity", "scaling", "dropout",
 )  # fmt: skip
 _RANGES = {"hidden_size": (1, 2**31), "reduction_factor": (2**-31, 2**31), "dropout": (0, 1)}
 _CURE = (
-    "Imported are Houlsby, Pfeiffer and parallel bottleneck adapters on Llama, as that library makes them."
+    "Imported are Houlsby, Pfeiffer, parallel and Compacter adapters on Llama, as that library makes them."
 )
 
 
@@ -53,7 +59,7 @@ def import_bottleneck(source: Path, target: Path) -> None:
         Unsupported: They are of another method or model, use a switch that is not known here, or are pickled.
     """
     config = librarys_config(source)
-    bottleneck, layers = _bottleneck(config), _layers(source, config)
+    bottleneck, (layers, shared) = _bottleneck(config), _tensors(source, config)
     settings = {
         "kind": bottleneck.kind,
         "width": bottleneck.width,
@@ -66,20 +72,29 @@ def import_bottleneck(source: Path, target: Path) -> None:
         "model_type": config["model_type"],
     }
     shapes, tensors = bottleneck_shapes(settings, source), {}
+    if METHODS[bottleneck.kind].is_hypercomplex:
+        tensors[f"{SHARED}.factors"] = shared.pop("phm_rule", torch.empty(0))
     for number, found in enumerate(layers):
         for place in places_of(bottleneck.kind):
-            for ours, theirs in _names(bottleneck.norm).items():
-                name = f"layers.{number}.{place}.{ours}"
-                tensors[name] = found.pop(f"{_PLACES[place]}.{theirs}", torch.empty(0))
-                if tuple(tensors[name].shape) != shapes[name]:
-                    raise BadAdapter(
-                        f"{source}: {name} has the shape {tuple(tensors[name].shape)} and must have "
-                        f"{shapes[name]}.",
-                        cure="Save it again with the library that trained it.",
-                    )
-    if left := sorted(name for found in layers for name in found if "adapter_norm_before" not in name):
+            for ours, theirs in _names(bottleneck).items():
+                each = found.pop(f"{_PLACES[place]}.{theirs}", torch.empty(0))
+                tensors[f"layers.{number}.{place}.{ours}"] = each.flatten(1) if each.dim() == 3 else each
+    _check_shapes(source, tensors, shapes)
+    rest = [*shared, *(name for found in layers for name in found)]
+    if left := sorted(name for name in rest if "adapter_norm_before" not in name):
         raise Unsupported(f"{source} has tensors that are not known: {left[0]}.", cure=_CURE)
     write_side_car(target, settings=settings, tensors=tensors)
+
+
+def _check_shapes(
+    source: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise BadAdapter(
+                f"{source}: {name} has the shape {tuple(tensor.shape)} and must have {shapes[name]}.",
+                cure="Save it again with the library that trained it.",
+            )
 
 
 def librarys_config(source: Path) -> dict[str, Any]:
@@ -108,7 +123,8 @@ def librarys_config(source: Path) -> dict[str, Any]:
 def _bottleneck(config: Mapping[str, Any]) -> Bottleneck:
     if missing := [name for name in _NEEDED if name not in config]:
         raise BadAdapter(f"Its configuration lacks {', '.join(missing)}.", cure=_CURE)
-    for name, value in _NEUTRAL.items():
+    is_compact = bool(config.get("phm_layer"))
+    for name, value in {**_NEUTRAL, **(_COMPACTER if is_compact else {})}.items():
         if config.get(name, value) != value and not (config["is_parallel"] and "residual" in name):
             raise Unsupported(f"Its {name} is {config[name]}; only {value} is known here.", cure=_CURE)
     activation = _ACTIVATIONS.get(str(config["non_linearity"]).lower())
@@ -127,7 +143,7 @@ def _bottleneck(config: Mapping[str, Any]) -> Bottleneck:
                 f"Its {name} is {value!r}; it must be a number from {least:g} to {most:g}.", cure=_CURE
             )
     return Bottleneck(
-        _kind(config),
+        _compact(_kind(config)) if is_compact else _kind(config),
         max(1, int(config["hidden_size"] // config["reduction_factor"])),
         cast(Activation, activation),
         scale=float(config["scaling"]),
@@ -151,8 +167,19 @@ def _kind(config: Mapping[str, Any]) -> Kind:
     )
 
 
-def _layers(source: Path, config: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """For each layer, its tensors by what follows the layer's number, without the adapter's name."""
+def _compact(kind: Kind) -> Kind:
+    if kind not in _COMPACT:
+        raise Unsupported(f"It is of the kind {kind}, with phm_layer; that is none known here.", cure=_CURE)
+    return _COMPACT[kind]
+
+
+def _tensors(
+    source: Path, config: Mapping[str, Any]
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """For each layer, its tensors by what follows the layer's number, without the adapter's name.
+
+    And those that all layers share, by the last word of their names.
+    """
     path = source / TENSORS_FILE
     if not path.is_file() and (source / PICKLED_FILE).is_file():
         raise Unsupported(
@@ -164,7 +191,11 @@ def _layers(source: Path, config: Mapping[str, Any]) -> list[dict[str, torch.Ten
     except (OSError, SafetensorError) as error:
         raise BadAdapter(f"{path} cannot be read: {error}.", cure=_CURE) from None
     layers: dict[int, dict[str, torch.Tensor]] = {}
+    shared = {}
     for name, tensor in tensors.items():
+        if f".shared_parameters.{config['name']}." in name:
+            shared[name.rpartition(".")[2]] = tensor
+            continue
         front, _, rest = name.partition("layers.")
         number, _, rest = rest.partition(".")
         if not number.isdecimal() or f".adapters.{config['name']}." not in rest:
@@ -172,14 +203,17 @@ def _layers(source: Path, config: Mapping[str, Any]) -> list[dict[str, torch.Ten
         layers.setdefault(int(number), {})[rest.replace(f".adapters.{config['name']}", "", 1)] = tensor
     if sorted(layers) != list(range(len(layers))) or not layers:
         raise BadAdapter(f"{path} has no tensors for some layer.", cure=_CURE)
-    return [layers[number] for number in range(len(layers))]
+    return [layers[number] for number in range(len(layers))], shared
 
 
-def _names(has_norm: bool) -> dict[str, str]:
+def _names(bottleneck: Bottleneck) -> dict[str, str]:
     """Our name of each tensor of a place → theirs."""
-    down = "adapter_down.1" if has_norm else "adapter_down.0"
-    names = {f"down.{each}": f"{down}.{each}" for each in ("weight", "bias")}
-    names |= {f"up.{each}": f"adapter_up.{each}" for each in ("weight", "bias")}
-    if has_norm:
+    down = "adapter_down.1" if bottleneck.norm else "adapter_down.0"
+    each = {"weight": "weight", "bias": "bias"}
+    if METHODS[bottleneck.kind].is_hypercomplex:
+        each = {"left": "W_left", "right": "W_right", "bias": "b"}
+    names = {f"down.{ours}": f"{down}.{theirs}" for ours, theirs in each.items()}
+    names |= {f"up.{ours}": f"adapter_up.{theirs}" for ours, theirs in each.items()}
+    if bottleneck.norm:
         names |= {f"norm.{each}": f"adapter_down.0.{each}" for each in ("weight", "bias")}
     return names

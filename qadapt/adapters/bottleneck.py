@@ -2,7 +2,9 @@
 
 * `houlsby`: after attention and after the feed-forward part (arXiv:1902.00751): o + f(o);
 * `pfeiffer`: after the feed-forward part, of the sum it goes into (arXiv:2005.00247): o + f(h + o);
-* `parallel`: beside the feed-forward part, of what goes into its norm (arXiv:2110.04366): o + f(h).
+* `parallel`: beside the feed-forward part, of what goes into its norm (arXiv:2110.04366): o + f(h);
+* `compacter`, `compacterplus` (Compacter++): as the first and the second, but that both projections are sums
+  of Kronecker products, of very few numbers (arXiv:2106.04647, `hypercomplex.py`).
 
 o is what a part adds to the residual stream (after Gemma's second norm), h the stream it is added to, f the
 bottleneck times alpha / width. The places are those of the library `adapters` 1.3 on Llama, and the numbers,
@@ -29,14 +31,22 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qadapt.adapters.effect import Effect, connect
+from qadapt.adapters.hypercomplex import HypercomplexProjection, SharedFactors
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
-from qadapt.methods import Activation
+from qadapt.methods import METHODS, SUMMANDS, Activation, check_step
 
-Kind = Literal["houlsby", "pfeiffer", "parallel"]
+Kind = Literal["houlsby", "pfeiffer", "parallel", "compacter", "compacterplus"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_SEES: Mapping[Kind, Literal["output", "sum", "stream"]] = {
+    "houlsby": "output", "pfeiffer": "sum", "parallel": "stream",
+    "compacter": "output", "compacterplus": "sum",
+}  # fmt: skip
+"""What enters: o, h + o or h."""
+SHARED = "shared"
+"""Name on disk of what all adapters of a model share."""
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -91,16 +101,27 @@ class BottleneckPart(Part):
     Args:
         bottleneck: What it is.
         width: D.
+        shared: What those of its model share, if they share anything.
     """
 
-    def __init__(self, bottleneck: Bottleneck, width: int) -> None:
+    def __init__(self, bottleneck: Bottleneck, width: int, shared: SharedFactors | None = None) -> None:
         super().__init__()
         self.bottleneck = bottleneck
-        self.down = Projection(width, bottleneck.width)
-        self.up = Projection(bottleneck.width, width)
+        self.down = _projection(width, bottleneck.width, shared)
+        self.up = _projection(bottleneck.width, width, shared)
         self.norm = nn.LayerNorm(width) if bottleneck.norm else None
         self.activation = _FUNCTIONS[bottleneck.activation]
         self._stream: weakref.ref[Tensor] | None = None
+
+    def start(self, draw: torch.Generator) -> None:
+        """Draws the projection down, and of the one up what leaves it zero."""
+        self.down.start(draw)
+        if isinstance(self.up, HypercomplexProjection):
+            self.up.start(draw, at_zero=True)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Its own numbers, and none that it shares."""
+        return {name: each for name, each in self.named_parameters() if SHARED not in name.split(".")}
 
     def see_stream(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Hook before the feed-forward part's norm; the layer itself holds the stream until it adds to it."""
@@ -116,12 +137,12 @@ class BottleneckPart(Part):
 
     def added_to(self, output: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         """What the part adds to the stream with the adapter."""
-        entering = output
-        if self.bottleneck.kind != "houlsby":
+        entering, sees = output, _SEES[self.bottleneck.kind]
+        if sees != "output":
             assert self._stream is not None, "the norm comes first"
             stream = self._stream()
             assert stream is not None, "the layer holds it"
-            entering = stream + output if self.bottleneck.kind == "pfeiffer" else stream
+            entering = stream + output if sees == "sum" else stream
         return output + cast(Tensor, self(entering))
 
     def forward(self, values: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
@@ -143,6 +164,10 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
+    def start(self, draw: torch.Generator) -> None:
+        """Draws the weight as nn.Linear does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=draw)
+
     def forward(self, values: Tensor, *, scale: float | None = None) -> Tensor:
         """(..., inputs) -> (..., outputs), times a scale, which the inputs are given as they are fewer."""
         weight, bias = self.weight.to(values.dtype), self.bias.to(values.dtype)
@@ -160,11 +185,11 @@ def attach_bottleneck(
         model: The base; its parameters are frozen.
         bottleneck: The adapters.
         dtype: Type of what is trained.
-        seed: Of the projections down.
+        seed: Of what starts at random.
 
     Raises:
         Unsupported: It is not known where this architecture adds to its stream.
-        BadRecipe: The bottleneck is as wide as the model.
+        BadRecipe: The bottleneck is as wide as the model, or a width is none that it can have.
     """
     places, width = _places(model), int(model.config.hidden_size)
     if bottleneck.width >= width:
@@ -172,14 +197,18 @@ def attach_bottleneck(
             f"adapter.rank is {bottleneck.width}; a bottleneck is narrower than the model, {width} here.",
             cure=f"Set adapter.rank to less than {width}; {max(1, width // 16)}, a 16th, is usual.",
         )
+    check_step(bottleneck.kind, bottleneck.width, width=width)
     model.requires_grad_(False)
-    device = device_of(model)
-    draw, parts = torch.Generator().manual_seed(seed), {}
+    device, draw = device_of(model), torch.Generator().manual_seed(seed)
+    parts: dict[str, Part] = {}
+    if (shared := _shared(bottleneck.kind)) is not None:
+        shared.start(draw)
+        parts[SHARED] = shared
     for number, layer in enumerate(decoder_layers(model)):
         mine = nn.ModuleDict()
         for place in places_of(bottleneck.kind):
-            part = BottleneckPart(bottleneck, width)
-            nn.init.kaiming_uniform_(part.down.weight, a=math.sqrt(5), generator=draw)  # as nn.Linear's
+            part = BottleneckPart(bottleneck, width, shared)
+            part.start(draw)
             for effect in _effects(layer, part.to(device, dtype), places, is_attention=place == "attention"):
                 connect(effect)
             mine[place] = parts[f"layers.{number}.{place}"] = part
@@ -197,7 +226,7 @@ def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool 
     bottleneck, tensors = _read(model, folder)
     adapted = attach_bottleneck(model, bottleneck)
     for name, part in adapted.parts.items():
-        for key, parameter in part.named_parameters():
+        for key, parameter in part.stored().items():
             parameter.data = tensors[f"{name}.{key}"].to(parameter.device)
             parameter.requires_grad_(is_trainable)
     return adapted
@@ -211,12 +240,13 @@ def bottleneck_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
         Unsupported: It is not known where this architecture adds to its stream.
     """
     bottleneck, tensors = _read(model, folder)
-    places, device = _places(model), device_of(model)
-    effects: list[Effect] = []
+    places, device, effects = _places(model), device_of(model), []
+    if (shared := _shared(bottleneck.kind)) is not None:
+        shared.factors.data = tensors[f"{SHARED}.factors"].to(device, copy=True)
     for number, layer in enumerate(decoder_layers(model)):
         for place in places_of(bottleneck.kind):
-            part = BottleneckPart(replace(bottleneck, dropout=0.0), int(model.config.hidden_size))
-            for key, parameter in part.requires_grad_(False).named_parameters():
+            part = BottleneckPart(replace(bottleneck, dropout=0.0), int(model.config.hidden_size), shared)
+            for key, parameter in part.requires_grad_(False).stored().items():
                 parameter.data = tensors[f"layers.{number}.{place}.{key}"].to(device, copy=True)
             effects += _effects(layer, part, places, is_attention=place == "attention")
     return effects
@@ -248,7 +278,11 @@ def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
     is_known = values["kind"] in KINDS and values["activation"] in tuple(_FUNCTIONS)
     is_known = is_known and all(type(values[name]) is kind for name, kind in kinds.items())
     if not (
-        is_known and values["width"] > 0 and math.isfinite(values["scale"]) and 0 <= values["dropout"] < 1
+        is_known
+        and values["width"] > 0
+        and values["width"] % METHODS[values["kind"]].size_step == 0
+        and math.isfinite(values["scale"])
+        and 0 <= values["dropout"] < 1
     ):
         raise BadAdapter(
             f"The settings of the adapter in {folder} describe no bottleneck: {values}.",
@@ -264,16 +298,27 @@ def bottleneck_shapes(settings: Mapping[str, Any], folder: Path) -> dict[str, tu
         BadAdapter: The settings describe no bottleneck adapters.
     """
     bottleneck, (layers, outer) = bottleneck_of(settings, folder), _sizes(settings, folder)
-    width = bottleneck.width
     shapes: dict[str, tuple[int, ...]] = {}
-    each = {"down.weight": (width, outer), "down.bias": (width,), "up.weight": (outer, width)}
-    each |= {"up.bias": (outer,)}
+    if METHODS[bottleneck.kind].is_hypercomplex:
+        shapes[f"{SHARED}.factors"] = (SUMMANDS, SUMMANDS, SUMMANDS)
+    each = _projection_shapes("down", outer, bottleneck) | _projection_shapes("up", outer, bottleneck)
     if bottleneck.norm:
         each |= {"norm.weight": (outer,), "norm.bias": (outer,)}
     for number in range(layers):
         for place in places_of(bottleneck.kind):
             shapes |= {f"layers.{number}.{place}.{name}": shape for name, shape in each.items()}
     return shapes
+
+
+def _projection_shapes(
+    name: Literal["down", "up"], outer: int, bottleneck: Bottleneck
+) -> dict[str, tuple[int, ...]]:
+    sides = (outer, bottleneck.width) if name == "down" else (bottleneck.width, outer)
+    bias = {f"{name}.bias": sides[1:]}
+    if METHODS[bottleneck.kind].is_hypercomplex:
+        left, right = ((SUMMANDS, side // SUMMANDS) for side in sides)
+        return {f"{name}.left": left, f"{name}.right": right, **bias}
+    return {f"{name}.weight": sides[::-1], **bias}
 
 
 def _sizes(settings: Mapping[str, Any], folder: Path) -> tuple[int, int]:
@@ -289,13 +334,25 @@ def _sizes(settings: Mapping[str, Any], folder: Path) -> tuple[int, int]:
 
 def places_of(kind: Kind) -> tuple[str, ...]:
     """Where a layer has an adapter of a kind."""
-    return ("attention", "feed_forward") if kind == "houlsby" else ("feed_forward",)
+    return ("attention", "feed_forward") if METHODS[kind].after_attention else ("feed_forward",)
+
+
+def _shared(kind: Kind) -> SharedFactors | None:
+    return SharedFactors() if METHODS[kind].is_hypercomplex else None
+
+
+def _projection(
+    inputs: int, outputs: int, shared: SharedFactors | None
+) -> Projection | HypercomplexProjection:
+    if shared is None:
+        return Projection(inputs, outputs)
+    return HypercomplexProjection(inputs, outputs, shared)
 
 
 def _effects(layer: nn.Module, part: BottleneckPart, places: Places, *, is_attention: bool) -> list[Effect]:
     output = layer.get_submodule(places.attention if is_attention else places.feed_forward)
     effects = [Effect(output, "sequence", part, after=part.change_output)]
-    if part.bottleneck.kind != "houlsby":
+    if _SEES[part.bottleneck.kind] != "output":
         effects.append(Effect(layer.get_submodule(places.norm), "sequence", part, before=part.see_stream))
     return effects
 

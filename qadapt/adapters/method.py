@@ -105,4 +105,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
 
 def adapted_layers(model: PeftModel) -> int:
     """How many layers of a base have an adapter, or how many adapters stand beside them."""
-    return sum(isinstance(module, BaseTunerLayer | Part) for module in model.modules())
+    return sum(
+        isinstance(module, BaseTunerLayer) or (isinstance(module, Part) and not module.is_shared)
+        for module in model.modules()
+    )

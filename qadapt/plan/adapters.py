@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 
 from qadapt.methods import SCALED_INPUTS
-from qadapt.plan.bottleneck import bottleneck_tensors, stands_beside
+from qadapt.plan.bottleneck import bottleneck_tensors, shared_tensors, stands_beside
 from qadapt.plan.prefix import flat_values, has_prefix, network_tensors, prefix_tensors
 from qadapt.plan.prompt import front_tensors
 from qadapt.plan.setting import Setting
@@ -52,6 +52,7 @@ def once_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
         *token_tensors(shape, setting),
         *front_tensors(shape, setting),
         *network_tensors(shape, setting),
+        *shared_tensors(setting),
     )
 
 

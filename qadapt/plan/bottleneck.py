@@ -2,14 +2,18 @@
 
 Each place has a projection down (R, D) and up (D, R) with their biases; for the backward pass it keeps what
 enters, the R values before and after their nonlinearity, and where it is trained in another type than is
-computed in, the cast projections. Legend: D width of the model, R width of the bottleneck.
+computed in, the cast projections. A projection of Compacter has a number for each input and each output, a
+bias, and N³ that all of a model share; it keeps N² values of each token, and N² for each input, made of its
+own.
+
+Legend: D width of the model, R width of the bottleneck, N `SUMMANDS`.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from qadapt.methods import METHODS
+from qadapt.methods import METHODS, SUMMANDS
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -24,18 +28,27 @@ def stands_beside(setting: Setting) -> bool:
 
 def bottleneck_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     """The number of values of each trained tensor of one layer."""
-    inner, width = setting.rank, shape.width
-    return (inner * width, inner, width * inner, width) * (2 if setting.method == "houlsby" else 1)
+    inner, width, facts = setting.rank, shape.width, METHODS[setting.method]
+    each = (width, inner, inner, inner, width, width) if facts.is_hypercomplex else _dense(inner, width)
+    return each * (2 if facts.after_attention else 1)
+
+
+def shared_tensors(setting: Setting) -> tuple[int, ...]:
+    """The number of values of each trained tensor that the adapters of all layers share."""
+    return (SUMMANDS**3,) if METHODS[setting.method].is_hypercomplex else ()
 
 
 def bottleneck_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
     """What the adapter beside one half of a layer keeps; 0 if there is none."""
-    if not stands_beside(setting) or (half == "attention" and setting.method != "houlsby"):
+    facts = METHODS[setting.method]
+    if not stands_beside(setting) or (half == "attention" and not facts.after_attention):
         return 0
-    c = setting.compute_bytes
-    cast = 0 if setting.adapter_value_bytes == c and not _is_other_half(setting) else 2 * shape.width * c
-    each = (shape.width + 2 * setting.rank) * c
-    kept = each * setting.tokens + cast * setting.rank + mask_bytes(shape, setting)
+    c, width, inner = setting.compute_bytes, shape.width, setting.rank
+    is_cast = setting.adapter_value_bytes != c or _is_other_half(setting)
+    weights, between = is_cast * 2 * width * inner, 0
+    if facts.is_hypercomplex:
+        weights, between = (SUMMANDS**2 + is_cast) * (width + inner), 2 * SUMMANDS**2
+    kept = (width + 2 * inner + between) * c * setting.tokens + weights * c + mask_bytes(shape, setting)
     return kept - shared_stream_bytes(shape, setting)
 
 
@@ -49,6 +62,10 @@ def shared_stream_bytes(shape: ModelShape, setting: Setting) -> int:
     """What a parallel adapter need not keep itself: the stream that enters, which a norm keeps in fp32."""
     is_shared = setting.method == "parallel" and setting.compute_bytes == FP32 and setting.dropout == 0
     return shape.width * FP32 * setting.tokens if is_shared else 0
+
+
+def _dense(inner: int, width: int) -> tuple[int, ...]:
+    return inner * width, inner, width * inner, width
 
 
 def _is_other_half(setting: Setting) -> bool:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
+from qadapt.methods import METHODS
 from qadapt.plan.activations import (
     attention_bytes,
     boundaries_there,
@@ -286,7 +287,7 @@ def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
     if not stands_beside(setting):
         return first_input_bytes(shape, setting)
     before = half - bottleneck_bytes(shape, setting, "attention") + mask_bytes(shape, setting)
-    if setting.method == "houlsby":
+    if METHODS[setting.method].after_attention:
         return before
     before += mlp_bytes(shape, setting) - bottleneck_bytes(shape, setting, "mlp")
     return before - shared_stream_bytes(shape, setting)

@@ -53,10 +53,10 @@ class Most:
 
     Attributes:
         what: What was asked for.
-        value: The largest value that fits; None if not even 1 does.
+        value: The largest value that fits; None if not even the least does.
         ceiling: Where the search ended at the latest.
-        estimate: The step at `value`, or at 1 if nothing fits.
-        next_estimate: The step one above, which does not fit; None at the ceiling, or if nothing fits.
+        estimate: The step at `value`, or at the least if nothing fits.
+        next_estimate: The step at the next value, which does not fit; None at the ceiling or if nothing fits.
     """
 
     what: What
@@ -97,9 +97,10 @@ def most(
     if what == "rank" and not facts.has_rank:
         raise BadRecipe(f"--max rank: {facts.title} has no rank.", cure="Ask for --max length or --max rows.")
     free, rows_per_step = freedom
+    step = facts.size_step if what == "rank" else 1
     if what == "rows":
         free -= {"micro_batch"}
-    check_setting(shape, _at(setting, what, 1, rows_per_step=rows_per_step))
+    check_setting(shape, _at(setting, what, step, rows_per_step=rows_per_step))
     ceiling = _ceiling(shape, setting, what, rows_per_step)
 
     def estimate(value: int) -> Estimate:
@@ -107,9 +108,11 @@ def most(
         return least_way(shape, asked, room=room, freedom=Freedom(free, rows_per_step), card=card)
 
     stops = _stops(setting, what) if "mlp_tiles" in free else ()
-    value = largest(lambda tried: room.holds(estimate(tried)), ceiling.value, stops=stops)
+    steps = largest(lambda tried: room.holds(estimate(tried * step)), ceiling.value // step, stops=stops)
+    value = steps and steps * step
     has_next = value is not None and value < ceiling.value
-    return Most(what, value, ceiling, estimate(value or 1), estimate((value or 1) + 1) if has_next else None)
+    found = value or step
+    return Most(what, value, ceiling, estimate(found), estimate(found + step) if has_next else None)
 
 
 def least_way(
@@ -256,7 +259,8 @@ def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int
     if what == "rank" and has_prefix(setting):
         return Ceiling(shape.context, f"the context of {shape.name}")
     if what == "rank" and METHODS[setting.method].usual_activation is not None:
-        return Ceiling(shape.width - 1, "one less than the width of the model")
+        step = METHODS[setting.method].size_step
+        return Ceiling(shape.width - step, f"{'one' if step == 1 else step} less than the width of the model")
     if what == "rank":
         adapted = [linear for linear in shape.linears if setting.adapts(linear)]
         narrowest = min(min(linear.inputs, linear.outputs) for linear in adapted)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qadapt.methods import METHODS
 from qadapt.plan.setting import LOSS_CHUNK, MOST_ROWS, Setting
 from qadapt.shape import ModelShape
 
@@ -86,6 +87,11 @@ def _halves(value: int, least: int) -> tuple[int, ...]:
     while found[-1] // 2 >= least:
         found.append(found[-1] // 2)
     return tuple(found)
+
+
+def _ranks(setting: Setting) -> tuple[int, ...]:
+    step = METHODS[setting.method].size_step
+    return tuple(each for each in _halves(setting.rank, 4) if each % step == 0)
 
 
 def _lengths(length: int) -> tuple[int, ...]:
@@ -212,7 +218,7 @@ KNOBS: tuple[Knob, ...] = (
     _by_override("optimizer", 2, "train.optimizer", lambda *_: ("adamw", "adamw-8bit")),
     _by_override("quantization", 2, "model.quantization", _quantizations),
     _by_override("length", 3, "data.length", lambda _, setting, __: _lengths(setting.length)),
-    _by_override("rank", 3, "adapter.rank", lambda _, setting, __: _halves(setting.rank, 4)),
+    _by_override("rank", 3, "adapter.rank", lambda _, setting, __: _ranks(setting)),
 )
 
 LIVE = tuple(knob.name for knob in KNOBS if knob.live)

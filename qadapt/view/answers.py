@@ -32,7 +32,7 @@ _MARKS = {"fits": ("fits", "green"), "close": ("too close to call", "yellow"), "
 
 @dataclass(frozen=True)
 class MostTable:
-    """The largest length, number of rows or rank; `answer` is the step at it, or at 1 if nothing fits."""
+    """The largest length, number of rows or rank; `answer` is the step at it, or at the least."""
 
     answer: Answer
     found: Most
@@ -49,7 +49,7 @@ class MostTable:
         found = self.found
         title, one, _ = _UNITS[found.what]
         if found.value is None:
-            least = "rank 1" if found.what == "rank" else f"1 {one}"
+            least = f"rank {found.estimate.setting.rank}" if found.what == "rank" else f"1 {one}"
             return Text.assemble((f"{title}: none", "bold red"), f"; even {least} does not surely fit")
         text = Text.assemble((f"{title}: {_amount(found.what, found.value)}", "bold green"))
         if found.is_at_ceiling:
@@ -57,7 +57,9 @@ class MostTable:
         above = found.next_estimate
         assert above is not None
         extra = (above.needed_bytes - self.answer.estimate.needed_bytes) / MIB
-        return text.append(f"; one more ({extra:.2f} MiB) no longer surely fits")
+        step = above.setting.rank - found.value if found.what == "rank" else 1
+        more = "one" if step == 1 else step
+        return text.append(f"; {more} more ({extra:.2f} MiB) no longer surely fits")
 
 
 @dataclass(frozen=True)

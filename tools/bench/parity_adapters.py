@@ -44,6 +44,9 @@ KINDS = {
     "pfeiffer-gelu": adapters.SeqBnConfig(reduction_factor=4, non_linearity="gelu"),
     "parallel": adapters.ParBnConfig(reduction_factor=2),
     "parallel-norm": adapters.ParBnConfig(reduction_factor=4, ln_before=True, scaling=1.5),
+    "compacter": adapters.CompacterConfig(reduction_factor=4),
+    "compacter-norm": adapters.CompacterConfig(reduction_factor=8, ln_before=True, scaling=1.5),
+    "compacter++": adapters.CompacterPlusPlusConfig(reduction_factor=2),
 }
 ids = torch.arange(3, 3 + 46).view(2, 23)
 logits = {"ids": ids}
@@ -56,7 +59,8 @@ for name, config in KINDS.items():
     draw = torch.Generator().manual_seed(1)
     for key, parameter in model.named_parameters():
         if "adapters" in key or "shared_parameters" in key:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+            spread = 0.5 if "phm" in key or "W_" in key else 0.2  # of products of three
+            parameter.data = spread * torch.randn(parameter.shape, generator=draw)
     model.eval()
     with torch.no_grad():
         logits[name] = model(input_ids=ids).logits.contiguous()
