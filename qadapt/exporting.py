@@ -163,8 +163,8 @@ def _check_side_cars(parts: Sequence[tuple[Trained, float]], form: str) -> None:
     for trained, _ in parts:
         if form != ADAPTER and is_side_car(trained.adapter):
             raise Unsupported(
-                f"{trained.name} has {trained.said_method}, which compute beside the base's layers: no "
-                f"weights are the same function, so there is no {form} of it.",
+                f"{trained.name} has {trained.said_method}, which work beside the base's weights: no "
+                f"others are the same function, so there is no {form} of it.",
                 cure="Choose --form adapter, which qadapt reads; `qadapt chat` and `qadapt evaluate` use it "
                 "as it is.",
             )
