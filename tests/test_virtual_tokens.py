@@ -39,6 +39,7 @@ from qadapt.plan.room import Room
 from qadapt.recipe_file import check_recipe
 from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.step import evaluate_loss
+from qadapt.view.tables import setting_words
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -316,6 +317,9 @@ def test_virtual_tokens_that_leave_no_room_are_refused(kind: PromptKind) -> None
     largest = most(shape_of("llama"), setting, what="rank", room=Room(1 << 40))
     assert largest.value == 116
     assert said(kind, 8).endswith(", 8 virtual tokens")
+    assert ", 8 virtual tokens in fp32 before every row" in setting_words(
+        dataclasses.replace(setting, rank=8)
+    )
 
 
 @pytest.mark.parametrize(("field", "value"), [("alpha", 8.0), ("dropout", 0.1), ("targets", ["q_proj"])])

@@ -100,18 +100,21 @@ def setting_words(setting: Setting, *, asked: What | None = None) -> str:
         base = "8 bits"
     elif setting.quantization == "none":
         base = f"base in {setting.compute_dtype}"
-    where = "all linear layers" if setting.targets == "all-linear" else ", ".join(setting.targets)
+    where = "on all linear layers" if setting.targets == "all-linear" else f"on {', '.join(setting.targets)}"
     facts = METHODS[setting.method]
     rank = f" {facts.size} {setting.rank}" if facts.size and asked != "rank" else ""
-    if facts.is_beside:
-        where = "every row" if facts.has_virtual_tokens else "every layer"
+    if facts.has_virtual_tokens:
+        rank, where = f", {setting.rank} virtual tokens" if rank else "", "before every row"
+    elif facts.is_beside:
+        dropped = setting.dropped_layers
+        where = f"on layers from {dropped} on" if dropped else "on every layer"
     rows = "rows" if asked == "rows" else "1 row" if setting.rows == 1 else f"{setting.rows} rows"
     length = "" if asked == "length" else f" of {setting.length:,} tokens"
     packed = ", packed" if setting.packed else ""
     learned = "" if setting.supervised_share == 1 else f", {setting.supervised_share:.0%} of them learned"
     parts = (
         base,
-        f"{facts.title}{rank} in {setting.adapter_dtype} on {where}",
+        f"{facts.title}{rank} in {setting.adapter_dtype} {where}",
         f"{rows}{length}{packed}{learned}",
         recomputed_words(setting.recompute),
         *arranged_words(
