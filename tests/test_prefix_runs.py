@@ -153,23 +153,22 @@ def test_the_dry_run_is_the_real_step_to_the_byte(
         assert dry.static[category] == categories[category], category
 
 
-@pytest.mark.parametrize("kind", PREFIX_KINDS)
 @pytest.mark.parametrize(
-    ("model", "card", "changes"),
+    ("kind", "model", "card", "changes"),
     [
-        ("SmolLM2-360M", None, {"length": 300, "recompute": "none", **FULL}),
-        ("SmolLM2-360M", None, {"length": 300, "packed": True, "rows": 6, "rank": 64, **FULL}),
-        ("Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096}),
-        ("Mistral-7B-v0.1", "A100 80GB", {"length": 8192, "packed": True, "recompute": "none"}),
-        ("Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, **HALF}),
-        ("Llama-3.2-1B", "RTX 4090", {"length": 500, "packed": True, "rows": 8, "documents": 20}),
-        ("gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none"}),
-        ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512}),
-        ("Qwen3-0.6B", "RTX 4060 8GB", {"rows": 2, "length": 777, "mlp_tiles": 4}),
+        ("prefix", "SmolLM2-360M", None, {"length": 300, "recompute": "none", **FULL}),
+        ("prefix-flat", "SmolLM2-360M", None, {"length": 300, "packed": True, "rows": 6, "rank": 64, **FULL}),
+        ("prefix-flat", "Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096}),
+        ("prefix", "Mistral-7B-v0.1", "A100 80GB", {"length": 8192, "packed": True, "recompute": "none"}),
+        ("prefix-flat", "Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, **HALF}),
+        ("prefix", "Llama-3.2-1B", "RTX 4090", {"length": 500, "packed": True, "rows": 8, "documents": 20}),
+        ("prefix-flat", "gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none"}),
+        ("prefix", "Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512}),
+        ("prefix-flat", "Qwen3-0.6B", "RTX 4060 8GB", {"rows": 2, "length": 777, "mlp_tiles": 4}),
     ],
 )
 def test_the_closed_form_is_the_dry_run_within_three_percent(
-    model: str, card: str | None, changes: dict[str, Any], kind: PrefixKind
+    kind: PrefixKind, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
     found = compared(model, card, method=kind, **{"supervised_share": 0.02, **changes})
     for part in ("peak", "working"):
