@@ -1,7 +1,8 @@
 """qadapt fine-tunes 7B-class language models on the GPU you already own.
 
-The functions are the commands: `estimate`, `plan`, `train`, `export`, and `load` for a base with its adapter;
-`Store` is what `qadapt adapters` works on. They are imported when first used: `import qadapt` costs nothing.
+The functions are the commands: `estimate`, `plan`, `train`, `export`; `load` for a base with its adapter,
+`load_together` for a base with several. `Store` is what `qadapt adapters` works on. They are imported when
+first used: `import qadapt` costs nothing.
 
 `qadapt.train` is the function although a subpackage has that name, too. `from qadapt.train import loop`
 finds a module of it; `import qadapt.train.loop as loop` looks in the function and raises ImportError.
@@ -17,18 +18,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qadapt.adapters.store import Store as Store
     from qadapt.exporting import export as export
+    from qadapt.loading import load_together as load_together
     from qadapt.planning import estimate as estimate
     from qadapt.planning import plan as plan
     from qadapt.run import load as load
     from qadapt.run import train as train
 
-__all__ = ["Store", "estimate", "export", "load", "plan", "train"]
+__all__ = ["Store", "estimate", "export", "load", "load_together", "plan", "train"]
 
 _HOMES = {
     "Store": "qadapt.adapters.store",
     "estimate": "qadapt.planning",
     "export": "qadapt.exporting",
     "load": "qadapt.run",
+    "load_together": "qadapt.loading",
     "plan": "qadapt.planning",
     "train": "qadapt.run",
 }

@@ -18,20 +18,24 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from qadapt.adapters.facts import read_facts
 from qadapt.adapters.method import load_adapter
+from qadapt.adapters.swap import Swap
 from qadapt.cache import ignore
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract, exported_contract, load_contract, saved_contract
+from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.engine.tiles import set_tiles
-from qadapt.errors import BadModel, DoesNotFit
+from qadapt.errors import BadModel, BadRun, DoesNotFit, Unsupported
 from qadapt.model.folder import read_config, weight_files
 from qadapt.model.load import load_base, load_stored
 from qadapt.model.placement import on_host
 from qadapt.model.precision import DTYPES, choose_compute_dtype, choose_device
 from qadapt.model.source import find_model
+from qadapt.quiet import quiet_libraries
 from qadapt.run_folder import RunFolder
 from qadapt.run_parts import find_same_base
-from qadapt.serve.partner import Partner
+from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report
+from qadapt.together import Company, Together
 from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.oom import read_rungs
 from qadapt.train.stored_plan import read_plan
@@ -50,11 +54,20 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is talked to: a model, how it is asked, and what it is, in words."""
+    """What is talked to.
 
-    model: PreTrainedModel | PeftModel
+    Attributes:
+        model: Who answers.
+        contract: How it is asked.
+        said: What it is, in words.
+        together: Where other adapters can be brought in beside its own, if it has one and its method allows
+            that.
+    """
+
+    model: PreTrainedModel | PeftModel | Swap
     contract: PromptContract
     said: str
+    together: Together | None = None
 
 
 def load_partner(partner: Partner, report: Report = ignore) -> Loaded:
@@ -74,12 +87,10 @@ def load_partner(partner: Partner, report: Report = ignore) -> Loaded:
         return _load_gguf(partner.path, device, report)
     if partner.kind == "model":
         return _load_exported(partner.path, device)
-    if partner.kind == "run":
-        run = RunFolder(partner.path)
-        tuned = load_run(run, device=device, report=report)
-        return _said(tuned, run.adapter, where=f"of {run.name}", device=device)
-    tuned = load_tuned(partner.path, device=device, report=report)
-    return _said(tuned, partner.path, where=f"in {partner.path}", device=device)
+    adapter, placed = _adapter_of(partner)
+    base, files = _load_base_of(adapter, placed, device=device, report=report)
+    where = f"of {partner.path.name}" if partner.kind == "run" else f"in {adapter}"
+    return _beside(base, files, adapter, name=partner.path.name, where=where)
 
 
 def load_run(run: RunFolder, *, device: torch.device, report: Report = ignore) -> Tuned:
@@ -90,38 +101,92 @@ def load_run(run: RunFolder, *, device: torch.device, report: Report = ignore) -
         DoesNotFit: Memory ran out.
     """
     read_facts(run.adapter)
-    plan = read_plan(run.plan)
-    taken = (int(rung.value) for rung in read_rungs(run.path / RUNGS_FILE) if rung.knob == "mlp_tiles")
-    return load_tuned(
-        run.adapter,
-        device=device,
-        offload=on_host(plan.offload),
-        tiles=max((plan.mlp_tiles, *taken)),
-        report=report,
-    )
+    return _tuned(run.adapter, _placed(run), device=device, report=report)
 
 
-def load_tuned(
-    adapter: Path,
-    *,
-    device: torch.device,
-    offload: Sequence[str] = (),
-    tiles: int = 1,
-    report: Report = ignore,
-) -> Tuned:
+def load_tuned(adapter: Path, *, device: torch.device, report: Report = ignore) -> Tuned:
     """A base with the adapter of a folder, as it was trained.
 
     Args:
-        adapter: A PEFT folder that qadapt wrote.
+        adapter: An adapter's folder that qadapt wrote.
         device: Where it computes.
-        offload: What of the base stays on the host beside a card.
-        tiles: Pieces in which the feed-forward layers compute.
         report: Told of progress, where the base must be fetched.
 
     Raises:
         BadRun: There is no adapter, or its base or tokenizer is not what it was.
         DoesNotFit: Memory ran out.
     """
+    return _tuned(adapter, _Placed(), device=device, report=report)
+
+
+def load_together(
+    names: Sequence[str],
+    *,
+    folder: str | Path = "runs",
+    store: str | Path = "adapters",
+    device: str = "auto",
+    report: Report = ignore,
+) -> Together:
+    """Loads one base with several adapters beside it, none of which answers yet.
+
+    Args:
+        names: Runs, adapters' folders, or names, tags or versions of the store. The base is held as the first
+            was trained on it.
+        folder: Where the runs are.
+        store: Where the store is.
+        device: Where it computes.
+        report: Told of progress, where the base must be fetched.
+
+    Raises:
+        BadAdapter: They were not trained on one base, held one way; or a version is damaged.
+        BadRun: There is no adapter of a name, or its base or tokenizer is not what it was.
+        DoesNotFit: Memory ran out.
+        Unsupported: A method is none that can stand beside others.
+    """
+    quiet_libraries()
+    partner = find_partner(names[0], folder, store=store)
+    if not partner.has_adapter:
+        raise BadRun(f"{names[0]} is no adapter: it is a whole model.", cure="Give adapters of one base.")
+    adapter, placed = _adapter_of(partner)
+    base, files = _load_base_of(adapter, placed, device=choose_device(device), report=report)
+    together = Together(Swap(base), read_facts(adapter), files)
+    Company(together, folder, store).bring(names)
+    return together
+
+
+def _adapter_of(partner: Partner) -> tuple[Path, _Placed]:
+    """The folder of an adapter, and how its base is placed."""
+    if partner.kind != "run":
+        return partner.path, _Placed()
+    run = RunFolder(partner.path)
+    read_facts(run.adapter)
+    return run.adapter, _placed(run)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """What of a base stays on the host, and in how many pieces its feed-forward parts compute."""
+
+    offload: Sequence[str] = ()
+    tiles: int = 1
+
+
+def _placed(run: RunFolder) -> _Placed:
+    """How a run's base was placed in the end."""
+    plan = read_plan(run.plan)
+    taken = (int(rung.value) for rung in read_rungs(run.path / RUNGS_FILE) if rung.knob == "mlp_tiles")
+    return _Placed(on_host(plan.offload), max((plan.mlp_tiles, *taken)))
+
+
+def _tuned(adapter: Path, placed: _Placed, *, device: torch.device, report: Report) -> Tuned:
+    base, files = _load_base_of(adapter, placed, device=device, report=report)
+    return Tuned(load_adapter(base, adapter), saved_contract(adapter, files))
+
+
+def _load_base_of(
+    adapter: Path, placed: _Placed, *, device: torch.device, report: Report
+) -> tuple[PreTrainedModel, Path]:
+    """The base of an adapter as it was trained on, and the folder of its files."""
     facts = read_facts(adapter)
     files = find_same_base(facts, report)
 
@@ -132,19 +197,26 @@ def load_tuned(
             double_quant=facts.double_quant,
             dtype=DTYPES[facts.load_dtype],
             device=device,
-            offload=offload if device.type == "cuda" else (),
+            offload=placed.offload if device.type == "cuda" else (),
         )
 
     base = _if_it_fits(load, f"The base {facts.base} of the adapter in {adapter}", device)
-    set_tiles(base, tiles)
-    return Tuned(load_adapter(base, adapter), saved_contract(adapter, files.folder))
+    set_tiles(base, placed.tiles)
+    return base, files.folder
 
 
-def _said(tuned: Tuned, adapter: Path, *, where: str, device: torch.device) -> Loaded:
-    facts = read_facts(adapter)
+def _beside(base: PreTrainedModel, files: Path, adapter: Path, *, name: str, where: str) -> Loaded:
+    """A base with an adapter beside which others can stand; alone, if its method does not allow that."""
+    facts, device = read_facts(adapter), device_of(base)
     held = {"nf4": " in 4 bits", "int8": " in 8 bits", "none": ""}[facts.quantization]
     said = f"{facts.base}{held} with the adapter {where}, on {device.type} ({facts.load_dtype})"
-    return Loaded(tuned.model, tuned.contract, said)
+    together = Together(Swap(base), facts, files)
+    try:
+        together.add(name, adapter)
+    except Unsupported:
+        return Loaded(load_adapter(base, adapter), saved_contract(adapter, files), said)
+    together.model.use(name)
+    return Loaded(together.model, together.contracts[name], said, together)
 
 
 def _load_exported(folder: Path, device: torch.device) -> Loaded:

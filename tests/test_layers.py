@@ -22,6 +22,7 @@ RUNGS = (
         "run",
         "run_parts",
         "loading",
+        "together",
         "adoption",
         "keeping",
         "sharing",

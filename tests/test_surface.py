@@ -17,7 +17,7 @@ import qadapt
 from qadapt.cli.main import app
 from qadapt.recipe_file import field_paths
 
-NAMES = ["Store", "estimate", "export", "load", "plan", "train"]
+NAMES = ["Store", "estimate", "export", "load", "load_together", "plan", "train"]
 
 COMMANDS = {
     "estimate": (

@@ -16,7 +16,7 @@ Legend: B rows of the batch, T tokens, K positions that reach the head, D width,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from qadapt.errors import Unsupported
+from qadapt.adapters.effect import Effect
+from qadapt.errors import BadAdapter, Unsupported
 from qadapt.shape import table_rows
 
 _WITHOUT = "Leave data.new_tokens out: tokens that are there already can mark things, too."
@@ -101,6 +102,74 @@ def attach_new_rows(model: PreTrainedModel, ids: Sequence[int], *, dtype: torch.
     if head.weight is not embedding.weight:
         rows = _started(head, ids, dtype=dtype)
     head.register_forward_hook(rows.add_logits)
+
+
+class RowsBeside(nn.Module):
+    """Rows of new tokens beside a table that stays as it is, with room for them or without.
+
+    Args:
+        rows: (N, D).
+        first: The id of the first new token; the others follow.
+    """
+
+    def __init__(self, rows: Tensor, *, first: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(rows, requires_grad=False)  # (N, D)
+        self.ids = range(first, first + len(rows))
+        self._place = torch.empty(0)
+
+    def look_up_known(self, embedding: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Hook before the embedding, which must not be asked for rows that its table has not."""
+        assert isinstance(embedding, nn.Embedding)
+        ids, *others = arguments  # (B, T)
+        self._place = ids - self.ids.start
+        return ids.clamp(max=embedding.num_embeddings - 1), *others
+
+    def replace_embeddings(self, embedding: nn.Module, _: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+        """Hook after it."""
+        place = self._place  # (B, T)
+        is_new = (place >= 0) & (place < len(self.ids))
+        rows = functional.embedding(place.clamp(0, len(self.ids) - 1), self.weight.to(embedded.dtype))
+        if (scale := _scale_of(embedding)) is not None:
+            rows = rows * scale.to(rows.dtype)
+        return torch.where(is_new.unsqueeze(-1), rows, embedded)  # (B, T, D)
+
+    def replace_logits(self, _: nn.Module, arguments: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        """Hook of the head: the new tokens' logits in place of the table's, and after its last."""
+        new = functional.linear(arguments[0], self.weight.to(arguments[0].dtype))  # (B, K, N)
+        before, after = logits[..., : self.ids.start], logits[..., self.ids.stop :]
+        return torch.cat((before, new, after), dim=-1)
+
+
+def row_effects(model: PreTrainedModel, rows: Mapping[str, Tensor], *, ids: Sequence[int]) -> list[Effect]:
+    """What trained rows do at the embedding and the head of a base, whose tables are not touched.
+
+    Args:
+        model: The base.
+        rows: Path of a table's module → its rows, (N, D), on the device that computes.
+        ids: Of the new tokens, in order.
+
+    Raises:
+        Unsupported: Embedding or head is of a kind whose rows cannot be replaced alone, or the ids have gaps.
+    """
+    embedding, head = _tables(model)
+    if list(ids) != list(range(ids[0], ids[0] + len(ids))) or ids[0] > embedding.num_embeddings:
+        raise Unsupported(f"The new tokens have the ids {list(ids)}, with gaps.", cure=_WITHOUT)
+    paths = {module: path for path, module in model.named_modules() if module in (embedding, head)}
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    if sorted(rows) != sorted(paths[table] for table in tables):
+        raise BadAdapter(
+            f"The adapter has rows of {', '.join(rows)}; this base's tables are "
+            f"{', '.join(paths[table] for table in tables)}.",
+            cure="Load it on the base that it was trained on.",
+        )
+    at_embedding, *others = (RowsBeside(rows[paths[table]], first=ids[0]) for table in tables)
+    (at_head,) = others or (at_embedding,)
+    looked_up = at_embedding.look_up_known
+    return [
+        Effect(embedding, "alone", at_embedding, before=looked_up, after=at_embedding.replace_embeddings),
+        Effect(head, "alone", at_head, after=at_head.replace_logits),
+    ]
 
 
 def new_rows_of(model: nn.Module) -> dict[str, NewRows]:

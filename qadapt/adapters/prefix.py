@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
+from qadapt.adapters.effect import Effect
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.engine.host import device_of
@@ -136,6 +137,17 @@ def load_prefix(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fa
     for part in adapted.parts.values():
         part.requires_grad_(is_trainable)
     return adapted
+
+
+def prefix_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
+    """Where the prefix of a folder stands in the attention of a base, not attached: for `swap.py`.
+
+    Raises:
+        BadAdapter: As `load_prefix`.
+        Unsupported: As `load_prefix`.
+    """
+    device, pairs = device_of(model), zip(_attentions(model), read_prefix(model, folder), strict=True)
+    return [Effect(attention, "alone", part.requires_grad_(False).to(device)) for attention, part in pairs]
 
 
 def read_prefix(model: PreTrainedModel, folder: Path) -> list[FlatPrefix]:

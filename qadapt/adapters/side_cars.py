@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from qadapt.adapters.bottleneck import KINDS, bottleneck_shapes, load_bottleneck
-from qadapt.adapters.prefix import PREFIX_KINDS, load_prefix, prefix_shapes
-from qadapt.adapters.prompt import PROMPT_KINDS, load_prompt, prompt_shapes
+from qadapt.adapters.bottleneck import KINDS, bottleneck_effects, bottleneck_shapes, load_bottleneck
+from qadapt.adapters.effect import Effect
+from qadapt.adapters.prefix import PREFIX_KINDS, load_prefix, prefix_effects, prefix_shapes
+from qadapt.adapters.prompt import PROMPT_KINDS, load_prompt, prompt_effects, prompt_shapes
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import read_settings
 from qadapt.errors import BadAdapter
@@ -31,12 +32,13 @@ class _Family:
 
     load: _Load
     shapes: _Shapes
+    effects: Callable[[PreTrainedModel, Path], list[Effect]]
 
 
 _FAMILIES: Mapping[str, _Family] = {
-    **dict.fromkeys(KINDS, _Family(load_bottleneck, bottleneck_shapes)),
-    **dict.fromkeys(PREFIX_KINDS, _Family(load_prefix, prefix_shapes)),
-    **dict.fromkeys(PROMPT_KINDS, _Family(load_prompt, prompt_shapes)),
+    **dict.fromkeys(KINDS, _Family(load_bottleneck, bottleneck_shapes, bottleneck_effects)),
+    **dict.fromkeys(PREFIX_KINDS, _Family(load_prefix, prefix_shapes, prefix_effects)),
+    **dict.fromkeys(PROMPT_KINDS, _Family(load_prompt, prompt_shapes, prompt_effects)),
 }
 
 
@@ -57,6 +59,16 @@ def side_car_shapes(settings: Mapping[str, Any], folder: Path) -> dict[str, tupl
         BadAdapter: The settings describe no side-car that is known.
     """
     return _family(settings, folder).shapes(settings, folder)
+
+
+def side_car_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
+    """What the modules of a folder do at the layers of a base, without being attached to it: for `swap.py`.
+
+    Raises:
+        BadAdapter: As `load_side_car`.
+        Unsupported: As `load_side_car`.
+    """
+    return _family(read_settings(folder), folder).effects(model, folder)
 
 
 def _family(settings: Mapping[str, Any], folder: Path) -> _Family:

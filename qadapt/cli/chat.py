@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qadapt.loading import Loaded
     from qadapt.serve.chat import Chat, Reply
     from qadapt.serve.partner import Partner
+    from qadapt.together import Company
 
 
 def chat(
@@ -51,8 +52,9 @@ def chat(
 ) -> None:
     """Talks to a finished run, an adapter, an exported model or a GGUF file, asked as it was trained.
 
-    On a terminal: /base switches the adapter off and on, /new begins anew, /help says the rest; Ctrl-C ends
-    an answer. Otherwise each line of standard input is a question.
+    On a terminal: /base switches the adapter off and on, /use NAME switches to another one of the same base,
+    /new begins anew, /help says the rest; Ctrl-C ends an answer. Otherwise each line of standard input is a
+    question.
 
     Examples: `qadapt chat my-run`, `qadapt chat my-run --beside`, `qadapt chat runs/my-run/export/merged-fp16
     --prompt "Two loaves for Ada."`.
@@ -78,7 +80,7 @@ def chat(
     elif prompt or not is_typed:
         _answer_all(chats, prompt or _lines())
     else:
-        raise typer.Exit(_talk(chats, loaded, partner))
+        raise typer.Exit(_talk(chats, loaded, partner, _company(loaded, folder, store)))
 
 
 def _found(what: str, folder: str, store: str, *, is_beside: bool) -> Partner:
@@ -143,7 +145,13 @@ def _answer_all(chats: Sequence[Chat], questions: Iterable[str]) -> None:
         before = [reply.left_out for reply in replies]
 
 
-def _talk(chats: Sequence[Chat], loaded: Loaded, partner: Partner) -> int:
+def _company(loaded: Loaded, folder: str, store: str) -> Company | None:
+    from qadapt.together import Company
+
+    return None if loaded.together is None else Company(loaded.together, folder, store)
+
+
+def _talk(chats: Sequence[Chat], loaded: Loaded, partner: Partner, company: Company | None) -> int:
     with suppress(ImportError):  # Windows has no readline; its console edits lines itself
         import readline  # noqa: F401  `input` edits lines with it, and remembers them
     from qadapt.cli.chat_session import Session
@@ -153,7 +161,7 @@ def _talk(chats: Sequence[Chat], loaded: Loaded, partner: Partner) -> int:
     if not chats[0].is_conversation:
         screen.print("It has no chat template: it goes on with each text that you write.")
     screen.print("/help says what can be done besides asking; /quit leaves.")
-    return Session(chats, screen, has_adapter=partner.has_adapter).run()
+    return Session(chats, screen, has_adapter=partner.has_adapter, company=company).run()
 
 
 def _lines() -> Iterator[str]:

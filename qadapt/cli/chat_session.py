@@ -26,10 +26,12 @@ from qadapt.view.visible import PLAIN_SIGNS, SIGNS, printable
 
 if TYPE_CHECKING:
     from qadapt.serve.chat import Chat, Reply
+    from qadapt.together import Company
 
 TITLES = {True: "with the adapter", False: "base alone"}
 COMMANDS = {
     "/base": "switches the adapter off, and on again",
+    "/use": "switches to other adapters (/use NAME, /use NAME NAME), or says which are here (/use)",
     "/new": "begins a new conversation; the system prompt stays",
     "/system": "sets the system prompt (/system TEXT), or takes it away (/system)",
     "/help": "says this",
@@ -48,6 +50,7 @@ class Session:
         chats: One, or one with the adapter and one without.
         console: Where to write.
         has_adapter: Whether there is an adapter to switch off.
+        company: Where other adapters are brought in; None: this one cannot stand beside others.
         read: Reads a line after a prompt, as `input` does.
         clock: Seconds.
     """
@@ -58,11 +61,12 @@ class Session:
         console: Console,
         *,
         has_adapter: bool,
+        company: Company | None = None,
         read: Callable[[str], str] = input,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._chats, self._console, self._has_adapter = tuple(chats), console, has_adapter
-        self._read, self._clock = read, clock
+        self._company, self._read, self._clock = company, read, clock
 
     def run(self) -> int:
         """Talks until whoever asks leaves; returns the exit code: 0, or 130 after a second Ctrl-C.
@@ -112,6 +116,8 @@ class Session:
     def _obey(self, command: str, rest: str | None = None) -> None:
         if command == "/base":
             self._switch()
+        elif command == "/use":
+            self._use((rest or "").split())
         elif command == "/new":
             for chat in self._chats:
                 chat.begin_anew()
@@ -137,6 +143,22 @@ class Session:
             chat = self._chats[0]
             chat.uses_adapter = not chat.uses_adapter
             self._say(f"The adapter is {'on' if chat.uses_adapter else 'off: the base alone answers'}.")
+
+    def _use(self, names: Sequence[str]) -> None:
+        if self._company is None:
+            self._say("There is no adapter here that could be switched.")
+        elif not names:
+            there = ", ".join(self._company.together.model.names)
+            self._say(
+                f"In memory: {printable(there)}. /use NAME takes a run, a folder or a name of the store."
+            )
+        else:
+            names, contract = self._company.bring(names)
+            for chat in self._chats:
+                if chat.uses_adapter or len(self._chats) == 1:
+                    chat.switch_to(names, contract)
+            verb = "answers" if len(names) == 1 else "answer"
+            self._say(f"From here on {printable(' and '.join(names))} {verb}.")
 
     def _answer(self, question: str) -> bool:
         started, before = self._clock(), [chat.left_out for chat in self._chats]

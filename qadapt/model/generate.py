@@ -11,14 +11,16 @@ Legend: B prompts, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, takewhile
 
 import torch
-from torch import Tensor
-from transformers import Cache, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
+from torch import Tensor, nn
+from transformers import Cache, TemperatureLogitsWarper, TopPLogitsWarper
 
+from qadapt.engine.adapted import AskedByRow
 from qadapt.engine.front import in_front
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
@@ -57,7 +59,7 @@ class Sampling:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -79,7 +81,7 @@ def generate(
     Raises:
         OutOfMemoryError: A single prompt does not fit.
     """
-    prompts = [in_front(model, prompt) for prompt in prompts]
+    prompts = _with_front(model, prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     was_training = model.training
     model.eval()
@@ -88,9 +90,11 @@ def generate(
         while waiting := order[len(answers) :]:
             chosen = waiting[:batch]
             asked = [prompts[index] for index in chosen]
-            rows = attempt(
-                partial(_answers, model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, pad_id=pad_id)
+            answer = partial(
+                _answers, model, asked, max_new_tokens=max_new_tokens, end_ids=end_ids, pad_id=pad_id
             )
+            with _asking(model, chosen):
+                rows = attempt(answer)
             if not isinstance(rows, RanOut):
                 answers.update(zip(chosen, rows, strict=True))
                 continue
@@ -101,6 +105,20 @@ def generate(
     finally:
         model.train(was_training)
     return [answers[index] for index in range(len(prompts))]
+
+
+def _with_front(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts behind the virtual tokens that the model has, for each prompt its own."""
+    fronted = []
+    for place, prompt in enumerate(prompts):
+        with _asking(model, [place]):
+            fronted.append(in_front(model, prompt))
+    return fronted
+
+
+def _asking(model: nn.Module, prompts: Sequence[int]) -> AbstractContextManager[None]:
+    """While open, each of these prompts, by its place, is a row of the batch."""
+    return model.batch_of(prompts) if isinstance(model, AskedByRow) else nullcontext()
 
 
 @dataclass
@@ -137,7 +155,7 @@ class Kept:
 
 
 def stream(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -196,7 +214,7 @@ def _chosen(choose: Choose, scores: Tensor) -> Tensor:
 
 
 def _written(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     pad_id: int,
@@ -231,7 +249,7 @@ def _written(
 
 
 def _answers(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

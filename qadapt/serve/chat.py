@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qadapt.adapters.lora import without_adapter
+from qadapt.adapters.swap import Swap
 from qadapt.data.prompt import PromptContract
 from qadapt.engine.adapted import Adapted
 from qadapt.engine.front import front_of
@@ -85,6 +86,7 @@ class Chat:
     Attributes:
         model: Who answers.
         contract: How it is asked. Without a chat template it goes on with each text, on its own.
+        adapters: Which of the model's adapters answer, if it has several; empty: those that are on in it.
         uses_adapter: Whether the adapter is on; a model without one has it in its weights.
         reply: The newest answer.
 
@@ -101,7 +103,7 @@ class Chat:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | Swap,
         contract: PromptContract,
         manner: Manner,
         *,
@@ -109,13 +111,14 @@ class Chat:
         uses_adapter: bool = True,
     ) -> None:
         self.model, self.contract, self.uses_adapter = model, contract, uses_adapter
+        self.adapters: tuple[str, ...] = ()
         self.reply: Reply | None = None
         self._manner = manner
         self._sampling = _sampling_of(manner)
         self._system: list[dict[str, Any]] = []
         self._turns: list[dict[str, Any]] = []
         self._left_out = 0
-        self._kept, self._kept_of = Kept(), uses_adapter
+        self._kept, self._kept_of = Kept(), self._whose
         if system is not None:
             self.tell(system)
 
@@ -123,7 +126,8 @@ class Chat:
     def context(self) -> int:
         """The most tokens the model was made for, prompt and answer together, but for virtual tokens."""
         tokens: int = self.model.config.max_position_embeddings
-        return tokens - front_of(self.model)
+        with self._voice():
+            return tokens - front_of(self.model)
 
     @property
     def is_conversation(self) -> bool:
@@ -139,6 +143,29 @@ class Chat:
     def left_out(self) -> int:
         """Turns at its start that the model was not sent any more at the newest question."""
         return self._left_out
+
+    def switch_to(self, adapters: Sequence[str], contract: PromptContract) -> None:
+        """Lets other adapters of the model answer from here on; the conversation stays.
+
+        Args:
+            adapters: One, or several in the order of their stack.
+            contract: How they are asked.
+
+        Raises:
+            BadAdapter: The model has none of a name.
+            BadData: Their template refuses or drops the system prompt; who answered before answers on.
+            Unsupported: They cannot be stacked.
+        """
+        assert isinstance(self.model, Swap), "it has several adapters"
+        with self.model.using(*adapters):
+            before, self.contract = self.contract, contract
+        try:
+            for told in self._system:
+                self.tell(told["content"])
+        except BadData:
+            self.contract = before
+            raise
+        self.adapters, self.uses_adapter = tuple(adapters), True
 
     def take_back(self) -> None:
         """Forgets the newest question and its answer."""
@@ -209,8 +236,8 @@ class Chat:
             self._turns += [sent.asked, {"role": "assistant", "content": text.text}]
 
     def _tokens(self, ids: Sequence[int], room: int) -> Generator[int, None, None]:
-        if self._kept_of != self.uses_adapter:
-            self._kept, self._kept_of = Kept(), self.uses_adapter
+        if self._kept_of != self._whose:
+            self._kept, self._kept_of = Kept(), self._whose
         with self._voice():
             written = stream(
                 self.model,
@@ -230,9 +257,17 @@ class Chat:
 
     def _voice(self) -> AbstractContextManager[None]:
         if self.uses_adapter:
-            return nullcontext()
+            if not self.adapters:
+                return nullcontext()
+            assert isinstance(self.model, Swap)
+            return self.model.using(*self.adapters)
         assert isinstance(self.model, Adapted), "only an adapter can be switched off"
         return without_adapter(self.model)
+
+    @property
+    def _whose(self) -> tuple[str, ...] | bool:
+        """Who answers, as whom the model has read what it keeps."""
+        return self.adapters or True if self.uses_adapter else False
 
     def _does_not_fit(self, tokens: int) -> DoesNotFit:
         self._kept = Kept()

@@ -1,0 +1,277 @@
+"""What an adapter in a PEFT folder does at the layers of a base, from its files alone: for `swap.py`.
+
+LoRA, what is LoRA on disk (rsLoRA, LoRA+, PiSSA, LoftQ), DoRA, VeRA and IA3, with or without rows of new
+tokens. The numbers are those of the layers that training uses (`fused.py`, `vera.py`, `ia3.py`); nothing of
+PEFT is attached. DoRA's magnitudes are divided by the lengths of the rows once, where training does it in
+every pass.
+
+Legend: I inputs, O outputs, R rank, N new tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qadapt.adapters.effect import Effect
+from qadapt.adapters.facts import PEFT_FILES, mends_base
+from qadapt.adapters.new_rows import row_effects
+from qadapt.adapters.peft_config import read_peft_config
+from qadapt.engine.host import device_of
+from qadapt.engine.linear import row_lengths
+from qadapt.engine.scaling import scaled
+from qadapt.errors import BadAdapter, Unsupported
+
+_FRONT = "base_model.model."
+_ENDINGS = {
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".ia3_l": "factors",
+    ".vera_lambda_d": "inner",
+    ".vera_lambda_b": "outer",
+    ".token_adapter.trainable_tokens_delta": "rows",
+}
+"""How names of tensors end → what they are."""
+_SHARED = {"base_model.vera_A": "down", "base_model.vera_B": "up"}
+"""What all layers have together."""
+_OTHERWISE = (
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "fan_in_fan_out",
+)
+"""Settings of PEFT with which the same tensors mean something else."""
+_ANEW = "Take the adapter's files from where they were made."
+Tensors = Mapping[str, Tensor]
+
+
+def peft_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
+    """What the adapter of a folder does, its tensors on the device that computes, in the type they have.
+
+    Args:
+        model: The base, nothing attached to it.
+        folder: Of PEFT.
+
+    Raises:
+        BadAdapter: The files are damaged, or of an adapter for another base.
+        Unsupported: The adapter is of another method, or has parts, that are not known here.
+    """
+    config, layers = _config(folder), dict(model.named_modules())
+    found, shared = _tensors(folder, device_of(model))
+    for path, layer in layers.items():  # PEFT would start anew what is missing, and only warn
+        if isinstance(layer, nn.Linear) and path not in found and check_target_module_exists(config, path):
+            raise _misfit(folder, f"it has nothing for {path}, which its configuration names")
+    effects: list[Effect] = []
+    rows: dict[str, Tensor] = {}
+    for path, tensors in found.items():
+        if path not in layers:
+            raise _misfit(folder, f"this base has no {path}")
+        if "rows" in tensors:
+            rows[path] = tensors["rows"]
+        else:
+            effects.append(_effect(model, path, {**shared, **tensors}, config=config, folder=folder))
+    return [*effects, *_row_effects(model, rows, config=config, folder=folder)]
+
+
+def _config(folder: Path) -> PeftConfig:
+    config = read_peft_config(folder)
+    if not isinstance(config, LoraConfig | IA3Config | VeraConfig):
+        raise _unknown(folder, f"its method is {config.peft_type}")
+    values = config.to_dict()
+    if other := [name for name in _OTHERWISE if values.get(name)]:
+        raise _unknown(folder, f"it has {other[0]}")
+    return config
+
+
+def _tensors(folder: Path, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], Tensors]:
+    """Path of a layer → what each of its tensors is → the tensor; and what all layers have together."""
+    path = folder / PEFT_FILES[0]
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadAdapter(f"{path} cannot be read: {error}", cure=_ANEW) from None
+    layers: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        ending = next((ending for ending in _ENDINGS if name.endswith(ending)), None)
+        if name not in _SHARED and (ending is None or not name.startswith(_FRONT)):
+            raise _unknown(folder, f"it has {name}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise BadAdapter(f"{path} has a number in {name} that is none.", cure=_ANEW)
+        copy = tensor.to(device, copy=True)  # what safetensors gives on a CPU is the file itself
+        if ending is None:
+            shared[_SHARED[name]] = copy
+        else:
+            layer = name.removeprefix(_FRONT).removesuffix(ending)
+            layers.setdefault(layer, {})[_ENDINGS[ending]] = copy
+    return layers, shared
+
+
+def _effect(
+    model: PreTrainedModel, path: str, tensors: Tensors, *, config: PeftConfig, folder: Path
+) -> Effect:
+    layer = model.get_submodule(path)
+    if not isinstance(layer, nn.Linear):
+        raise _misfit(folder, f"{path} is no linear layer of this base")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if isinstance(config, IA3Config):
+        if shapes not in ({"factors": (1, layer.in_features)}, {"factors": (layer.out_features, 1)}):
+            raise _misfit(folder, f"{path} is of other sizes than {shapes}")
+        return _factors(layer, tensors["factors"], is_input=shapes["factors"][0] == 1)
+    if isinstance(config, VeraConfig):
+        return _projected(layer, path, tensors, folder=folder)
+    assert isinstance(config, LoraConfig)
+    rank = len(tensors.get("down", ()))
+    wanted: dict[str, tuple[int, ...]] = {"down": (rank, layer.in_features), "up": (layer.out_features, rank)}
+    if config.use_dora:
+        wanted["magnitude"] = (layer.out_features,)
+    if shapes != wanted or not rank:
+        raise _misfit(folder, f"{path} is of other sizes than {shapes}")
+    pair, scale = (tensors["down"], tensors["up"]), _scale(config, path, rank=rank)
+    if not config.use_dora:
+        low_rank = LowRank(*pair, scale=scale)
+        return Effect(layer, "alone" if mends_base(folder) else "sum", low_rank, after=low_rank.add)
+    dora = Dora(*pair, scale=scale, factors=_dora_factors(model, layer, tensors, scale=scale))
+    return Effect(layer, "alone", dora, after=dora.change)
+
+
+def _projected(layer: nn.Linear, path: str, tensors: Tensors, *, folder: Path) -> Effect:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    (rank, inputs), (outputs, _) = (shapes.get(name, (0, 0)) for name in ("down", "up"))
+    wanted = {"down": (rank, inputs), "up": (outputs, rank), "inner": (rank,), "outer": (layer.out_features,)}
+    if shapes != wanted or inputs < layer.in_features or outputs < layer.out_features:
+        raise _misfit(folder, f"{path} is of other sizes than {shapes}")
+    part = Projected(*(tensors[name] for name in wanted))
+    return Effect(layer, "sum", part, after=part.add)
+
+
+def _scale(config: LoraConfig, path: str, *, rank: int) -> float:
+    """What PEFT multiplies the update of a layer by."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def _dora_factors(model: PreTrainedModel, layer: nn.Linear, tensors: Tensors, *, scale: float) -> Tensor:
+    """(O,) magnitude over length of each row, in the magnitude's type."""
+    place, magnitude = layer.weight.device, tensors["magnitude"]  # the weight may be on the host
+    pair = tensors["down"].to(place), tensors["up"].to(place)
+    lengths = row_lengths(layer, pair, scale=scale, dtype=model.dtype).to(magnitude.device)
+    return (magnitude / lengths).to(torch.float32)
+
+
+def _factors(layer: nn.Linear, factors: Tensor, *, is_input: bool) -> Effect:
+    part = Factors(factors.flatten())
+    if is_input:
+        return Effect(layer, "factor", part, before=part.scale_input)
+    return Effect(layer, "factor", part, after=part.scale_output)
+
+
+def _row_effects(model: PreTrainedModel, rows: Tensors, *, config: PeftConfig, folder: Path) -> list[Effect]:
+    if not rows:
+        return []
+    tables = config.to_dict().get("trainable_token_indices")
+    ids = next(iter(tables.values())) if isinstance(tables, dict) and tables else tables
+    if not ids or {len(each) for each in rows.values()} != {len(ids)}:
+        raise _misfit(folder, "its rows of new tokens are not as many as its ids")
+    return row_effects(model, rows, ids=ids)
+
+
+class LowRank(nn.Module):
+    """A layer's low-rank update, A (R, I) and B (O, R)."""
+
+    def __init__(self, down: Tensor, up: Tensor, *, scale: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.up = nn.Parameter(up, requires_grad=False)
+        self.scale = scale
+
+    def add(self, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Hook: the layer's output and the update's, (..., O)."""
+        entering, leaving = arguments[0], output.reshape(-1, output.shape[-1])
+        between = entering.reshape(-1, entering.shape[-1]) @ self.down.to(entering.dtype).t()
+        added = torch.addmm(leaving, between, self.up.to(entering.dtype).t(), alpha=self.scale)
+        return added.view(output.shape)
+
+
+class Dora(LowRank):
+    """A low-rank update, and then a factor (O,) for each row of the weight."""
+
+    def __init__(self, down: Tensor, up: Tensor, *, scale: float, factors: Tensor) -> None:
+        super().__init__(down, up, scale=scale)
+        self.factors = nn.Parameter(factors, requires_grad=False)
+
+    def change(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Hook: what the layer gives with the changed weight."""
+        assert isinstance(layer, nn.Linear)
+        return scaled(self.add(layer, arguments, output), self.factors, bias=layer.bias)
+
+
+class Projected(nn.Module):
+    """A layer's update through projections (., I) and (O, .) that all layers share, of which it takes a part.
+
+    Args:
+        down: (R, I) or wider.
+        up: (O, R) or longer.
+        inner: (R,).
+        outer: (O,).
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, inner: Tensor, outer: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+        self.inner = nn.Parameter(inner, requires_grad=False)
+        self.outer = nn.Parameter(outer, requires_grad=False)
+
+    def add(self, _: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Hook: the layer's output and the update's, (..., O)."""
+        entering, leaving = arguments[0], output.reshape(-1, output.shape[-1])
+        flat, dtype = entering.reshape(-1, entering.shape[-1]), entering.dtype
+        down, up = self.get_buffer("down")[:, : flat.shape[1]], self.get_buffer("up")[: leaving.shape[1]]
+        between = (flat @ down.to(dtype).t()) * self.inner.to(dtype)
+        outer = up.to(dtype) * self.outer.to(dtype).unsqueeze(1)  # (O, R)
+        return torch.addmm(leaving, between, outer.t()).view(output.shape)
+
+
+class Factors(nn.Module):
+    """A factor for each input or each output of a layer."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values, requires_grad=False)
+
+    def scale_input(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Hook before a layer."""
+        return scaled(arguments[0], self.values), *arguments[1:]
+
+    def scale_output(self, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Hook after it."""
+        return scaled(output, self.values)
+
+
+def _misfit(folder: Path, what: str) -> BadAdapter:
+    return BadAdapter(
+        f"The adapter in {folder} does not fit its base: {what}.",
+        cure="Load it on the base that it was trained on.",
+    )
+
+
+def _unknown(folder: Path, what: str) -> Unsupported:
+    return Unsupported(
+        f"The adapter in {folder} cannot stand beside others: {what}.",
+        cure="Load it alone.",
+    )
