@@ -135,7 +135,7 @@ def _outside_of_skeleton(config: ModelConfig, setting: Setting, run: DryRun) -> 
 
 def _pinned_bytes(model: PreTrainedModel, setting: Setting, run: DryRun) -> int:
     """What lies on the host without the table of the embeddings."""
-    if not {"boundaries", "layers"} & set(setting.offload):
+    if not {"head", "boundaries", "layers"} & set(setting.offload):
         return 0
     table = model.get_input_embeddings().parameters() if "embeddings" in setting.offload else ()
     return run.host_bytes - setting.compute_bytes * sum(each.numel() for each in table)

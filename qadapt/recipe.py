@@ -209,7 +209,7 @@ class MemorySection(Section):
     recompute: Literal["auto", "all", "none"] | Positive = "auto"
     """Activation checkpointing (arXiv:1604.06174) of every layer, of none, or of so many of the first."""
     offload: Literal["auto", "none"] | tuple[Part, ...] = "auto"
-    """What stays in the memory of the host: input embeddings, inputs of recomputed layers, frozen layers.
+    """What stays in the host's memory: input embeddings, head, inputs of recomputed layers, frozen layers.
     On a CPU only those inputs can lie elsewhere, in a temporary file."""
 
     @field_validator("budget")

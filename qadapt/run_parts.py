@@ -23,7 +23,7 @@ from qadapt.data.prepared import skipped_lines
 from qadapt.data.step_sample import StepSample
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import kernel_problem
-from qadapt.engine.loss import head_of
+from qadapt.engine.head import head_of
 from qadapt.engine.streaming import is_pinned
 from qadapt.errors import BadRun, DoesNotFit
 from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageStarted, Warned
@@ -33,7 +33,7 @@ from qadapt.material import Material, order_of, step_count
 from qadapt.methods import METHODS, activation_of, said
 from qadapt.model.load import load_base
 from qadapt.model.original import original_weights
-from qadapt.model.placement import decoder_layers
+from qadapt.model.placement import brought_parts
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.model.source import ModelFiles, find_model
 from qadapt.plan.fit import Plan
@@ -296,9 +296,9 @@ def _placement_warnings(recipe: Recipe, plan: StoredPlan, base: PreTrainedModel)
     """What was asked of the host's memory and is not given."""
     if (left := not_offloaded(recipe.memory.offload, plan.offload)) is not None:
         yield Warned(message=left, cure="Leave them out; nothing is lost.")
-    if "layers" in plan.offload and plan.device == "cuda" and not is_pinned(decoder_layers(base)):
+    if plan.device == "cuda" and not is_pinned(brought_parts(base, plan.offload)):
         yield Warned(
-            message="The system gave no pinned memory: the streamed layers are copied while the card waits.",
+            message="The system gave too little pinned memory: the card waits for what is streamed.",
             cure="Give the machine, or WSL, more memory; the numbers are the same.",
         )
 

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from qadapt.architecture import check_decoder, check_fields, size
 from qadapt.errors import BadModel, NoClosedForm
 
-Part = Literal["embeddings", "boundaries", "layers"]
-"""What can stay in the memory of the host: the table of the input embeddings, the inputs of recomputed
-layers, the frozen weights of the decoder layers. On a CPU inputs of recomputed layers go to a temporary file
+Part = Literal["embeddings", "head", "boundaries", "layers"]
+"""What can stay in the memory of the host: the table of the input embeddings, the frozen head, the inputs of
+recomputed layers, the frozen weights of the decoder layers. On a CPU those inputs go to a temporary file
 and the others stay where they are."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")

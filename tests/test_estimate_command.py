@@ -181,7 +181,7 @@ def test_rows_are_capped_by_those_of_a_step_where_a_recipe_says_so() -> None:
 
 
 def test_where_nothing_fits_the_cheapest_changes_are_shown() -> None:
-    asked = ("estimate", "Llama-3.1-8B", "--vram", "1.5GiB", "--max", "length")
+    asked = ("estimate", "Llama-3.1-8B", "--vram", "1GiB", "--max", "length")
     output = run(*asked)
     assert "longest row: none; even 1 token does not surely fit" in output
     assert "a larger card, such as the RTX" in " ".join(output.split())

@@ -25,6 +25,7 @@ from qadapt.engine.recompute import set_recompute
 from qadapt.events import MemoryMeasured, Planned, RunFinished, StepDone
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES, capability_of
+from qadapt.plan import host
 from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.setting import LOSS_CHUNK, Part, Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
@@ -276,13 +277,20 @@ def test_a_run_in_fp16_scales_its_loss_on_the_card(tmp_path: Path, tiny_model: T
     assert isinstance(events[-1], RunFinished)
 
 
-PLACED: tuple[tuple[Part, ...], ...] = (("embeddings",), ("layers",), ("embeddings", "layers"))
+PLACED: tuple[tuple[Part, ...], ...] = (
+    ("embeddings",),
+    ("layers",),
+    ("embeddings", "layers"),
+    ("head",),
+    ("embeddings", "head", "layers"),
+)
 
 
 @pytest.mark.parametrize("offload", PLACED)
 def test_a_base_partly_on_the_host_has_the_same_gradients(
-    offload: tuple[Part, ...], tiny_model: TinyModel
+    offload: tuple[Part, ...], tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(host, "SLICE_BYTES", 1)  # slices of 64 rows
     compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
     folder = tiny_model("llama", layers=5)
     found = []
@@ -304,8 +312,9 @@ def test_a_base_partly_on_the_host_has_the_same_gradients(
 
 @pytest.mark.parametrize("offload", PLACED)
 def test_a_step_with_parts_on_the_host_takes_what_the_dry_run_says(
-    offload: tuple[Part, ...], tiny_model: TinyModel
+    offload: tuple[Part, ...], tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(host, "SLICE_BYTES", 1 << 20)
     folder = tiny_model("llama", layers=6, width=512, vocabulary=8192, context=2048)
     compute, _ = auto_dtypes("cuda", has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
     setting = Setting(

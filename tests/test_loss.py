@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from qadapt.engine.head import PLAIN, SCALED, Head, head_of
 from qadapt.engine.ledger import Ledger
-from qadapt.engine.loss import IGNORED, PLAIN, SCALED, Head, Terms, head_of, loss_sum, summed_loss
+from qadapt.engine.loss import IGNORED, Terms, loss_sum, summed_loss
 from qadapt.events import StepDone, Warned
 from qadapt.run import train
 

@@ -23,7 +23,8 @@ from qadapt.data.conversation import Conversation, Message
 from qadapt.data.new_tokens import absent_ids
 from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import tokens_of
-from qadapt.engine.loss import Head, loss_sum, summed_loss
+from qadapt.engine.head import Head
+from qadapt.engine.loss import loss_sum, summed_loss
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadExport, BadRecipe, BadRun, Unsupported
 from qadapt.events import AdapterAttached, Evaluated, StepDone, Warned

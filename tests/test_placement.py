@@ -22,7 +22,7 @@ from qadapt.engine import boundaries
 from qadapt.engine.host import device_of, host_buffer
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import set_recompute
-from qadapt.errors import BadRecipe, DoesNotFit, Unsupported
+from qadapt.errors import BadRecipe, DoesNotFit
 from qadapt.events import Warned
 from qadapt.hardware.cards import find_card
 from qadapt.model.generate import generate
@@ -30,7 +30,7 @@ from qadapt.model.load import load_base
 from qadapt.model.placement import decoder_layers
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.fit import fit
-from qadapt.plan.knobs import KNOBS, PLANNED
+from qadapt.plan.knobs import PLANNED
 from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import layer_bytes
@@ -163,18 +163,6 @@ def test_what_is_read_of_a_streamed_base_and_saved_beside_it_is_what_it_would_be
         assert all(torch.equal(weights[name], first_weights[name]) for name in first_weights)
         again = load_lora(base_of(folder, offload), to, is_trainable=True)
         assert all(torch.equal(value, trainable(again)[name]) for name, value in trainable(model).items())
-
-
-def test_a_table_that_the_head_shares_stays_on_the_card(tiny_model: TinyModel) -> None:
-    with pytest.raises(Unsupported, match="the head of this model is tied to the embeddings"):
-        base_of(tiny_model("gemma2"), ("embeddings",))
-    shape = find_shape(str(tiny_model("gemma2")))
-    with pytest.raises(BadRecipe, match="is tied to the embeddings"):
-        estimate_step(shape, Setting(length=64, offload=("embeddings",)))
-    knob = next(knob for knob in KNOBS if knob.name == "offload")
-    offered = {part for value in knob.values(shape, Setting(), 1) for part in value}  # type: ignore[union-attr]
-    assert "embeddings" not in offered
-    assert "layers" in offered
 
 
 @pytest.mark.parametrize(

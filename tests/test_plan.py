@@ -355,7 +355,7 @@ def test_a_plan_keeps_the_distance_that_runs_on_this_machine_showed() -> None:
 
 def test_where_no_single_change_is_enough_several_together_are_offered() -> None:
     setting = Setting(rows=3, length=1000, rank=8)
-    changes = ladder(LLAMA, setting, room=Room(round(2.5 * GIB)), rows_per_step=3, card=CARD)
+    changes = ladder(LLAMA, setting, room=Room(round(1.6 * GIB)), rows_per_step=3, card=CARD)
     assert changes[0].is_enough
     assert changes[0].text.startswith("memory.micro_batch=1 and memory.offload=[embeddings,")
     assert "layers]" in changes[0].text

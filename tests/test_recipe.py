@@ -83,7 +83,7 @@ def test_several_problems_are_reported_at_once() -> None:
         ),
         (
             {"memory": {"offload": "embeddings"}},
-            "or a list such as [embeddings, layers], of embeddings, bound",
+            "or a list such as [embeddings, layers], of embeddings, head, bound",
         ),
         ({"memory": {"offload": ["layers", "layers"]}}, "memory.offload: name each part once"),
         ({"memory": {"recompute": -3}}, "1 or more (got -3)"),

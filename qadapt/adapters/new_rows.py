@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qadapt.adapters.effect import Effect
+from qadapt.engine.table import scale_of
 from qadapt.errors import BadAdapter, Unsupported
 from qadapt.shape import table_rows
 
@@ -56,7 +57,7 @@ class NewRows(nn.Module):
         place = arguments[0] - self.ids.start  # (B, T)
         is_new = (place >= 0) & (place < len(self.ids))
         rows = functional.embedding(place.clamp(0, len(self.ids) - 1), self.weight.to(embedded.dtype))
-        if (scale := _scale_of(embedding)) is not None:
+        if (scale := scale_of(embedding)) is not None:
             rows = rows * scale.to(rows.dtype)
         # the table is frozen; PEFT may ask for a gradient all the same, which would keep a copy of it all
         return torch.where(is_new.unsqueeze(-1), rows, embedded.detach())  # (B, T, D)
@@ -130,7 +131,7 @@ class RowsBeside(nn.Module):
         place = self._place  # (B, T)
         is_new = (place >= 0) & (place < len(self.ids))
         rows = functional.embedding(place.clamp(0, len(self.ids) - 1), self.weight.to(embedded.dtype))
-        if (scale := _scale_of(embedding)) is not None:
+        if (scale := scale_of(embedding)) is not None:
             rows = rows * scale.to(rows.dtype)
         return torch.where(is_new.unsqueeze(-1), rows, embedded)  # (B, T, D)
 
@@ -197,7 +198,7 @@ def without_new_rows(model: nn.Module) -> Iterator[None]:
 def _tables(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
     """The modules of embedding and head, whose `weight` is the table, (V, D)."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_known = type(embedding) is nn.Embedding or _scale_of(embedding) is not None
+    is_known = type(embedding) is nn.Embedding or scale_of(embedding) is not None
     has_bias = "bias" in dict(head.named_parameters(recurse=False))
     if not is_known or type(head) is not nn.Linear or has_bias:
         kinds = f"{type(embedding).__name__} and {type(head).__name__}"
@@ -206,11 +207,6 @@ def _tables(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
         )
     assert isinstance(embedding, nn.Embedding)
     return embedding, head
-
-
-def _scale_of(embedding: nn.Module) -> Tensor | None:
-    """What the embeddings of Gemma and the like are multiplied by, a buffer of theirs; None elsewhere."""
-    return dict(embedding.named_buffers(recurse=False)).get("embed_scale")
 
 
 def _make_room(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -5,9 +5,8 @@ and it goes back through the head at once. Only the gradient of the head's input
 more than one chunk of logits, in training and in evaluation. The idea: A. Hsu et al., "Liger Kernel"
 (arXiv:2410.10989), and E. Wijmans et al., "Cut Your Losses" (arXiv:2411.09009); here in plain operations.
 
-The head's own module is called, so it may be of any type: 16 or 32 bits, int8, NF4, with hooks that train
-rows of new tokens. What an architecture does with the logits after it is known by its name (`head_of`); where
-it is not, the model's own forward pass makes all logits at once.
+A head on the host comes in slices of the vocabulary (`sliced_loss.py`). Where it is not known what the
+architecture does with the logits (`head.py`), the model's own forward pass makes all of them at once.
 
 Legend: B rows, T tokens, K positions, N learned tokens, n those of a chunk, D width, V vocabulary.
 """
@@ -26,41 +25,19 @@ from transformers import PreTrainedModel
 
 from qadapt.engine.adapted import Adapted
 from qadapt.engine.documents import Documents
+from qadapt.engine.head import Head, head_of
+from qadapt.engine.host_head import HostHead
+from qadapt.engine.sliced_loss import SlicedBlock
 from qadapt.engine.target import capability_for
+from qadapt.plan.host import BLOCK_TOKENS
 from qadapt.plan.workspace import loss_piece
 
 IGNORED = -100
 """The target that does not count, as of `F.cross_entropy`."""
 
-PLAIN = frozenset({
-    "bloom", "exaone4", "falcon", "gemma", "glm", "glm4", "gpt2", "gpt_neox", "gpt_oss", "llama",
-    "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3",
-    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
-})  # fmt: skip
-"""Architectures whose logits are what the head gives."""
-SCALED = {
-    **dict.fromkeys(("gemma2", "gemma3_text"), "final_logit_softcapping"),
-    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared"), "logits_scaling"),
-    **dict.fromkeys(("cohere", "cohere2"), "logit_scale"),
-}
-"""Architecture → the field of its configuration that says what happens to them."""
-
 _FP16_SCALE = 256.0
 """What the logits' gradient is multiplied by on its way through an fp16 head: without it the gradients of
 improbable tokens would be zero, with more the sum over a vocabulary might overflow."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """What makes logits of hidden states: module, then scale, then cap: `softcap * tanh(logits / softcap)`.
-
-    `trained` are the parameters that the module computes with and that need gradients.
-    """
-
-    module: nn.Module
-    scale: float = 1.0
-    softcap: float | None = None
-    trained: tuple[nn.Parameter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,23 +51,6 @@ class Terms:
 
     smoothing: float = 0.0
     z_weight: float = 0.0
-
-
-def head_of(model: PreTrainedModel) -> Head | None:
-    """A model's head; None if it is not known what its architecture does with the logits."""
-    kind = str(model.config.model_type)
-    if kind not in (*PLAIN, *SCALED):
-        return None
-    module, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    # of a tied head the new rows are the embedding's, too
-    tables = (module, embedding) if module.weight is embedding.weight else (module,)
-    trained = tuple(each for table in tables for each in table.parameters() if each.requires_grad)
-    if kind in PLAIN:
-        return Head(module, trained=trained)
-    value = model.config.to_dict()[SCALED[kind]]
-    if SCALED[kind] == "final_logit_softcapping":
-        return Head(module, softcap=value, trained=trained)
-    return Head(module, scale=1 / value if SCALED[kind] == "logits_scaling" else value, trained=trained)
 
 
 def loss_sum(
@@ -184,7 +144,10 @@ class _Work:
         """The loss alone."""
         loss = hidden.new_zeros((), dtype=torch.float32)
         for place in self._places():
-            self._overwrite(self.head.module(hidden[place]), place, loss, scale=None)
+            if self._is_sliced:
+                loss += self._block(hidden[place], place).find()[0]
+            else:
+                self._overwrite(self.head.module(hidden[place]), place, loss, scale=None)
         return loss
 
     def find_all(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -207,16 +170,36 @@ class _Work:
 
     def _go_back(self, hidden: Tensor, place: slice, loss: Tensor) -> tuple[Tensor, ...]:
         """A chunk: adds its loss, and gives the gradients of its (n, D) and of what is trained."""
+        if self._is_sliced:
+            block = self._block(hidden, place)
+            found, log_total = block.find()
+            loss += found
+            return (block.go_back(log_total, scale=_scale_in(hidden.dtype)),)
         rows = hidden.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.head.module(rows)  # (n, V)
-        scale = _FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        gradient = self._overwrite(logits.detach(), place, loss, scale=scale)
+        gradient = self._overwrite(logits.detach(), place, loss, scale=_scale_in(logits.dtype))
         return torch.autograd.grad(logits, (rows, *self.head.trained), gradient)
 
     def _places(self) -> Iterator[slice]:
-        for first in range(0, len(self.targets), self.chunk):
-            yield slice(first, first + self.chunk)
+        size = BLOCK_TOKENS if self._is_sliced else self.chunk
+        for first in range(0, len(self.targets), size):
+            yield slice(first, first + size)
+
+    @property
+    def _is_sliced(self) -> bool:
+        return isinstance(self.head.module, HostHead)
+
+    def _block(self, hidden: Tensor, place: slice) -> SlicedBlock:
+        targets, weights, terms = self.targets[place].unsqueeze(-1), self._weights(place), self.terms
+        return SlicedBlock(hidden, targets, weights, self.head, self.chunk, terms.smoothing, terms.z_weight)
+
+    def _weights(self, place: slice) -> Tensor:
+        """Of each token's loss, (n, 1); 0 of one that does not count."""
+        weights = (self.targets[place] != IGNORED).float()
+        if self.weights is not None:
+            weights *= self.weights[place]
+        return weights.unsqueeze(-1)
 
     def _overwrite(self, logits: Tensor, place: slice, loss: Tensor, *, scale: float | None) -> Tensor:
         """Adds the loss of a chunk, and overwrites its logits (n, V) with `scale` times their gradient.
@@ -234,18 +217,10 @@ class _Work:
 
     def _overwrite_rows(self, logits: Tensor, place: slice, loss: Tensor, *, scale: float | None) -> Tensor:
         """The same for some rows at once: in fp32, and in place, as each copy would be as large as they."""
-        values, tanh = logits.float(), None  # in fp32 the logits themselves
-        if self.head.scale != 1:
-            values.mul_(self.head.scale)
-        if self.head.softcap is not None:
-            values.div_(self.head.softcap).tanh_()
-            tanh = None if scale is None else values.clone()
-            values.mul_(self.head.softcap)
+        values, tanh = self.head.after(logits, keeps_tanh=scale is not None)
         targets = self.targets[place].unsqueeze(-1)  # (n, 1), as all below
-        chosen, smoothing, z_weight = targets.clamp(min=0), self.terms.smoothing, self.terms.z_weight
-        weights = (targets != IGNORED).float()
-        if self.weights is not None:
-            weights *= self.weights[place].unsqueeze(-1)
+        chosen, weights = targets.clamp(min=0), self._weights(place)
+        smoothing, z_weight = self.terms.smoothing, self.terms.z_weight
 
         highest = values.amax(-1, keepdim=True)
         losses = (smoothing - 1) * values.sub_(highest).gather(-1, chosen)
@@ -263,8 +238,10 @@ class _Work:
         values.scatter_add_(-1, chosen, (smoothing - 1) * weights)
         if smoothing:
             values.sub_(weights * (smoothing / values.shape[-1]))
-        if tanh is not None:
-            values.mul_(tanh.square_().neg_().add_(1))
-        if self.head.scale != 1:
-            values.mul_(self.head.scale)
+        self.head.go_back(values, tanh)
         return values if values.dtype == logits.dtype else logits.copy_(values)
+
+
+def _scale_in(dtype: torch.dtype) -> float:
+    """What a gradient is multiplied by on its way through a head of a type."""
+    return _FP16_SCALE if dtype == torch.float16 else 1.0

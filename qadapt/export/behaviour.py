@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qadapt.data.tokens import Tokens, tokens_of
+from qadapt.engine.head import head_of
 from qadapt.engine.host import device_of
-from qadapt.engine.loss import head_of
 from qadapt.engine.out_of_memory import free_memory
 from qadapt.errors import BadExport, Unsupported
 from qadapt.events import Event, StageStarted

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qadapt.data.tokens import Tokens
 from qadapt.engine.attention import choose_attention
-from qadapt.engine.loss import head_of
+from qadapt.engine.head import head_of
 from qadapt.errors import BadExport, Unsupported
 from qadapt.events import Event, StageAdvanced
 from qadapt.export.activations import Ranges

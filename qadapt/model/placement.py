@@ -20,8 +20,10 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from qadapt.engine.head import head_of
+from qadapt.engine.host_head import HostHead
 from qadapt.engine.streaming import stream_layers
-from qadapt.engine.table import keep_on_host
+from qadapt.engine.table import can_be_on_host, keep_on_host
 from qadapt.errors import Unsupported
 
 _NAME = "qadapt-nf4"
@@ -66,25 +68,32 @@ class _PlacedQuantize(Bnb4bitQuantize):
 
 def on_host(offload: Sequence[str]) -> tuple[str, ...]:
     """Of the parts of `plan.setting.Setting.offload`, those that are parts of the base."""
-    return tuple(part for part in offload if part in ("embeddings", "layers"))
+    return tuple(part for part in offload if part != "boundaries")
 
 
 def check_placeable(model: PreTrainedModel, offload: Sequence[str]) -> None:
     """Refuses parts that this model cannot have on the host, where a plan without its shape could not see it.
 
     Raises:
-        Unsupported: The table of the embeddings is the head's, too, or of an unknown kind.
+        Unsupported: The embeddings' table is the head's, too, and not both are to go; one is of an unknown
+            kind; or it is not known what the architecture does with the head's logits.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if "embeddings" in offload and embedding.weight is head.weight:
+    if embedding.weight is head.weight and ("embeddings" in offload) != ("head" in offload):
         raise Unsupported(
-            "memory.offload: the head of this model is tied to the embeddings, and works on the card.",
-            cure="Leave embeddings out of memory.offload; it would win nothing.",
+            "memory.offload: the head of this model is tied to the embeddings: one table.",
+            cure="Name both embeddings and head in memory.offload, or neither.",
         )
-    if "embeddings" in offload and type(embedding) is not nn.Embedding:
+    if "embeddings" in offload and not can_be_on_host(embedding):
         raise Unsupported(
             f"memory.offload: this model's embeddings are of an unknown kind, {type(embedding).__name__}.",
             cure="Leave embeddings out of memory.offload.",
+        )
+    if "head" in offload and (type(head) is not nn.Linear or head_of(model) is None):
+        raise Unsupported(
+            f"memory.offload: the head of this model is of an unknown kind, {type(head).__name__} of "
+            f"{model.config.model_type}.",
+            cure="Leave head out of memory.offload.",
         )
     are_8_bit = any(isinstance(module, Linear8bitLt) for module in model.modules())
     assert "layers" not in offload or not are_8_bit, "layers in 8 bits cannot be streamed"
@@ -95,7 +104,7 @@ def place(model: PreTrainedModel, offload: Sequence[str], *, device: torch.devic
 
     Args:
         model: The frozen base, its layers quantized; on `meta` for a dry run.
-        offload: Of `embeddings` and `layers`, what stays; other parts are of no concern here.
+        offload: Of `embeddings`, `head` and `layers`, what stays; other parts are of no concern here.
         device: Where it computes.
 
     Raises:
@@ -107,6 +116,10 @@ def place(model: PreTrainedModel, offload: Sequence[str], *, device: torch.devic
         assert isinstance(embedding, nn.Embedding)
         keep_on_host(embedding)
     stays = {id(embedding.weight)} if "embeddings" in offload else set()
+    if "head" in offload:
+        head = HostHead(model.get_output_embeddings(), device)
+        model.set_output_embeddings(head)
+        stays |= {id(part) for part in head.slices}
     if "layers" in offload:
         stays |= {id(parameter) for layer in layers for parameter in layer.parameters() if parameter.ndim > 1}
     for module in model.modules():
@@ -128,6 +141,12 @@ def _bring(device: torch.device, _: nn.Module, arguments: Any, named: dict[str, 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a base, in the order in which they run."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def brought_parts(model: PreTrainedModel, offload: Sequence[str]) -> list[nn.Module]:
+    """What of a placed base lies in pinned memory and is brought to the card."""
+    layers = decoder_layers(model) if "layers" in offload else []
+    return [*layers, *([model.get_output_embeddings()] if "head" in offload else [])]
 
 
 def _move(module: nn.Module, stays: set[int], *, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from qadapt.errors import DoesNotFit
 from qadapt.hardware.cards import Card
 from qadapt.plan.estimate import Estimate, estimate_step
-from qadapt.plan.host import carried_bytes, looked_up_bytes, streamed_bytes, table_bytes
+from qadapt.plan.host import carried_bytes, looked_up_bytes, sliced_bytes, streamed_bytes, table_bytes
 from qadapt.plan.knobs import KNOBS, Knob, Value, micro_batches
 from qadapt.plan.ladder import ladder
 from qadapt.plan.room import Room
@@ -216,7 +216,7 @@ class _Bench:
         setting = best.estimate.setting
         if setting.device == "cpu":
             return "writing them to a file and reading them again"
-        carried = (streamed_bytes, carried_bytes, looked_up_bytes)
+        carried = (streamed_bytes, carried_bytes, looked_up_bytes, sliced_bytes)
         moved = best.count * sum(each(self.shape, setting) for each in carried)
         there = table_bytes(self.shape, setting) + best.estimate.pinned_bytes
         seconds = format_seconds(moved / (BUS_GB * 1e9))

@@ -6,10 +6,17 @@ of what the process takes besides. Legend: V vocabulary, D width.
 
 from __future__ import annotations
 
+import math
+
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import STREAMED, layer_bytes
 from qadapt.shape import ModelShape
 from qadapt.units import MIB
+
+SLICE_BYTES = 64 * MIB
+"""Most of a head on the host that is on the card at once: a power of two, far more than a copy's start."""
+BLOCK_TOKENS = 4096
+"""Learned tokens whose loss is found with one coming of the head, and their gradient with another."""
 
 
 def table_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -18,9 +25,9 @@ def table_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def pinned_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Pinned memory, for streamed layers and for boundaries."""
+    """Pinned memory, for streamed layers, for boundaries and for the head."""
     layers = shape.layers * _power_of_two(layer_bytes(shape, setting)) if "layers" in setting.offload else 0
-    return layers + _boundary_parts_bytes(shape, setting)
+    return layers + _boundary_parts_bytes(shape, setting) + _slices_bytes(shape, setting)
 
 
 def streamed_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -46,6 +53,19 @@ def looked_up_bytes(shape: ModelShape, setting: Setting) -> int:
     return setting.tokens * shape.width * setting.compute_bytes if "embeddings" in setting.offload else 0
 
 
+def slice_rows(vocabulary: int, width: int, value_bytes: int) -> int:
+    """Rows of a slice of a head on the host: whole 64s, which products like, but for the last one."""
+    return min(vocabulary, max(64, SLICE_BYTES // (width * value_bytes) // 64 * 64))
+
+
+def sliced_bytes(shape: ModelShape, setting: Setting, head_tokens: float | None = None) -> int:
+    """What a micro-batch waits for at its loss: the head, twice for each block of learned tokens."""
+    tokens = setting.supervised_tokens if head_tokens is None else head_tokens
+    if "head" not in setting.offload:
+        return 0
+    return 2 * math.ceil(tokens / BLOCK_TOKENS) * shape.embedding_weights * setting.compute_bytes
+
+
 def _power_of_two(size_bytes: int) -> int:
     return 1 << (size_bytes - 1).bit_length()
 
@@ -56,3 +76,12 @@ def _boundary_parts_bytes(shape: ModelShape, setting: Setting) -> int:
         return 0
     each = setting.tokens * shape.width * setting.compute_bytes
     return setting.recomputed_layers(shape.layers) * -(-each // MIB) * MIB
+
+
+def _slices_bytes(shape: ModelShape, setting: Setting) -> int:
+    if "head" not in setting.offload:
+        return 0
+    row = shape.width * setting.compute_bytes
+    rows = slice_rows(shape.vocabulary, shape.width, setting.compute_bytes)
+    whole, rest = divmod(shape.vocabulary, rows)
+    return whole * _power_of_two(rows * row) + (_power_of_two(rest * row) if rest else 0)

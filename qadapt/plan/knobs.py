@@ -147,15 +147,17 @@ def _tile_text(value: Value, _: ModelShape) -> str:
 def _offload_values(shape: ModelShape, setting: Setting, _: int) -> tuple[Value, ...]:
     """Nothing, then more and more, the dearest last; none that would win nothing.
 
-    Layers also without boundaries, which take more of the host than they do where rows are long.
+    Layers also without boundaries, which take more of the host than they do where rows are long. A tied head
+    goes with the embeddings, none where rows of new tokens are trained in it.
     """
     boundaries = () if setting.recompute == "none" else ("boundaries",)
     if setting.device == "cpu":
         return tuple(dict.fromkeys(((), boundaries)))
     table = () if shape.tied else ("embeddings",)
-    ways = [(), table, (*table, *boundaries)]
+    ends = table if setting.new_tokens else ("embeddings", "head")
+    ways = [(), table, (*table, *boundaries), (*ends, *boundaries)]
     if setting.recompute == "all" and setting.quantization != "int8":
-        ways += [(*table, "layers"), (*table, *boundaries, "layers")]
+        ways += [(*table, "layers"), (*table, *boundaries, "layers"), (*ends, *boundaries, "layers")]
     return tuple(dict.fromkeys(ways))
 
 

@@ -162,10 +162,10 @@ def check_setting(shape: ModelShape, setting: Setting) -> None:
     """
     check_numbers(shape, setting)
     _check_targets(shape, setting)
-    if shape.tied and "embeddings" in setting.offload:
+    if shape.tied and ("embeddings" in setting.offload) != ("head" in setting.offload):
         raise BadRecipe(
-            f"memory.offload: the head of {shape.name} is tied to the embeddings, and works on the card.",
-            cure="Leave embeddings out of memory.offload; it would win nothing.",
+            f"memory.offload: the head of {shape.name} is tied to the embeddings: one table.",
+            cure="Name both embeddings and head in memory.offload, or neither.",
         )
 
 
@@ -233,6 +233,11 @@ def _check_offload(setting: Setting) -> None:
         raise BadRecipe(
             f"memory.offload = {beside}: a CPU's step lies on the host as it is.",
             cure="Leave them out of memory.offload; only boundaries can go elsewhere, to a file.",
+        )
+    if "head" in setting.offload and setting.new_tokens:
+        raise BadRecipe(
+            "memory.offload: head, with new tokens, whose rows of the head are trained on the card.",
+            cure="Leave head out of memory.offload.",
         )
     if "boundaries" in setting.offload and setting.recompute == "none":
         raise BadRecipe(

@@ -5,7 +5,8 @@ term (arXiv:2204.02311) halved for causal attention. Assumption: products reach 
 matrix product speed, every pass over a 4-bit layer reads 0.5 bytes per weight, writes the 16-bit weight and
 reads it again, and every chunk of the loss reads the head twice. Error: `TIME_SPAN`, by
 `tools/bench/on_card.py`. An unknown card gives None rather than a guess. What comes from the host beside
-computing costs time only where the bus is slower than the products.
+computing costs time only where the bus is slower than the products; embeddings and slices of the head are
+waited for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from qadapt.hardware.cards import Card
 from qadapt.plan.activations import MLP_NAMES
 from qadapt.plan.adapters import trainable
-from qadapt.plan.host import carried_bytes, looked_up_bytes, streamed_bytes
+from qadapt.plan.host import carried_bytes, looked_up_bytes, sliced_bytes, streamed_bytes
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -70,7 +71,7 @@ def operations(shape: ModelShape, setting: Setting, work: Work | None = None) ->
     products = 2 * weights * work.tokens * count + 2 * _computed_again(shape, setting) * work.tokens
     scores = 2 * shape.layers * query * work.pairs * (count + 1)
     adapter = 2 * trainable(shape, setting) * work.tokens * (count + 1)
-    head = 2 * 2 * shape.embedding_weights * work.head_tokens
+    head = 2 * _head_passes(setting) * shape.embedding_weights * work.head_tokens
     return products + scores + adapter + head
 
 
@@ -84,6 +85,11 @@ def _mlp_weights(shape: ModelShape) -> int:
     return sum(linear.weights for linear in shape.linears if linear.name in (*MLP_NAMES, "down_proj"))
 
 
+def _head_passes(setting: Setting) -> int:
+    """Logits and their gradient; of a head on the host the logits twice."""
+    return 3 if "head" in setting.offload else 2
+
+
 def moved_bytes(shape: ModelShape, setting: Setting) -> float:
     """Bytes that dequantizing moves through the card's memory in one micro-batch, anew for each piece."""
     weights = shape.layers * sum(linear.weights for linear in shape.linears)
@@ -95,10 +101,10 @@ def moved_bytes(shape: ModelShape, setting: Setting) -> float:
 
 
 def head_bytes(shape: ModelShape, setting: Setting, work: Work | None = None) -> float:
-    """Bytes of the head that a micro-batch reads: every chunk's logits and their gradient read all of it."""
+    """Bytes of the head that a micro-batch reads on the card: every chunk's products read all of it."""
     tokens = (work or work_of(setting)).head_tokens
     chunks = max(1.0, tokens / setting.loss_chunk) if setting.loss_chunk else 1.0
-    return 2 * chunks * shape.embedding_weights * setting.compute_bytes if tokens else 0.0
+    return _head_passes(setting) * chunks * shape.embedding_weights * setting.compute_bytes if tokens else 0.0
 
 
 def micro_batch_seconds(
@@ -107,6 +113,7 @@ def micro_batch_seconds(
     """Seconds of one micro-batch, by default of full rows; None where the card's speed is unknown."""
     if card is None or card.tflops is None or card.bandwidth_gb is None:
         return None
+    work = work or work_of(setting)
     slower = FP32_FACTOR if setting.compute_dtype == "fp32" else 1
     computing = operations(shape, setting, work) * slower / (card.tflops * 1e12 * EFFICIENCY)
     moved = moved_bytes(shape, setting) + head_bytes(shape, setting, work)
@@ -114,7 +121,8 @@ def micro_batch_seconds(
     launching = shape.layers * passes(shape, setting) * LAUNCH_SECONDS
     beside = streamed_bytes(shape, setting) + carried_bytes(shape, setting)
     streaming = beside / (BUS_GB * 1e9)
-    waiting = looked_up_bytes(shape, setting) / (BUS_GB * 1e9)
+    waited = looked_up_bytes(shape, setting) + sliced_bytes(shape, setting, work.head_tokens)
+    waiting = waited / (BUS_GB * 1e9)
     return max(computing + moving, launching, streaming) + waiting
 
 

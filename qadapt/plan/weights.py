@@ -76,7 +76,8 @@ def quantization_constant_bytes(shape: ModelShape, setting: Setting) -> int:
 def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
     """Embeddings, head (if untied), norms, biases in the compute type; the rotary tables in fp32."""
     each = setting.compute_bytes
-    tables = 1 if shape.tied or "embeddings" in setting.offload else 2
+    away = len({"embeddings", "head"} & set(setting.offload))
+    tables = (0 if away else 1) if shape.tied else 2 - away
     embeddings = tables * setting.tensor_bytes(shape.embedding_weights, each)
     biases = sum(setting.tensor_bytes(linear.outputs, each) for linear in shape.linears if linear.bias)
     head_norms = 2 * setting.tensor_bytes(shape.head_width, each) if shape.family == "qwen3" else 0

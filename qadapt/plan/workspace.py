@@ -16,6 +16,7 @@ from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes, 
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
 from qadapt.plan.bottleneck import bottleneck_bytes, stands_beside
+from qadapt.plan.host import BLOCK_TOKENS, slice_rows
 from qadapt.plan.prefix import as_attended
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
@@ -228,8 +229,10 @@ def logit_bytes(shape: ModelShape, setting: Setting) -> int:
     What goes into the head for every learned token, and its gradient (fp32 in fp16); of one chunk the logits
     in the compute type and in fp32, of a soft cap the tanh besides; on a CPU those of a piece. In fp32, and
     where rows of new tokens are trained, the chunk's gradient before the head may come on top
-    (`engine/loss.py`).
+    (`engine/loss.py`). A head on the host comes in slices instead.
     """
+    if "head" in setting.offload:
+        return _sliced_logit_bytes(shape, setting)
     c, learned, new = setting.compute_bytes, setting.supervised_tokens, setting.new_tokens
     chunk = min(setting.loss_chunk or learned, learned)
     waiting = FP32 if setting.compute_dtype == "fp16" else c
@@ -240,6 +243,23 @@ def logit_bytes(shape: ModelShape, setting: Setting) -> int:
     change = new * (shape.width + chunk) * c
     back = chunk * (1 + (new > 0)) * shape.width * c + new * shape.width * c
     return kept + values * c + change + max(copies * FP32, back)
+
+
+def _sliced_logit_bytes(shape: ModelShape, setting: Setting) -> int:
+    """The same through slices of the vocabulary (`engine/sliced_loss.py`).
+
+    For every learned token its hidden state and gradient; a block's gradient in fp32; a slice; of a chunk in
+    it the logits in fp32, of a soft cap the tanh besides, and going back in the compute type, and what comes
+    out.
+    """
+    c, learned = setting.compute_bytes, setting.supervised_tokens
+    block = min(learned, BLOCK_TOKENS)
+    chunk = min(setting.loss_chunk or block, block)
+    rows = slice_rows(shape.vocabulary, shape.width, c)
+    waiting = FP32 if setting.compute_dtype == "fp16" else c
+    kept = shape.width * (learned * (c + waiting) + block * FP32 + rows * c)
+    copies = (c < FP32) + (shape.final_softcap is not None)
+    return kept + chunk * (rows * (c + copies * FP32) + shape.width * c)
 
 
 def loss_piece(vocabulary: int) -> int:

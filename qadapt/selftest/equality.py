@@ -42,8 +42,14 @@ POLICIES: tuple[dict[str, Any], ...] = (
 )
 OFFLOADS: tuple[dict[str, Any], ...] = (
     {"offload": ("embeddings",)},
+    {"offload": ("embeddings", "head"), "loss_chunk": 20},
     {"offload": ("layers",), "recompute": "all"},
-    {"offload": ("embeddings", "boundaries", "layers"), "recompute": "all", "mlp_tiles": 3, "loss_chunk": 20},
+    {
+        "offload": ("embeddings", "head", "boundaries", "layers"),
+        "recompute": "all",
+        "mlp_tiles": 3,
+        "loss_chunk": 20,
+    },
 )
 """On CUDA alone: on a CPU these parts lie on the host as it is. Layers in 8 bits are not streamed."""
 SAME, SAME_QUANTIZED, SAME_IN_16_BITS = 1e-3, 2e-2, 0.1
@@ -77,7 +83,7 @@ def _gradients(
     """Every policy of one kind of base; the half-precision step last."""
     setting = replace(PLAIN, quantization=quantization)
     expected = _gradient(folder, setting, CPU)
-    offloads = OFFLOADS if quantization != "int8" else OFFLOADS[:1]
+    offloads = OFFLOADS if quantization != "int8" else OFFLOADS[:2]
     policies = POLICIES + (offloads if device.type == "cuda" else ())
     for policy in policies:
         name = f"gradient, {quantization}, {_words(policy)}"

@@ -122,7 +122,8 @@ def static_tensors(model: PeftModel, optimizer: AdapterOptimizer) -> dict[str, l
 def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
     """The frozen tensors of a base by category, with or without adapters attached."""
     found: dict[str, list[Tensor]] = {name: [] for name in STATIC[:3]}
-    ends = (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    tables = (base.get_input_embeddings(), base.get_output_embeddings())
+    ends = {id(parameter) for table in tables for parameter in table.parameters()}
     of_adapter = {id(tensor) for tensor in frozen_of(base).values()}
     for parameter in base.parameters():
         if parameter.requires_grad or id(parameter) in of_adapter:
@@ -132,7 +133,7 @@ def base_tensors(base: PreTrainedModel) -> dict[str, list[Tensor]]:
             found["quantization_constants"] += _constants(state)
         if isinstance(parameter, Int8Params):  # until their first product, which is none of the library's
             found["quantization_constants"].append(parameter.SCB)
-        is_weight = parameter.ndim > 1 and not any(parameter is end for end in ends)
+        is_weight = parameter.ndim > 1 and id(parameter) not in ends
         found["base_weights" if is_weight else "unquantized"].append(parameter)
     found["unquantized"] += [buffer for buffer in base.buffers() if id(buffer) not in of_adapter]
     return found

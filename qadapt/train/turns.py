@@ -18,8 +18,8 @@ from qadapt.cache import free_bytes
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens
 from qadapt.engine.boundaries import offload_boundaries, offloads_boundaries
+from qadapt.engine.head import head_of
 from qadapt.engine.host import device_of
-from qadapt.engine.loss import head_of
 from qadapt.engine.recompute import recomputed_layers, set_recompute
 from qadapt.engine.tiles import can_tile, set_tiles, tiles_of
 from qadapt.units import GIB

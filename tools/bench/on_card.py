@@ -68,6 +68,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"mlp_tiles": 8, "loss_chunk": 512, "length": 16384},
     {"offload": ("boundaries",), "loss_chunk": 512, "length": 16384},
     {"offload": ("embeddings",)},
+    {"offload": ("embeddings", "head")},
+    {"offload": ("embeddings", "head", "boundaries"), "loss_chunk": 512, "length": 16384},
     {"offload": ("layers",)},
     {"offload": ("embeddings", "boundaries", "layers"), "mlp_tiles": 8, "loss_chunk": 512, "length": 16384},
 )
@@ -200,10 +202,8 @@ def run_model(
             f"{'':7} {'seconds':>7} {'pred.':>6}  loss"
         )
         for changes in settings:
-            is_tied = values.get("tie_word_embeddings", False)
-            if (is_tied and "embeddings" in changes.get("offload", ())) or changes.get(
-                "length", 0
-            ) > shape.context:
+            is_one_end = len({"embeddings", "head"} & set(changes.get("offload", ()))) == 1
+            if (is_one_end and shape.tied) or changes.get("length", 0) > shape.context:
                 continue  # refused
             base = {"rows": 1, "length": 2048, "accumulates": False, "one_by_one": problem is not None}
             words = ", ".join(f"{key}={value}" for key, value in changes.items()) or "1 x 2048"
