@@ -5,6 +5,7 @@ Recipe, plan and adapters read this one table; `adapters/method.py` has the code
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +13,12 @@ from typing import Literal
 from qadapt.errors import BadRecipe
 
 Method = Literal[
-    "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3", "houlsby", "pfeiffer", "parallel",
-    "compacter", "compacterplus", "prompt", "ptuning", "prefix", "prefix-flat",
+    "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "oft", "ia3", "houlsby", "pfeiffer",
+    "parallel", "compacter", "compacterplus", "prompt", "ptuning", "prefix", "prefix-flat",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
+NEUMANN_TERMS = 5
+"""Of the series that makes OFT's rotations."""
 SCALED_INPUTS = ("down_proj",)
 """Where IA3 scales a layer's inputs, as its paper does in the feed-forward part; elsewhere its outputs."""
 ENCODER_WIDTH = 512
@@ -48,7 +51,7 @@ class MethodFacts:
     title: str
     source: str
     unused: tuple[str, ...] = ()
-    size: Literal["rank", "width", "tokens", "length", ""] = "rank"
+    size: Literal["rank", "width", "tokens", "length", "block", ""] = "rank"
     is_beside: bool = False
     has_new_tokens: bool = False
     has_virtual_tokens: bool = False
@@ -125,6 +128,7 @@ METHODS: Mapping[Method, MethodFacts] = {
     "pissa": _lora("PiSSA", "arXiv:2404.02948"),
     "loftq": _lora("LoftQ", "arXiv:2310.08659", mends_base=True),
     "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
+    "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout"), size="block"),
     "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
     "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu", after_attention=True),
     "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu"),
@@ -150,6 +154,30 @@ def check_base(method: Method, quantization: str) -> None:
             "base; with model.quantization = none there is nothing.",
             cure="Set model.quantization=nf4, or adapter.method=lora or pissa.",
         )
+
+
+def check_block(block: int, inputs: Mapping[str, int]) -> None:
+    """Refuses blocks that the inputs of layers are no whole number of.
+
+    Args:
+        block: The width of OFT's blocks.
+        inputs: Name of a layer → the width of its inputs.
+
+    Raises:
+        BadRecipe: They are not, or a block has no angle.
+    """
+    uneven = [name for name, width in inputs.items() if width % block]
+    if not uneven and block > 1:
+        return
+    whole = math.gcd(*inputs.values())
+    fitting = [str(size) for size in range(2, min(whole, 128) + 1) if whole % size == 0]
+    problem = "a block of one has nothing to turn"
+    if uneven:
+        problem = f"the inputs of {uneven[0]}, {inputs[uneven[0]]:,}, are no whole number of such blocks"
+    raise BadRecipe(
+        f"adapter.rank is {block}, the width of OFT's blocks: {problem}.",
+        cure=f"Set adapter.rank to one of {', '.join(fitting)}.",
+    )
 
 
 def check_step(method: Method, size: int, *, width: int) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-NAMES: tuple[Method, ...] = ("lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "ia3")
+NAMES: tuple[Method, ...] = ("lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "oft", "ia3")
 """Those that PEFT has."""
 OTHERS = tuple(name for name in NAMES if name != "lora")
 FREE = tuple(name for name in NAMES if not METHODS[name].mends_base)
@@ -188,7 +188,8 @@ def base_of(folder: Path, *, quantization: str = "nf4", dtype: torch.dtype = FP3
 def test_the_dry_run_of_a_method_is_its_step_to_the_byte(
     method: Method, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
-    setting = dataclasses.replace(SETTING, method=method, **changes)
+    rank = 8 if method == "oft" else SETTING.rank  # its blocks fill a layer
+    setting = dataclasses.replace(SETTING, method=method, rank=rank, **changes)
     ledger, dry = counted(folders["llama"], setting), dry_run(config("llama"), setting)
     assert dry.peak == ledger.peak
     categories = estimate_step(shape_of("llama"), setting).categories
@@ -208,7 +209,7 @@ def test_the_dry_run_of_a_method_is_its_step_to_the_byte(
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "rank": 64}),
     ],
 )
-@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "ia3"])
+@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "oft", "ia3"])
 def test_the_closed_form_of_a_method_is_its_dry_run_within_three_percent(
     method: Method, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:

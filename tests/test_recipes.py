@@ -39,6 +39,7 @@ NAMES = [
     "adapters/ia3",
     "adapters/loftq",
     "adapters/loraplus",
+    "adapters/oft",
     "adapters/parallel",
     "adapters/pfeiffer",
     "adapters/pissa",
@@ -70,7 +71,7 @@ def test_a_header_says_what_the_recipe_is_for_and_is_true(name: str) -> None:
     shape = find_shape(recipe.model.source)
     facts = METHODS[recipe.adapter.method]
     if facts.has_rank:
-        size = rf"(rank|width|length) {recipe.adapter.rank}[ ,]|\({recipe.adapter.rank} virtual tokens"
+        size = rf"(rank|width|length|block) {recipe.adapter.rank}[ ,]|\({recipe.adapter.rank} virtual tokens"
         assert re.search(size, said["What it trains"])
     assert name in DEMO[:1] or facts.title in said["What it trains"].replace("QLoRA", "LoRA")
     if name not in DEMO:
@@ -163,7 +164,9 @@ def test_a_recipe_trains_two_steps_on_a_tiny_model(name: str, tmp_path: Path, ti
         config = json.loads(
             (adapter / ("side_car.json" if beside else "adapter_config.json")).read_text(encoding="utf-8")
         )
-        assert config[METHODS[method].size if beside else "r"] == rank * (2 if method == "pissa" else 1)
+        kept = "r" if not beside else METHODS[method].size
+        kept = "oft_block_size" if method == "oft" else kept
+        assert config[kept] == rank * (2 if method == "pissa" else 1)
 
 
 def test_an_override_of_a_shipped_recipe_starts_from_its_short_model_form() -> None:

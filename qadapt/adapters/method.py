@@ -20,6 +20,7 @@ from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
 from qadapt.adapters.loftq import Originals, start_from_error
 from qadapt.adapters.lora import VARIANTS, Lora, attach_lora, load_lora
+from qadapt.adapters.oft import attach_oft, use_rotated_layers
 from qadapt.adapters.prefix import PREFIX_KINDS, attach_prefix
 from qadapt.adapters.prompt import PROMPT_KINDS, attach_prompt
 from qadapt.adapters.side_car import Part
@@ -81,6 +82,8 @@ def attach(
         return adapted
     if method == "vera":
         return attach_vera(model, adapter.rank, adapter.targets, dtype=dtype, seed=seed)
+    if method == "oft":
+        return attach_oft(model, adapter.rank, adapter.targets, dtype=dtype)
     if method in KINDS:
         scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
         bottleneck = Bottleneck(method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)
@@ -100,6 +103,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     adapted = load_lora(model, folder, is_trainable=is_trainable)
     use_typed_layers(adapted)
     use_projected_layers(adapted)
+    use_rotated_layers(adapted)
     return adapted
 
 

@@ -17,7 +17,7 @@ from peft import PeftConfig
 from qadapt.adapters.facts import PEFT_FILES
 from qadapt.errors import BadAdapter
 
-PEFT_TYPES = ("LORA", "IA3", "VERA")
+PEFT_TYPES = ("LORA", "IA3", "VERA", "OFT")
 """The methods of PEFT's that are loaded here, by their `peft_type`."""
 CONFIG = PEFT_FILES[1]
 _NOT_LOADED = ("megatron_config", "alora_invocation_tokens", "arrow_config", "layer_replication")

@@ -1,9 +1,9 @@
 """What an adapter in a PEFT folder does at the layers of a base, from its files alone: for `swap.py`.
 
-LoRA, what is LoRA on disk (rsLoRA, LoRA+, PiSSA, LoftQ), DoRA, VeRA and IA3, with or without rows of new
-tokens. The numbers are those of the layers that training uses (`fused.py`, `vera.py`, `ia3.py`); nothing of
-PEFT is attached. DoRA's magnitudes are divided by the lengths of the rows once, where training does it in
-every pass.
+LoRA, what is LoRA on disk (rsLoRA, LoRA+, PiSSA, LoftQ), DoRA, VeRA, OFT and IA3, with or without rows of new
+tokens. The numbers are those of the layers that training uses (`fused.py`, `vera.py`, `oft.py`, `ia3.py`);
+nothing of PEFT is attached. DoRA's magnitudes are divided by the lengths of the rows once, and OFT's
+rotations made once, where training does it in every pass.
 
 Legend: I inputs, O outputs, R rank, N new tokens, D width.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig
+from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -30,8 +30,10 @@ from qadapt.adapters.new_rows import row_effects
 from qadapt.adapters.peft_config import read_peft_config
 from qadapt.engine.host import device_of
 from qadapt.engine.linear import row_lengths
+from qadapt.engine.rotation import beyond_identity, turned
 from qadapt.engine.scaling import scaled
 from qadapt.errors import BadAdapter, Unsupported
+from qadapt.methods import NEUMANN_TERMS
 
 _FRONT = "base_model.model."
 _ENDINGS = {
@@ -40,6 +42,7 @@ _ENDINGS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".ia3_l": "factors",
+    ".oft_R.weight": "angles",
     ".vera_lambda_d": "inner",
     ".vera_lambda_b": "outer",
     ".token_adapter.trainable_tokens_delta": "rows",
@@ -89,7 +92,7 @@ def peft_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
 
 def _config(folder: Path) -> PeftConfig:
     config = read_peft_config(folder)
-    if not isinstance(config, LoraConfig | IA3Config | VeraConfig):
+    if not isinstance(config, LoraConfig | IA3Config | VeraConfig | OFTConfig):
         raise _unknown(folder, f"its method is {config.peft_type}")
     values = config.to_dict()
     if other := [name for name in _OTHERWISE if values.get(name)]:
@@ -134,6 +137,8 @@ def _effect(
         return _factors(layer, tensors["factors"], is_input=shapes["factors"][0] == 1)
     if isinstance(config, VeraConfig):
         return _projected(layer, path, tensors, folder=folder)
+    if isinstance(config, OFTConfig):
+        return _rotated(layer, path, tensors, config=config, folder=folder)
     assert isinstance(config, LoraConfig)
     rank = len(tensors.get("down", ()))
     wanted: dict[str, tuple[int, ...]] = {"down": (rank, layer.in_features), "up": (layer.out_features, rank)}
@@ -157,6 +162,19 @@ def _projected(layer: nn.Linear, path: str, tensors: Tensors, *, folder: Path) -
         raise _misfit(folder, f"{path} is of other sizes than {shapes}")
     part = Projected(*(tensors[name] for name in wanted))
     return Effect(layer, "sum", part, after=part.add)
+
+
+def _rotated(layer: nn.Linear, path: str, tensors: Tensors, *, config: OFTConfig, folder: Path) -> Effect:
+    block, way = config.oft_block_size, (config.use_cayley_neumann, config.num_cayley_neumann_terms)
+    if config.coft or config.block_share or way != (True, NEUMANN_TERMS):
+        raise _unknown(folder, "its rotations are not made as here")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if layer.in_features % block or shapes != {
+        "angles": (layer.in_features // block, block * (block - 1) // 2)
+    }:
+        raise _misfit(folder, f"{path} is of other sizes than {shapes}")
+    part = Rotated(beyond_identity(tensors["angles"], block=block))
+    return Effect(layer, "alone", part, before=part.turn_input)
 
 
 def _scale(config: LoraConfig, path: str, *, rank: int) -> float:
@@ -245,6 +263,20 @@ class Projected(nn.Module):
         between = (flat @ down.to(dtype).t()) * self.inner.to(dtype)
         outer = up.to(dtype) * self.outer.to(dtype).unsqueeze(1)  # (O, R)
         return torch.addmm(leaving, between, outer.t()).view(output.shape)
+
+
+class Rotated(nn.Module):
+    """Rotations of blocks of a layer's inputs: what they add to the identity, (K, S, S)."""
+
+    def __init__(self, beyond: Tensor) -> None:
+        super().__init__()
+        self.beyond = nn.Parameter(beyond, requires_grad=False)
+
+    def turn_input(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Hook before a layer."""
+        inputs = arguments[0]
+        flat = turned(inputs.reshape(-1, inputs.shape[-1]), self.beyond)
+        return flat.view(inputs.shape), *arguments[1:]
 
 
 class Factors(nn.Module):

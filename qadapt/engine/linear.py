@@ -105,15 +105,19 @@ def _multiply(
     inputs: Tensor, layer: nn.Linear, update: tuple[Tensor, Tensor], *, scale: float, result: Tensor
 ) -> None:
     """Puts the product with the frozen weight and the update into the result, (..., O)."""
-    flat, rows = inputs.reshape(-1, inputs.shape[-1]), result.view(-1, result.shape[-1])
-    weight, (between, up) = dense_weight(layer, flat.dtype), update
+    (between, up), rows = update, result.view(-1, result.shape[-1])
+    put_product(inputs.reshape(-1, inputs.shape[-1]), layer, result=result)
+    rows.addmm_(between, up.to(inputs.dtype).t(), alpha=scale)  # (N, R) by (R, O)
+
+
+def put_product(flat: Tensor, layer: nn.Linear, *, result: Tensor) -> None:
+    """Puts what a frozen layer gives of (N, I) inputs into a result, (..., O)."""
+    rows, weight = result.view(-1, result.shape[-1]), dense_weight(layer, flat.dtype)
     bias: Tensor | None = layer.bias
     if bias is None:
         torch.mm(flat, weight.t(), out=rows)
     else:
         torch.addmm(bias.to(flat.dtype), flat, weight.t(), out=rows)
-    del weight
-    rows.addmm_(between, up.to(flat.dtype).t(), alpha=scale)  # (N, R) by (R, O)
 
 
 @torch.no_grad()

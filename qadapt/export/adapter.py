@@ -2,10 +2,10 @@
 
 LoRA updates a weight by scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
 arXiv:2312.03732); DoRA then sets the lengths of its rows (arXiv:2402.09353); IA3 scales rows or columns
-(arXiv:2205.05638); VeRA's A and B are parts of shared ones, their rows scaled (arXiv:2310.11454). Whole
-tensors (`modules_to_save`, trained biases) and rows of new tokens (`trainable_token_indices`) stand in place
-of the base's. `adapter_names.py` says what is what, `changes.py` computes. Imports no PEFT: the folder is two
-files of published form.
+(arXiv:2205.05638); VeRA's A and B are parts of shared ones, their rows scaled (arXiv:2310.11454); OFT turns
+blocks of columns (arXiv:2306.07280). Whole tensors (`modules_to_save`, trained biases) and rows of new tokens
+(`trainable_token_indices`) stand in place of the base's. `adapter_names.py` says what is what, `changes.py`
+computes. Imports no PEFT: the folder is two files of published form.
 
 Legend: O output rows, I input columns of the adapted weight, R rank, N new tokens, D width of a table.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from qadapt.adapters.facts import mends_base
+from qadapt.engine.rotation import beyond_identity, block_of
 from qadapt.errors import BadExport, BadRun, Unsupported
 from qadapt.export.adapter_config import read_adapter_config
 from qadapt.export.adapter_names import (
@@ -53,6 +54,7 @@ class Adapter:
         scaled: Names of the weights whose rows or columns it scales (IA3).
         directed: Names of those of `weights` whose rows or columns it gives a length (DoRA).
         projected: Names of the weights that it updates through shared projections (VeRA).
+        turned: Names of the weights of which it turns blocks of columns (OFT).
         shifts: Names of the biases it adds to (`lora_bias`).
         beyond_pairs: What it has besides low-rank pairs, in words; empty for LoRA and rsLoRA.
 
@@ -80,6 +82,7 @@ class Adapter:
             self._named = named_parts(self._reader.entries, self._config, folder=folder)
             self._check_ranks()
             self._check_projections()
+            self._check_angles()
             self._check_numbers()
             self.rows = dict(self._token_rows())
         except BaseException:
@@ -93,13 +96,14 @@ class Adapter:
         self.scaled = tuple(f"{module}.weight" for module in self._named.having("scaling"))
         self.directed = tuple(f"{module}.weight" for module in self._named.having("magnitude"))
         self.projected = tuple(f"{module}.weight" for module in self._named.having("inner"))
+        self.turned = tuple(f"{module}.weight" for module in self._named.having("angles"))
         self.shifts = tuple(f"{module}.bias" for module in self._named.having("shift"))
         self.beyond_pairs = beyond_pairs(self._named, self._config)
 
     @property
     def touched(self) -> frozenset[str]:
         """Names of all tensors that are not the base's afterwards, biases of IA3 left out."""
-        updated = (*self.weights, *self.projected, *self.scaled)
+        updated = (*self.weights, *self.projected, *self.turned, *self.scaled)
         return frozenset((*updated, *self.rows, *self.given, *self.shifts))
 
     def promises(self, weight: str) -> bool:
@@ -140,6 +144,16 @@ class Adapter:
         """VeRA's, (R, the widest I) and (the largest O, R), in fp32."""
         down, up = (self._tensor(self._named.shared[part]).float() for part in ("down", "up"))
         return down, up
+
+    def rotation(self, weight: str) -> torch.Tensor:
+        """(K, S, S): what the rotations of a weight named in `turned` add to the identity."""
+        angles = self._tensor(self._named.modules[weight.removesuffix(".weight")]["angles"])
+        return beyond_identity(angles, block=block_of(angles.shape[1]))
+
+    def turned_columns(self, weight: str) -> int:
+        """I of a weight named in `turned`."""
+        shape = self._reader.entries[self._named.modules[weight.removesuffix(".weight")]["angles"]].shape
+        return shape[0] * block_of(shape[1])
 
     def scaling(self, weight: str) -> torch.Tensor:
         """(O, 1) or (1, I): what the rows or the columns of a weight named in `scaled` are multiplied by."""
@@ -232,6 +246,16 @@ class Adapter:
                     f"VeRA's projection has {up[0]} rows, and {module} {outer}.", cure=_OF_TWO_RUNS
                 )
 
+    def _check_angles(self) -> None:
+        """Checks that OFT's angles are those of whole blocks of the configuration's width."""
+        for module, name in self._named.having("angles").items():
+            shape, block = self._reader.entries[name].shape, self._config.get("oft_block_size")
+            if len(shape) != 2 or not isinstance(block, int) or shape[1] != block * (block - 1) // 2:
+                raise BadExport(
+                    f"OFT's angles of {module} are {shape}; adapter_config.json says oft_block_size {block}.",
+                    cure=_OF_TWO_RUNS,
+                )
+
     def _check_numbers(self) -> None:
         for name, entry in self._reader.entries.items():
             rows, count = stored_rows(self._reader, name), rows_of(entry)
@@ -259,6 +283,7 @@ def refuse_in_a_mix(adapter: Adapter) -> None:
         )
     kept = {
         "scales weights (IA3)": adapter.scaled,
+        "turns weights (OFT)": adapter.turned,
         "gives weights a length (DoRA)": adapter.directed,
         "has rows of new tokens": adapter.rows,
         "has tensors in place of the base's": adapter.given,

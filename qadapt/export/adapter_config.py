@@ -33,8 +33,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _damaged(path, "it is no JSON object")
     needed = _NEEDED_FOR_LORA if config.get("peft_type") == "LORA" else ()
+    idle = ("r",) if config.get("peft_type") == "OFT" else ()  # 0 where blocks have a width
     for field, fits in _FITS.items():
-        value = config.get(field)
+        value = None if field in idle else config.get(field)
         if not fits(value) if value is not None else field in needed:
             raise _damaged(path, f"{field} is {value!r}")
     return config

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qadapt.errors import BadExport, Unsupported
+from qadapt.methods import NEUMANN_TERMS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The two tables, as all families of `merged_model.MERGED_FAMILIES` name them."""
@@ -28,6 +29,7 @@ _PARTS = {
     ".ia3_l": "scaling",
     ".vera_lambda_d": "inner",
     ".vera_lambda_b": "outer",
+    ".oft_R.weight": "angles",
     ".token_adapter.trainable_tokens_delta": "rows",
 }
 """How a name ends → which part of a module's adapter it is."""
@@ -133,7 +135,12 @@ def refuse_unmerged(config: Mapping[str, Any], *, folder: Path) -> None:
     asked = [f"{field} = {config[field]!r}" for field in _MUST_BE_EMPTY if config.get(field)]
     if method == "VERA" and config.get("save_projection") is False:
         asked.append("save_projection = False")
-    if method not in ("LORA", "IA3", "VERA"):
+    if method == "OFT":
+        asked += [f"{field} = True" for field in ("coft", "block_share") if config.get(field)]
+        way = config.get("use_cayley_neumann"), config.get("num_cayley_neumann_terms")
+        if way != (True, NEUMANN_TERMS):
+            asked.append(f"use_cayley_neumann = {way[0]}, num_cayley_neumann_terms = {way[1]}")
+    if method not in ("LORA", "IA3", "VERA", "OFT"):
         asked.insert(0, f"peft_type = {method!r}")
     if asked:
         raise Unsupported(
@@ -155,6 +162,7 @@ def beyond_pairs(named: Named, config: Mapping[str, Any]) -> tuple[str, ...]:
         "DoRA (use_dora)": named.having("magnitude"),
         "IA3": named.having("scaling"),
         "VeRA": named.having("inner"),
+        "OFT": named.having("angles"),
         "rows of new tokens (trainable_token_indices)": named.having("rows"),
         "biases of its own (lora_bias)": named.having("shift"),
         "a table that it was trained on (save_embedding_layers)": named.starts,
@@ -228,7 +236,7 @@ def _check_parts(module: str, parts: Mapping[str, str], config: Mapping[str, Any
             )
     another_run = "Adapter file and configuration are of different runs; take both from one."
     method = config["peft_type"]
-    kinds = (("scaling", "IA3"), ("inner", "VERA"))
+    kinds = (("scaling", "IA3"), ("inner", "VERA"), ("angles", "OFT"))
     if any((part in parts) != (method == kind) for part, kind in kinds) and "rows" not in parts:
         raise BadExport(
             f"The adapter in {folder} has {next(iter(parts.values()))}; adapter_config.json says "

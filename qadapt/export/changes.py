@@ -107,6 +107,20 @@ def scaled(rows: Rows, scaling: torch.Tensor) -> Rows:
     return lambda first, last: rows(first, last).float() * scaling[first:last]
 
 
+def turned(rows: Rows, beyond: torch.Tensor) -> Rows:
+    """The rows, each block of whose columns is turned; `beyond` (K, S, S) is what is added to no rotation.
+
+    A rotation of what a layer is given is the transposed one of its weight's columns.
+    """
+
+    def merged(first: int, last: int) -> torch.Tensor:
+        flat = rows(first, last).float()
+        blocks = flat.view(last - first, len(beyond), -1).transpose(0, 1)  # (K, rows, S)
+        return flat + (blocks @ beyond.transpose(1, 2)).transpose(0, 1).reshape(flat.shape)
+
+    return merged
+
+
 def shifted(rows: Rows, shift: torch.Tensor) -> Rows:
     """The rows and (O, 1) added to them."""
     return lambda first, last: rows(first, last).float() + shift[first:last]

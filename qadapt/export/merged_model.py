@@ -234,6 +234,8 @@ def _shapes(
     if name in adapter.projected:
         rows, most_columns = adapter.projected_shape(name)
         yield (rows, min(most_columns, held[1])), held
+    if name in adapter.turned:
+        yield (held[0], adapter.turned_columns(name)), held
     if name in adapter.rows:
         yield (held[0], adapter.rows[name].values.shape[1]), held
     if name in adapter.shifts:

@@ -19,7 +19,7 @@ import torch
 
 from qadapt.errors import BadExport
 from qadapt.export.adapter import Adapter
-from qadapt.export.changes import TokenRows, scaled, shifted, stored_rows, updated, with_token_rows
+from qadapt.export.changes import TokenRows, scaled, shifted, stored_rows, turned, updated, with_token_rows
 from qadapt.export.int8 import int8_rows
 from qadapt.export.nf4 import Rows, dequantized_rows, row_grid
 from qadapt.export.threads import in_order
@@ -133,6 +133,8 @@ class MergedRows:
         if updates:
             rows = updated(rows, updates, count=rows_of(entry), chunk_rows=chunk_rows)
         for adapter in self._adapters:
+            if name in adapter.turned:
+                rows = turned(rows, adapter.rotation(name))
             if f"{module}.weight" in adapter.scaled:
                 scaling = adapter.scaling(f"{module}.weight")
                 is_of_inputs = scaling.shape[-1] != 1 and name.endswith(".bias")

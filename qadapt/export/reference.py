@@ -25,7 +25,7 @@ from qadapt.adapters.facts import FACTS_FILE, read_facts
 from qadapt.engine.linear import LEAST_LENGTH
 from qadapt.errors import BadExport
 from qadapt.export.held_base import HeldBase
-from qadapt.export.reference_changes import Change, Layout, Pair, changes_of, layout_of
+from qadapt.export.reference_changes import Change, Layout, Pair, Turn, changes_of, layout_of
 from qadapt.export.reference_ties import expected_ties
 from qadapt.export.stored_tensors import StoredTensors
 from qadapt.model.folder import weight_files
@@ -153,6 +153,8 @@ class Reference:
 
     def _changed(self, name: str, change: Change, span: tuple[int, int], view: View) -> Exact:
         base = self._start(name, change, span, view)
+        if change.turn is not None:
+            return _turned(base, change.turn, strength=view.strength)
         if not change.pairs and change.factor is None:
             return Exact(base)
         values, errors = base, list[Error]()
@@ -228,6 +230,16 @@ def spans(entry: TensorEntry) -> Iterator[tuple[int, int]]:
 
 def _added(base: Tensor, pair: Pair, span: tuple[int, int], *, strength: float) -> Tensor:
     return base.addmm(pair.left[slice(*span)], pair.right, alpha=pair.scale * strength)
+
+
+def _turned(base: Tensor, turn: Turn, *, strength: float) -> Exact:
+    """The rows turned; of S products each, of rotations that are sums of products of S, three times over."""
+    count, width, _ = turn.beyond.shape
+    blocks = base.reshape(-1, count, width)
+    added = torch.einsum("nkc,kcd->nkd", blocks, turn.beyond).reshape(base.shape)
+    rounding = _U * (4 * width + 4 * _MORE_ROUNDINGS) * abs(strength)
+    error = base.norm(dim=1, keepdim=True) * rounding, turn.magnitudes
+    return Exact(base + strength * added, (error,), relative=2 * _U)
 
 
 def _error(pair: Pair, span: tuple[int, int], *, strength: float) -> Error:

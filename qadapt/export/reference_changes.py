@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ _PREFIX = "base_model.model."
 _ADAPTER = "default"
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d|token_adapter\.trainable_tokens_delta)"
+    r"|lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d|oft_R|token_adapter\.trainable_tokens_delta)"
     r"(\.weight)?"
 )
 _PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
@@ -52,6 +53,14 @@ class Pair:
     scale: float
     magnitude: Tensor | None = None
     of_columns: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotations of blocks of a weight's columns (OFT)."""
+
+    beyond: Tensor  # (K, S, S), float64, less the identity, as it multiplies rows
+    magnitudes: Tensor  # (1, I): length of the column of all magnitudes that were summed up for it
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,14 @@ class Change:
     whole: Tensor | None = None
     is_start: bool = False
     tokens: Tokens | None = None
+    turn: Turn | None = None
 
     @property
     def is_sum(self) -> bool:
         """Whether it only adds to the tensor."""
         has_lengths = any(pair.magnitude is not None for pair in self.pairs)
-        return self.factor is None and self.whole is None and self.tokens is None and not has_lengths
+        is_alone = self.factor is None and self.whole is None and self.tokens is None and self.turn is None
+        return is_alone and not has_lengths
 
     @property
     def is_nothing(self) -> bool:
@@ -190,6 +201,8 @@ def _layer_changes(
     layer = layers[module]
     if isinstance(layer, IA3Layer):
         return _scaled(module, layer, parts["ia3_l"])
+    if isinstance(layer, OFTLayer):
+        return {f"{module}.weight": Change(turn=_turn(parts["oft_R"], layer.oft_block_size[_ADAPTER]))}
     scale = float(layer.scaling[_ADAPTER])
     magnitude = parts.get("lora_magnitude_vector")
     is_table = "lora_embedding_A" in parts
@@ -215,6 +228,18 @@ def _projected(
     return Change(pairs=(Pair(left, right, weight),))
 
 
+def _turn(angles: Tensor, width: int) -> Turn:
+    """Q(2 + Q(2 + Q(2 + Q))) of each block's skew-symmetric Q, and the same of the magnitudes, transposed."""
+    upper = torch.zeros(len(angles), width, width, dtype=torch.float64)
+    rows, columns = torch.triu_indices(width, width, 1)
+    upper[:, rows, columns] = angles
+    skew = upper - upper.mT
+    twice = 2 * torch.eye(width, dtype=torch.float64)
+    both = skew, skew.abs()
+    beyond, magnitudes = (q @ (twice + q @ (twice + q @ (twice + q))) for q in both)
+    return Turn(beyond.mT, magnitudes.norm(dim=2).reshape(1, -1))
+
+
 def _scaled(module: str, layer: Any, factor: Tensor) -> dict[str, Change]:
     """What IA3 multiplies: a weight's rows and its bias, or the columns of what feeds forward."""
     changes = {f"{module}.weight": Change(factor=factor)}  # (O, 1) or (1, I)
@@ -230,7 +255,7 @@ def _adapted_layers(model_folder: Path, config: PeftConfig) -> dict[str, Any]:
     if isinstance(config, LoraConfig):
         config.init_lora_weights = False
         config.trainable_token_indices = None
-    elif not isinstance(config, IA3Config | VeraConfig):
+    elif not isinstance(config, IA3Config | VeraConfig | OFTConfig):
         raise Unsupported(
             f"An adapter of the method {config.peft_type} cannot be merged.",
             cure="Export it with --form adapter.",
@@ -243,7 +268,7 @@ def _adapted_layers(model_folder: Path, config: PeftConfig) -> dict[str, Any]:
     return {
         name.removeprefix(_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, (LoraLayer, IA3Layer, VeraLayer))
+        if isinstance(module, (LoraLayer, IA3Layer, VeraLayer, OFTLayer))
     }
 
 

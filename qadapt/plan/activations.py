@@ -125,12 +125,12 @@ def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bo
     """What adapters on layers that share one input keep.
 
     LoRA: that input and the R values between A and B; DoRA besides the output before its rows are scaled.
-    VeRA: the R values alone. IA3: what it scales, be it input or output.
+    VeRA: the R values alone. OFT: that input alone. IA3: what it scales, be it input or output.
     """
     adapted = [linear for linear in linears if setting.adapts(linear)]
     scaled = [each.outputs for each in adapted if scales_output(each, setting)]
     rank = setting.rank * (2 if setting.method == "pissa" else 1)
-    between = [rank for _ in adapted if METHODS[setting.method].has_rank]
+    between = [rank for _ in adapted if METHODS[setting.method].size == "rank"]
     kept = setting.compute_bytes * (sum(scaled) + sum(between))
     return kept + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
 

@@ -1,9 +1,9 @@
 """Bytes of what is trained: the adapter, its gradient, its optimizer state. Exact, tensor by tensor.
 
 Knows nothing of activations. A LoRA pair on a layer (outputs O, inputs I) is A (R, I) and B (O, R),
-arXiv:2106.09685, with a magnitude (O,) in DoRA; IA3 has (O,) or (I,) alone, VeRA (O,) and (R,). N new tokens
-have rows (N, D) in embedding and head, D the width. Checked to the byte against PEFT's in
-`tests/test_estimate.py`.
+arXiv:2106.09685, with a magnitude (O,) in DoRA; IA3 has (O,) or (I,) alone, VeRA (O,) and (R,), OFT
+S(S-1)/2 angles for each S inputs. N new tokens have rows (N, D) in embedding and head, D the width. Checked
+to the byte against PEFT's in `tests/test_estimate.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
         return prefix_tensors(shape, setting)
     if setting.method == "ia3":
         return tuple(each.inputs if each.name in SCALED_INPUTS else each.outputs for each in adapted)
+    if setting.method == "oft":
+        return tuple(each.inputs * (setting.rank - 1) // 2 for each in adapted)
     if setting.method == "vera":
         return tuple(count for each in adapted for count in (each.outputs, setting.rank))
     pairs = [setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs)]

@@ -96,6 +96,11 @@ def most(
     facts = METHODS[setting.method]
     if what == "rank" and not facts.has_rank:
         raise BadRecipe(f"--max rank: {facts.title} has no rank.", cure="Ask for --max length or --max rows.")
+    if what == "rank" and facts.size == "block":
+        raise BadRecipe(
+            "--max rank: OFT's blocks divide the widths of the layers; few widths do.",
+            cure="Ask for --max length or --max rows.",
+        )
     free, rows_per_step = freedom
     step = facts.size_step if what == "rank" else 1
     if what == "rows":

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from qadapt.errors import BadRecipe
-from qadapt.methods import METHODS, Activation, Method, activation_of, check_base, check_step, virtual_tokens
+from qadapt.methods import (
+    METHODS,
+    Activation,
+    Method,
+    activation_of,
+    check_base,
+    check_block,
+    check_step,
+    virtual_tokens,
+)
 from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
@@ -275,8 +284,10 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
             f"rank = {setting.rank}: a bottleneck is narrower than {shape.name}, {shape.width} wide.",
             cure=f"Give a rank of less than {shape.width}; {max(1, shape.width // 16)}, a 16th, is usual.",
         )
+    if setting.method == "oft":
+        check_block(setting.rank, {each.name: each.inputs for each in shape.linears if setting.adapts(each)})
     check_step(setting.method, setting.rank, width=shape.width)
-    if facts.is_beside or not facts.has_rank:
+    if facts.is_beside or facts.size != "rank":
         return
     narrowest = min(min(linear.inputs, linear.outputs) for linear in shape.linears if setting.adapts(linear))
     if setting.rank > narrowest:

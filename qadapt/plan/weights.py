@@ -86,7 +86,9 @@ def unquantized_bytes(shape: ModelShape, setting: Setting) -> int:
     rotary = 2 * setting.tensor_bytes(shape.head_width // 2, 4)
     if shape.family == "gemma2":
         rotary += setting.tensor_bytes(1, each)  # the scale of its embeddings is a tensor
-    return embeddings + shape.layers * (biases + head_norms + wide_norms) + final_norm + rotary
+    angles = setting.rank * (setting.rank - 1) // 2 if setting.method == "oft" else 0  # their places, twice
+    places = 2 * setting.tensor_bytes(angles, 8)
+    return embeddings + shape.layers * (biases + head_norms + wide_norms) + final_norm + rotary + places
 
 
 def dequantized_bytes(linear: Linear, setting: Setting, *, is_forward: bool = False) -> int:

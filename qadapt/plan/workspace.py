@@ -47,7 +47,7 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     through_down = wide * c + dequantized_bytes(down, setting)
     is_dropped = setting.dropout > 0 and setting.adapts(down)
     moments = [through_down, (2 if is_dropped else 1) * wide * c, 3 * wide * c - product]
-    if setting.adapts(down) and setting.method == "ia3":  # its factors' gradient, spread over the tokens
+    if setting.adapts(down) and setting.method in ("ia3", "oft"):  # one tensor more on the way
         moments.append(3 * wide * c)
     if shape.family == "phi3":  # the fused layer's weight is the largest; what it made is gone by then
         scaled = up.outputs * c * tokens if scales_output(up, setting) else 0
@@ -138,7 +138,7 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     moments = [dequantized_bytes(up, setting, is_forward=True) + residual + normed - later]
     is_whole = not is_recomputed or shape.family == "gemma2" or beside > 0
     if is_whole or setting.adapts(down):
-        taken = 0 if setting.adapts(down) and setting.method not in ("ia3", "vera") else wide * c
+        taken = 0 if setting.adapts(down) and setting.method not in ("ia3", "vera", "oft") else wide * c
         base = dequantized_bytes(down, setting, is_forward=True) if is_whole else 0
         moments.append(base + residual + normed + hidden + taken - beside)
     if setting.adapts(down) and setting.dropout > 0:
