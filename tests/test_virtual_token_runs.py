@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from qadapt.adapters.prompt import PROMPT_KINDS, PromptKind
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.adapters.store import Store
+from qadapt.data_check import check_data
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import (
     AdapterAttached,
@@ -36,7 +37,7 @@ from qadapt.events import (
 from qadapt.exporting import export
 from qadapt.keeping import add
 from qadapt.loading import load_partner
-from qadapt.material import Material, prepare, reading_of
+from qadapt.material import prepare, reading_of
 from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as planned
 from qadapt.plan.estimate import estimate_step
@@ -126,7 +127,7 @@ def test_a_packed_run_is_the_one_that_fills_rows_up_and_its_rows_count_virtual_t
     plain = changed(recipe, "adapter", method="lora")
     counts = []
     for each in (recipe, plain):
-        material = prepared(each)
+        material = _result(prepare(each, revision=None))
         counts.append((material.rows.tokens, material.rows.longest, material.rows.supervised_tokens))
         assert {len(row) for row in material.rows.train} == set(material.rows.train.lengths.tolist())
     (more, longer, learned), (fewer, shorter, same) = counts
@@ -135,14 +136,23 @@ def test_a_packed_run_is_the_one_that_fills_rows_up_and_its_rows_count_virtual_t
     assert reading_of(recipe).length == reading_of(plain).length - 4 == 124
 
 
-def prepared(recipe: Recipe) -> Material:
-    found: list[Material] = []
+def _result(begun: Generator[Event, None, Any]) -> Any:
+    found: list[Any] = []
 
     def steps() -> Iterator[Event]:
-        found.append((yield from prepare(recipe, revision=None)))
+        found.append((yield from begun))
 
     list(steps())
     return found[0]
+
+
+def test_rows_to_look_at_have_no_virtual_tokens(tmp_path: Path, tiny_model: TinyModel) -> None:
+    recipe = recipe_of("prompt", tmp_path, tiny_model("llama"))
+    report, plain = (
+        _result(check_data(each)) for each in (recipe, changed(recipe, "adapter", method="lora"))
+    )
+    assert report.examples == plain.examples
+    assert report.tokens == plain.tokens + 4 * report.rows
 
 
 def test_a_run_is_kept_exported_as_an_adapter_and_as_nothing_else(
