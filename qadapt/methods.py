@@ -6,7 +6,8 @@ Recipe, plan and adapters read this one table; `adapters/method.py` has the code
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ SCALED_INPUTS = ("down_proj",)
 ENCODER_WIDTH = 512
 """Of the network that makes a prefix or the vectors of P-tuning while they are trained. P-tuning's authors
 take the width of the model, on a 7B 34 million values for a few vectors; prefix tuning's take this."""
+_FROM_LAYER = re.compile(r"layers\.(\d{1,4})-")
 SUMMANDS = 4
 """Kronecker products in a projection of Compacter, as many as in its paper; they divide its widths."""
 
@@ -96,7 +98,6 @@ def _bottleneck(
     return MethodFacts(
         title,
         source,
-        ("targets",),
         size="width",
         is_beside=True,
         usual_activation=activation,
@@ -196,6 +197,37 @@ def check_step(method: Method, size: int, *, width: int) -> None:
         raise BadRecipe(
             f"{facts.title} cannot divide the width of this model, {width}, by {facts.size_step}.",
             cure="Set adapter.method=houlsby or pfeiffer.",
+        )
+
+
+def dropped_layers(method: Method, targets: str | Sequence[str]) -> int:
+    """How many of the lowest layers have no bottleneck adapter: of `layers.12-` twelve, else none.
+
+    AdapterDrop, arXiv:2010.11918: they cost less than they win, above all where nothing goes back to them.
+
+    Raises:
+        BadRecipe: The targets of a bottleneck method say something else.
+    """
+    if METHODS[method].usual_activation is None or targets == "all-linear":
+        return 0
+    if len(targets) == 1 and (found := _FROM_LAYER.fullmatch(targets[0])):
+        return int(found[1])
+    raise BadRecipe(
+        f"adapter.targets = {', '.join(targets)}: {METHODS[method].title} stand beside whole layers.",
+        cure="Leave adapter.targets out, or give [layers.12-] for layers from 12 on, counted from 0.",
+    )
+
+
+def check_dropped(dropped: int, layers: int) -> None:
+    """Refuses to leave out every layer of a model.
+
+    Raises:
+        BadRecipe: It has no more layers.
+    """
+    if dropped >= layers:
+        raise BadRecipe(
+            f"adapter.targets = layers.{dropped}-: the model has {layers} layers, 0 to {layers - 1}.",
+            cure=f"Give at most layers.{layers - 1}-.",
         )
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qadapt.methods import METHODS, Method, virtual_tokens
+from qadapt.errors import BadRecipe
+from qadapt.methods import METHODS, Method, dropped_layers, virtual_tokens
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.shape import Part
 from qadapt.units import parse_bytes
@@ -71,7 +72,8 @@ class AdapterSection(Section):
     dropout: Share = 0.0
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head."""
+    """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head. Bottleneck
+    adapters: `layers.12-`, for none below layer 12, counted from 0 (AdapterDrop, arXiv:2010.11918)."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32, as for
     IA3 and DoRA."""
@@ -82,6 +84,10 @@ class AdapterSection(Section):
         for name in facts.unused:
             if given[name] != type(self).model_fields[name].default:
                 raise ValueError(f"{name} = {given[name]} means nothing to {facts.title}; leave it out")
+        try:
+            dropped_layers(self.method, self.targets)
+        except BadRecipe as error:
+            raise ValueError(f"{error.problem} {error.cure}") from None
         if self.rank % facts.size_step:
             raise ValueError(f"rank = {self.rank}; of {facts.title} it is a multiple of {facts.size_step}")
         return self

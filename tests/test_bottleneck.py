@@ -36,11 +36,13 @@ TWO_NORMS = ("gemma2", "gemma3_text")
 IDS = torch.randint(3, 90, (2, 23), generator=torch.Generator().manual_seed(5))
 
 
-def base_of(tiny_model: TinyModel, family: str, *, quantization: str = "none") -> PreTrainedModel:
+def base_of(
+    tiny_model: TinyModel, family: str, *, quantization: str = "none", layers: int = 2
+) -> PreTrainedModel:
     if family == "gemma3_text":
         return gemma3()
     return load_base(
-        tiny_model(family),
+        tiny_model(family, layers=layers),
         quantization=quantization,
         double_quant=True,
         dtype=torch.float32,
@@ -400,10 +402,10 @@ def of_the_library(model: SideCar, folder: Path, **changes: Any) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps(values), "utf-8")
     theirs = {"down.": "adapter_down.0.", "up.": "adapter_up."}
     tensors = {}
-    for number in range(2):
-        for key, each in model.parts[f"layers.{number}.feed_forward"].named_parameters():
+    for name, part in model.parts.items():
+        for key, each in part.named_parameters():
             place, _, last = key.partition(".")
-            front = f"model.layers.{number}.output_adapters.adapters.mine."
+            front = f"model.layers.{name.split('.')[1]}.output_adapters.adapters.mine."
             tensors[front + theirs[f"{place}."] + last] = each.detach()
     save_file(tensors, folder / "adapter.safetensors")
     return folder

@@ -26,7 +26,7 @@ _PLACES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
 _NEUTRAL: Mapping[str, object] = {
     "original_ln_after": True, "ln_after": False, "use_gating": False, "inv_adapter": None,
-    "cross_adapter": False, "leave_out": [], "stochastic_depth": 0.0,
+    "cross_adapter": False, "stochastic_depth": 0.0,
     "output_adapter": True, "adapter_residual_before_ln": False, "residual_before_ln": True,
 }  # fmt: skip
 """Switches that must stand so."""
@@ -67,14 +67,15 @@ def import_bottleneck(source: Path, target: Path) -> None:
         "scale": bottleneck.scale,
         "norm": bottleneck.norm,
         "dropout": bottleneck.dropout,
-        "layers": len(layers),
+        "first_layer": bottleneck.first_layer,
+        "layers": bottleneck.first_layer + len(layers),
         "model_width": int(config["hidden_size"]),
         "model_type": config["model_type"],
     }
     shapes, tensors = bottleneck_shapes(settings, source), {}
     if METHODS[bottleneck.kind].is_hypercomplex:
         tensors[f"{SHARED}.factors"] = shared.pop("phm_rule", torch.empty(0))
-    for number, found in enumerate(layers):
+    for number, found in enumerate(layers, start=bottleneck.first_layer):
         for place in places_of(bottleneck.kind):
             for ours, theirs in _names(bottleneck).items():
                 each = found.pop(f"{_PLACES[place]}.{theirs}", torch.empty(0))
@@ -149,7 +150,15 @@ def _bottleneck(config: Mapping[str, Any]) -> Bottleneck:
         scale=float(config["scaling"]),
         norm=bool(config["ln_before"]),
         dropout=float(config["dropout"]),
+        first_layer=_first_layer(config),
     )
+
+
+def _first_layer(config: Mapping[str, Any]) -> int:
+    left_out = config.get("leave_out") or []
+    if left_out != list(range(len(left_out))):
+        raise Unsupported(f"Its leave_out is {left_out}; only the lowest layers can be.", cure=_CURE)
+    return len(left_out)
 
 
 def _kind(config: Mapping[str, Any]) -> Kind:
@@ -201,9 +210,10 @@ def _tensors(
         if not number.isdecimal() or f".adapters.{config['name']}." not in rest:
             raise Unsupported(f"{path} has a tensor that is not known: {front}{rest}.", cure=_CURE)
         layers.setdefault(int(number), {})[rest.replace(f".adapters.{config['name']}", "", 1)] = tensor
-    if sorted(layers) != list(range(len(layers))) or not layers:
+    first = _first_layer(config)
+    if sorted(layers) != list(range(first, first + len(layers))) or not layers:
         raise BadAdapter(f"{path} has no tensors for some layer.", cure=_CURE)
-    return [layers[number] for number in range(len(layers))], shared
+    return [layers[number] for number in sorted(layers)], shared
 
 
 def _names(bottleneck: Bottleneck) -> dict[str, str]:

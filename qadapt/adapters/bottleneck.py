@@ -36,7 +36,7 @@ from qadapt.adapters.side_car import Part, SideCar, decoder_layers
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
-from qadapt.methods import METHODS, SUMMANDS, Activation, check_step
+from qadapt.methods import METHODS, SUMMANDS, Activation, check_dropped, check_step
 
 Kind = Literal["houlsby", "pfeiffer", "parallel", "compacter", "compacterplus"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -85,6 +85,7 @@ class Bottleneck:
         scale: What its output is multiplied by.
         norm: A layer norm on what enters.
         dropout: On what enters, after the norm.
+        first_layer: The lowest one that has an adapter (AdapterDrop, arXiv:2010.11918).
     """
 
     kind: Kind
@@ -93,6 +94,7 @@ class Bottleneck:
     scale: float = 1.0
     norm: bool = False
     dropout: float = 0.0
+    first_layer: int = 0
 
 
 class BottleneckPart(Part):
@@ -189,7 +191,8 @@ def attach_bottleneck(
 
     Raises:
         Unsupported: It is not known where this architecture adds to its stream.
-        BadRecipe: The bottleneck is as wide as the model, or a width is none that it can have.
+        BadRecipe: The bottleneck is as wide as the model, a width is none that it can have, or no layer would
+            have an adapter.
     """
     places, width = _places(model), int(model.config.hidden_size)
     if bottleneck.width >= width:
@@ -198,13 +201,14 @@ def attach_bottleneck(
             cure=f"Set adapter.rank to less than {width}; {max(1, width // 16)}, a 16th, is usual.",
         )
     check_step(bottleneck.kind, bottleneck.width, width=width)
+    check_dropped(bottleneck.first_layer, len(decoder_layers(model)))
     model.requires_grad_(False)
     device, draw = device_of(model), torch.Generator().manual_seed(seed)
     parts: dict[str, Part] = {}
     if (shared := _shared(bottleneck.kind)) is not None:
         shared.start(draw)
         parts[SHARED] = shared
-    for number, layer in enumerate(decoder_layers(model)):
+    for number, layer in _adapted(model, bottleneck):
         mine = nn.ModuleDict()
         for place in places_of(bottleneck.kind):
             part = BottleneckPart(bottleneck, width, shared)
@@ -243,7 +247,7 @@ def bottleneck_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
     places, device, effects = _places(model), device_of(model), []
     if (shared := _shared(bottleneck.kind)) is not None:
         shared.factors.data = tensors[f"{SHARED}.factors"].to(device, copy=True)
-    for number, layer in enumerate(decoder_layers(model)):
+    for number, layer in _adapted(model, bottleneck):
         for place in places_of(bottleneck.kind):
             part = BottleneckPart(replace(bottleneck, dropout=0.0), int(model.config.hidden_size), shared)
             for key, parameter in part.requires_grad_(False).stored().items():
@@ -273,13 +277,15 @@ def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
     Raises:
         BadAdapter: They describe none.
     """
-    values: dict[str, Any] = {field.name: settings.get(field.name) for field in fields(Bottleneck)}
-    kinds = {"width": int, "scale": float, "norm": bool, "dropout": float}
+    known = {"first_layer": 0, **settings}  # that of files without it
+    values: dict[str, Any] = {field.name: known.get(field.name) for field in fields(Bottleneck)}
+    kinds = {"width": int, "scale": float, "norm": bool, "dropout": float, "first_layer": int}
     is_known = values["kind"] in KINDS and values["activation"] in tuple(_FUNCTIONS)
     is_known = is_known and all(type(values[name]) is kind for name, kind in kinds.items())
     if not (
         is_known
         and values["width"] > 0
+        and values["first_layer"] >= 0
         and values["width"] % METHODS[values["kind"]].size_step == 0
         and math.isfinite(values["scale"])
         and 0 <= values["dropout"] < 1
@@ -298,13 +304,18 @@ def bottleneck_shapes(settings: Mapping[str, Any], folder: Path) -> dict[str, tu
         BadAdapter: The settings describe no bottleneck adapters.
     """
     bottleneck, (layers, outer) = bottleneck_of(settings, folder), _sizes(settings, folder)
+    if bottleneck.first_layer >= layers:
+        raise BadAdapter(
+            f"The adapter in {folder} begins with layer {bottleneck.first_layer}, and its base has {layers}.",
+            cure="Take the adapter's files from where they were made.",
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     if METHODS[bottleneck.kind].is_hypercomplex:
         shapes[f"{SHARED}.factors"] = (SUMMANDS, SUMMANDS, SUMMANDS)
     each = _projection_shapes("down", outer, bottleneck) | _projection_shapes("up", outer, bottleneck)
     if bottleneck.norm:
         each |= {"norm.weight": (outer,), "norm.bias": (outer,)}
-    for number in range(layers):
+    for number in range(bottleneck.first_layer, layers):
         for place in places_of(bottleneck.kind):
             shapes |= {f"layers.{number}.{place}.{name}": shape for name, shape in each.items()}
     return shapes
@@ -335,6 +346,11 @@ def _sizes(settings: Mapping[str, Any], folder: Path) -> tuple[int, int]:
 def places_of(kind: Kind) -> tuple[str, ...]:
     """Where a layer has an adapter of a kind."""
     return ("attention", "feed_forward") if METHODS[kind].after_attention else ("feed_forward",)
+
+
+def _adapted(model: PreTrainedModel, bottleneck: Bottleneck) -> list[tuple[int, nn.Module]]:
+    """The layers that have an adapter, with their numbers."""
+    return list(enumerate(decoder_layers(model)))[bottleneck.first_layer :]
 
 
 def _shared(kind: Kind) -> SharedFactors | None:

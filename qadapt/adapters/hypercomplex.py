@@ -66,9 +66,8 @@ class HypercomplexProjection(nn.Module):
         if scale is not None:
             first, bias = first * scale, bias * scale
         between = functional.linear(values, first.to(values.dtype))  # (..., b k)
-        outputs: Tensor = between.unflatten(-1, (SUMMANDS, SUMMANDS)) @ self.right.to(
-            values.dtype
-        )  # (..., b, O / N)
+        between = between.unflatten(-1, (SUMMANDS, SUMMANDS))
+        outputs: Tensor = between @ self.right.to(values.dtype)  # (..., b, O / N)
         # in place: nobody else has it, and it is as wide as the model
         outputs += bias.to(values.dtype).view(SUMMANDS, -1)
         return outputs.flatten(-2)

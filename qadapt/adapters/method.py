@@ -27,7 +27,7 @@ from qadapt.adapters.side_car import Part
 from qadapt.adapters.side_cars import load_side_car
 from qadapt.adapters.vera import attach_vera, use_projected_layers
 from qadapt.errors import Unsupported
-from qadapt.methods import METHODS, Activation, Method
+from qadapt.methods import METHODS, Activation, Method, dropped_layers
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,14 @@ def attach(
         return attach_oft(model, adapter.rank, adapter.targets, dtype=dtype)
     if method in KINDS:
         scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
-        bottleneck = Bottleneck(method, adapter.rank, adapter.activation, scale=scale, dropout=dropout)
+        bottleneck = Bottleneck(
+            method,
+            adapter.rank,
+            adapter.activation,
+            scale=scale,
+            dropout=dropout,
+            first_layer=dropped_layers(method, adapter.targets),
+        )
         return attach_bottleneck(model, bottleneck, dtype=dtype, seed=seed)
     if method in PROMPT_KINDS:
         return attach_prompt(model, method, adapter.rank, dtype=dtype, seed=seed)

@@ -42,6 +42,11 @@ def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     return (*pairs, *magnitudes)
 
 
+def layers_with_adapter(shape: ModelShape, setting: Setting) -> int:
+    """How many decoder layers have one."""
+    return shape.layers - setting.dropped_layers
+
+
 def token_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     """The number of values of each table's rows of new tokens; a tied head shares the embedding's."""
     rows = setting.new_tokens * shape.width
@@ -60,7 +65,9 @@ def once_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
 
 def trainable(shape: ModelShape, setting: Setting) -> int:
     """The number of trained values."""
-    return shape.layers * sum(adapter_tensors(shape, setting)) + sum(once_tensors(shape, setting))
+    return layers_with_adapter(shape, setting) * sum(adapter_tensors(shape, setting)) + sum(
+        once_tensors(shape, setting)
+    )
 
 
 def largest_tensor(shape: ModelShape, setting: Setting) -> int:
@@ -72,7 +79,9 @@ def adapter_bytes(shape: ModelShape, setting: Setting) -> int:
     """The adapter's values; its gradient takes the same again, in the same type."""
     each = setting.adapter_value_bytes
     layer = sum(setting.tensor_bytes(count, each) for count in adapter_tensors(shape, setting))
-    return shape.layers * layer + sum(setting.tensor_bytes(n, each) for n in once_tensors(shape, setting))
+    return layers_with_adapter(shape, setting) * layer + sum(
+        setting.tensor_bytes(n, each) for n in once_tensors(shape, setting)
+    )
 
 
 def start_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -111,7 +120,7 @@ def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     per_layer = sum(_state_bytes(count, setting) for count in adapter_tensors(shape, setting))
     once = sum(_state_bytes(count, setting) for count in once_tensors(shape, setting))
     shared = 2 * setting.tensor_bytes(256, 4) if _has_8bit_state(shape, setting) else 0
-    return shape.layers * per_layer + once + shared
+    return layers_with_adapter(shape, setting) * per_layer + once + shared
 
 
 def _state_bytes(count: int, setting: Setting) -> int:

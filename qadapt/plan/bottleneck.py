@@ -11,6 +11,7 @@ Legend: D width of the model, R width of the bottleneck, N `SUMMANDS`.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from qadapt.methods import METHODS, SUMMANDS
@@ -31,6 +32,20 @@ def bottleneck_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     inner, width, facts = setting.rank, shape.width, METHODS[setting.method]
     each = (width, inner, inner, inner, width, width) if facts.is_hypercomplex else _dense(inner, width)
     return each * (2 if facts.after_attention else 1)
+
+
+def reached(shape: ModelShape, setting: Setting) -> tuple[ModelShape, Setting]:
+    """The layers that something goes back to, as a model and a step of their own: all but dropped ones.
+
+    Those keep nothing for the backward pass, whether they are said to recompute or not.
+    """
+    if not (dropped := setting.dropped_layers):
+        return shape, setting
+    recompute = setting.recompute
+    if isinstance(recompute, int):
+        recompute = max(0, recompute - dropped) or "none"
+    layers = dataclasses.replace(shape, layers=shape.layers - dropped)
+    return layers, dataclasses.replace(setting, recompute=recompute, targets="all-linear")
 
 
 def shared_tensors(setting: Setting) -> tuple[int, ...]:

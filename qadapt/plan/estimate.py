@@ -34,7 +34,7 @@ from qadapt.plan.activations import (
 )
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, saved_bytes, start_bytes
 from qadapt.plan.attention import Attention, attention_of
-from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, shared_stream_bytes, stands_beside
+from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, reached, shared_stream_bytes, stands_beside
 from qadapt.plan.categories import STATIC
 from qadapt.plan.host import pinned_bytes, table_bytes
 from qadapt.plan.setting import Setting, check_setting
@@ -196,8 +196,7 @@ class _Layer:
 def _moments(
     shape: ModelShape, setting: Setting, attention: Attention, *, library: int
 ) -> dict[str, dict[str, int]]:
-    kept, recomputed = (_layer(shape, setting, attention, is_recomputed=each) for each in (False, True))
-    adapter = adapter_bytes(shape, setting)
+    adapter, update = adapter_bytes(shape, setting), update_bytes(shape, setting)
     static = {
         "base_weights": base_weight_bytes(shape, setting),
         "quantization_constants": quantization_constant_bytes(shape, setting),
@@ -206,6 +205,8 @@ def _moments(
         "gradients": adapter if setting.accumulates else 0,
         "optimizer": optimizer_bytes(shape, setting),
     }
+    shape, setting = reached(shape, setting)
+    kept, recomputed = (_layer(shape, setting, attention, is_recomputed=each) for each in (False, True))
     shared = shared_bytes(shape, setting, attention)
     at_loss = {
         "recompute_boundaries": _boundaries_before(shape, setting),
@@ -215,7 +216,6 @@ def _moments(
     gradients = (static["gradients"], adapter)
     at_layer, passing = _at_widest_layer(shape, setting, gradients, kept=kept, recomputed=recomputed)
     at_layer["activations"] += shared
-    update = update_bytes(shape, setting)
     return {
         "loss": {**static, **at_loss, "temporary": library},
         "layer": {**static, **at_layer, "loss": 0, "temporary": library + passing},

@@ -37,7 +37,8 @@ def streamed_bytes(shape: ModelShape, setting: Setting) -> int:
     """
     if "layers" not in setting.offload:
         return 0
-    return 2 * max(0, shape.layers - STREAMED) * layer_bytes(shape, setting)
+    brought = 2 * (shape.layers - STREAMED) - setting.dropped_layers
+    return max(0, brought) * layer_bytes(shape, setting)
 
 
 def carried_bytes(shape: ModelShape, setting: Setting) -> int:

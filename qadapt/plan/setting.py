@@ -20,7 +20,9 @@ from qadapt.methods import (
     activation_of,
     check_base,
     check_block,
+    check_dropped,
     check_step,
+    dropped_layers,
     virtual_tokens,
 )
 from qadapt.shape import Linear, ModelShape, Part
@@ -110,6 +112,11 @@ class Setting:
     def virtual_tokens(self) -> int:
         """How many virtual tokens each row or packed document begins with; `length` counts them."""
         return virtual_tokens(self.method, self.rank)
+
+    @property
+    def dropped_layers(self) -> int:
+        """How many of the lowest layers have no bottleneck adapter, so that nothing goes back to them."""
+        return dropped_layers(self.method, self.targets)
 
     @property
     def trains_embeddings(self) -> bool:
@@ -270,7 +277,9 @@ def _check_offload(setting: Setting) -> None:
 
 def _check_targets(shape: ModelShape, setting: Setting) -> None:
     names = [linear.name for linear in shape.linears]
-    for target in () if setting.targets == "all-linear" else setting.targets:
+    facts = METHODS[setting.method]
+    check_dropped(setting.dropped_layers, shape.layers)
+    for target in () if setting.targets == "all-linear" or facts.is_beside else setting.targets:
         if target not in names:
             close = difflib.get_close_matches(target, names, n=1, cutoff=0.5)
             hint = f"Did you mean `{close[0]}`? " if close else ""
@@ -278,7 +287,6 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
                 f"adapter target {target!r} is no linear layer of {shape.name}.",
                 cure=f"{hint}It has: {', '.join(names)}.",
             )
-    facts = METHODS[setting.method]
     if facts.usual_activation is not None and setting.rank >= shape.width:
         raise BadRecipe(
             f"rank = {setting.rank}: a bottleneck is narrower than {shape.name}, {shape.width} wide.",

@@ -40,9 +40,11 @@ FP32_FACTOR = 4
 def passes(shape: ModelShape, setting: Setting) -> float:
     """Passes over each layer's weights: forward, input gradient, and the forward pass again if recomputed.
 
-    An average over the layers where only some of them recompute.
+    An average over the layers where only some of them recompute, or nothing goes back to some.
     """
-    return 2 + setting.recomputed_layers(shape.layers) / shape.layers
+    dropped = setting.dropped_layers
+    recomputed = max(0, setting.recomputed_layers(shape.layers) - dropped)
+    return 2 + (recomputed - dropped) / shape.layers
 
 
 class Work(NamedTuple):

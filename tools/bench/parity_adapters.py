@@ -44,6 +44,7 @@ KINDS = {
     "pfeiffer-gelu": adapters.SeqBnConfig(reduction_factor=4, non_linearity="gelu"),
     "parallel": adapters.ParBnConfig(reduction_factor=2),
     "parallel-norm": adapters.ParBnConfig(reduction_factor=4, ln_before=True, scaling=1.5),
+    "pfeiffer-drop": adapters.SeqBnConfig(reduction_factor=4, leave_out=[0]),
     "compacter": adapters.CompacterConfig(reduction_factor=4),
     "compacter-norm": adapters.CompacterConfig(reduction_factor=8, ln_before=True, scaling=1.5),
     "compacter++": adapters.CompacterPlusPlusConfig(reduction_factor=2),
