@@ -257,10 +257,8 @@ SIZES = {"layers": 2, "width": 256, "vocabulary": 16_384}
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {}),
         ("llama", {"compute_dtype": "fp32", "adapter_dtype": "fp32", "loss_chunk": 64}),
         ("llama", {"compute_dtype": "fp16", "adapter_dtype": "fp32"}),
-        ("llama", {"loss_chunk": 0, "rows": 3}),
         ("gemma2", {"loss_chunk": 64}),
         ("smollm2", {"supervised_share": 0.1, "accumulates": False}),  # tied
     ],
