@@ -132,3 +132,22 @@ def test_a_bottleneck_with_nan_is_refused(make, tmp_path, weights):
     save_file(tensors, a / TENSORS, {"format": "pt"})
     kind: type[QadaptError] = QadaptError if len(weights) == 1 else BadAdapter
     refused([(a, weight) for weight in weights], tmp_path, kind, "NaN|is none")
+
+
+@pytest.mark.parametrize(("density", "first"), [(0.5, 1), (0.01, 1), (1.0, 0)])
+def test_low_layers_can_be_left_out_of_an_adapter(tiny, make, tmp_path, density, first):
+    a = make("a", 1)
+    made = put_together([(a, 1)], tmp_path / "out", name="upper", density=density)
+    assert made.error == 0
+    found, whole = load_file(tmp_path / "out" / TENSORS), load_file(a / TENSORS)
+    assert found.keys() == {name for name in whole if first == 0 or not name.startswith("layers.0.")}
+    adapted = load_bottleneck(load(tiny), a).eval()
+    for name, part in adapted.parts.items():
+        part.is_on = first == 0 or not name.startswith("layers.0.")
+    assert torch.equal(logits(load_bottleneck(load(tiny), tmp_path / "out").eval()), logits(adapted))
+
+
+def test_only_bottlenecks_can_be_left_out_of_layers(tiny, make, tmp_path):
+    make_adapter(load(tiny), tmp_path / "lora")
+    refused([(tmp_path / "lora", 1)], tmp_path, Unsupported, "changes weights", name="upper", density=0.5)
+    refused([(make("a", 1), 1)], tmp_path, QadaptError, "its density is None", name="upper")

@@ -1,13 +1,13 @@
 """The mean of bottleneck adapters of one architecture, number by number (model soups, arXiv:2203.05482).
 
 What a bottleneck adds is no linear function of its numbers: they have a mean, but no sum, no difference and
-no multiple. Knows two files of each folder, and no base.
+no multiple. They can be left out of low layers. Knows two files of each folder, and no base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,26 @@ def average(adapters: Sequence[tuple[Path, float]]) -> tuple[dict[str, Any], dic
             parts.setdefault(name, []).append(tensor.double() * weight)
     # sorted, so that the order of the adapters changes no bit
     return settings, {name: torch.stack(each).sort(dim=0).values.sum(0) for name, each in parts.items()}
+
+
+def upper(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], share: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of the adapters of the upper layers alone (AdapterDrop, arXiv:2010.11918).
+
+    Args:
+        settings: Of all of them.
+        tensors: By their names on disk.
+        share: Of the layers that have one, those that keep it; one of them does at the least.
+    """
+    layers = settings["layers"]
+    first = layers - max(1, round(share * (layers - settings.get("first_layer", 0))))
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("layers.") or int(name.split(".")[1]) >= first
+    }
+    return {**settings, "first_layer": first}, kept
 
 
 def _check_weights(adapters: Sequence[tuple[Path, float]]) -> None:

@@ -29,7 +29,8 @@ def combine(
         str,
         typer.Option(
             help="sum: exactly; or of each change a share of its numbers only: magnitude (the largest), dare "
-            "(any, scaled up), ties and dare-ties (the mean of those that agree in sign)."
+            "(any, scaled up), ties and dare-ties (the mean of those that agree in sign); of bottlenecks "
+            "upper: those of a share of the layers, the upper ones (AdapterDrop)."
         ),
     ] = "sum",
     rank: Annotated[
@@ -37,7 +38,9 @@ def combine(
     ] = None,
     density: Annotated[
         float | None,
-        typer.Option(help="The share of the numbers of each change that stays: above 0, up to 1."),
+        typer.Option(
+            help="The share of the numbers of each change, or of layers, that stays: above 0, up to 1."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what dare keeps.")] = 0,
     folder: Annotated[str, typer.Option(help="Where the runs are.")] = "runs",

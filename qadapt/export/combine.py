@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qadapt.adapters.average import average
+from qadapt.adapters.average import average, upper
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
 from qadapt.adapters.facts import (
     COMBINATION_FILE,
@@ -45,8 +45,9 @@ from qadapt.export.merged_model import weighted
 from qadapt.export.peft_folder import check_numbers
 from qadapt.export.staging import new_folder, refuse_existing, sha256_of
 
-WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties")
-"""How changes are put together: as they are, or with a share of their numbers only."""
+UPPER = "upper"
+WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties", UPPER)
+"""How changes are put together: as they are, or with a share of their numbers only, or of their layers."""
 STAGE = "combining adapters"
 _ALIKE = ("fingerprint", "quantization", "double_quant", "load_dtype")
 
@@ -58,7 +59,8 @@ class Way:
     Attributes:
         name: One of `WAYS`.
         rank: The largest rank of the result; None: the sum of theirs.
-        density: The share of the numbers of each change that is kept, of each weight alone; not for `sum`.
+        density: The share of the numbers of each change that is kept, of each weight alone; of bottleneck
+            adapters the share of the layers, the upper ones; not for `sum`.
         seed: Of what `dare` keeps.
     """
 
@@ -171,13 +173,15 @@ def _averaged(chosen: Sequence[tuple[Path, float]], way: Way) -> _Made:
             "they have no sum and no mean.",
             cure="Combine adapters of one method.",
         )
-    if way != Way():
+    if way.rank is not None or way.name not in (Way().name, UPPER):
         asked = f"rank {way.rank}" if way.name == "sum" else way.name
         raise Unsupported(
             f"Bottleneck adapters are averaged, number by number; {asked} means nothing for them.",
             cure="Leave that out, and give weights that sum to 1.",
         )
     settings, exact = average(chosen)
+    if way.density is not None:
+        settings, exact = upper(settings, exact, way.density)
     tensors, dtype = smallest({name: tensor.float() for name, tensor in exact.items()})
     found = {name: (float(each.norm()), float((tensors[name] - each).norm())) for name, each in exact.items()}
     return _Made(tensors, {"version": VERSION, **settings}, dtype, settings["width"], found)
@@ -185,6 +189,11 @@ def _averaged(chosen: Sequence[tuple[Path, float]], way: Way) -> _Made:
 
 def _composed(chosen: Sequence[tuple[Path, float]], way: Way) -> Generator[Event, None, _Made]:
     """What the adapters add, weight by weight."""
+    if way.name == UPPER:
+        raise Unsupported(
+            f"The adapter in {chosen[0][0]} changes weights; {UPPER} leaves out bottlenecks beside layers.",
+            cure=f"Choose from: {', '.join(WAYS[:-1])}.",
+        )
     pairs: dict[str, Scaled] = {}
     found: dict[str, tuple[float, float]] = {}
     with ExitStack() as stack:
@@ -296,7 +305,7 @@ def _check_way(way: Way) -> None:
         )
     if way.name != "sum" and (way.density is None or not 0 < way.density <= 1):
         raise BadRecipe(
-            f"{way.name} keeps a share of the numbers; its density is {way.density}.",
+            f"{way.name} keeps a share of what there is; its density is {way.density}.",
             cure="Give a density above 0 and up to 1, such as 0.2.",
         )
 
