@@ -137,7 +137,7 @@ def test_a_base_in_8_bits_is_no_different(method: Method, tiny_model: TinyModel,
     assert_near(logits(swap), logits(load_adapter(base_of(folder, quantization="int8"), adapter)))
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "pfeiffer"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "pfeiffer"])
 def test_a_base_in_bf16_is_no_different(method: Method, tiny_model: TinyModel, saved: Saved) -> None:
     folder, adapter, dtype = tiny_model("qwen2"), saved(method), torch.bfloat16
     swap = beside(base_of(folder, dtype=dtype), {"mine": adapter})

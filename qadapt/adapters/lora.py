@@ -264,11 +264,11 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
     if isinstance(config, LoraConfig):
         tables, config.trainable_token_indices = config.trainable_token_indices, None  # the rows are ours
         use_fused_layers(config)
-    device, frozen = device_of(model), {id(parameter) for parameter in model.parameters()}
+    device, frozen = device_of(model), {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     adapted = _with_tensors(model, folder, config)
     _check_names(adapted, folder, has_rows=bool(tables))
+    saved = load_file(folder / _WEIGHTS)
     if tables:
-        saved = load_file(folder / _WEIGHTS)
         ids = tables if isinstance(tables, list) else next(iter(tables.values()))
         attach_new_rows(model, ids, dtype=next(iter(saved.values())).dtype)
         for path, rows in new_rows_of(adapted).items():
@@ -276,9 +276,12 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
                 raise _no_fit(folder, f"there is no {path + _ROWS}")
             rows.weight.data.copy_(saved[path + _ROWS])
             rows.requires_grad_(is_trainable)
-    for parameter in adapted.parameters():
-        if id(parameter) not in frozen:
-            parameter.data = parameter.data.to(device)
+    made = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    names = {tensor.data_ptr(): name for name, tensor in made.items()}
+    for tensor in (*adapted.parameters(), *adapted.buffers()):
+        if id(tensor) not in frozen:  # PEFT has rounded what it loaded to the type of a 16-bit base
+            exact = saved.get(names.get(tensor.data_ptr(), ""), tensor.data)
+            tensor.data = exact.to(device, copy=True)
     return adapted
 
 
