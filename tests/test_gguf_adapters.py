@@ -208,6 +208,21 @@ def test_program_that_is_missing_too_old_or_silent_is_refused_with_the_way_to_ge
 
 
 @pytest.mark.parametrize(
+    ("version", "begins"),
+    [
+        ("version: 11739 (0ce8cd114)", ""),
+        ("version: 0.2.0-dev (build 9999, commit unknown)", ""),
+        ("usage: llama-quantize [--help] model-f32.gguf type", "main: build = 7000 (abc)"),
+        ("usage: llama-quantize [--help] model-f32.gguf type", "version: 0.2.0-dev (build 9999, commit abc)"),
+    ],
+)
+def test_program_says_its_build_in_one_of_several_ways(tmp_path, monkeypatch, version, begins):
+    script = program(tmp_path, monkeypatch, version=version, work=f"print({begins!r}); raise SystemExit(1)")
+    assert find_llama_quantize() == script
+    assert sorted(tmp_path.rglob("*.gguf")) == []
+
+
+@pytest.mark.parametrize(
     ("work", "words"),
     [
         ("print('error: out of memory'); raise SystemExit(3)", "exit code 3: error: out of memory"),

@@ -27,7 +27,7 @@ LEAST_BUILD = 6000
 """A build of summer 2025: it knows every architecture that is written here."""
 STAGE = "quantizing with llama-quantize"
 _PROGRAM = "llama-quantize"
-_BUILD = re.compile(r"(?:\bversion:|\bbuild(?:\s*[=:])?)\s*b?(\d+)")
+_BUILD = re.compile(r"\bbuild\s*[=:]?\s*b?(\d+)|\bversion:\s*b?(\d+)(?![\d.])")
 _TENSOR = re.compile(r"\[\s*(\d+)\s*/\s*(\d+)\s*\]")
 _OF_THE_TYPE = frozenset({"general.file_type", "general.quantization_version"})
 """Metadata that a quantized file has otherwise."""
@@ -52,25 +52,28 @@ def find_llama_quantize() -> Path:
             f"K-quants are made by llama.cpp's `{_PROGRAM}`, which is not installed.", cure=_HOW_TO_GET
         )
     program = Path(found)
-    for tool in (program, program.with_name(program.name.replace("quantize", "cli"))):
-        build = _build(tool)
+    beside = program.with_name(program.name.replace("quantize", "cli"))
+    no_work = [str(program.with_name(name)) for name in ("no-such.gguf", "no-such-either.gguf")]
+    # its own `--version` is not known to every build, which all say it where they begin to work
+    for asking in ([str(program), "--version"], [str(beside), "--version"], [str(program), *no_work, "Q8_0"]):
+        build = _build(asking)
         if build is not None:
             _check_build(build, program)
             return program
     raise Unsupported(f"{program} does not say which build it is.", cure=_HOW_TO_GET)
 
 
-def _build(tool: Path) -> int | None:
+def _build(asking: list[str]) -> int | None:
     """The number of a tool's build; None if it does not say."""
     try:
         said = subprocess.run(
-            [str(tool), "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False,
+            asking, capture_output=True, text=True, timeout=_SECONDS, check=False,
             stdin=subprocess.DEVNULL, errors="replace",
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = _BUILD.search(said.stdout + said.stderr)
-    return int(match[1]) if match else None
+    return int(match[1] or match[2]) if match else None
 
 
 def _check_build(build: int, program: Path) -> None:
