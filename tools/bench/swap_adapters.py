@@ -110,10 +110,9 @@ def measure(model: Path, folders: dict[Method, Path], *, quantization: str) -> i
     switches = switch_seconds(swap, here)
     shown = []
     for method in here:
-        with swap.using(method):
-            found = logits(swap)
-        alone = logits(load_adapter(base_of(model, quantization), folders[method]))
-        error, moved = (float((alone - other).abs().max() / alone.abs().max()) for other in (found, before))
+        alone = load_adapter(base_of(model, quantization), folders[method])
+        error, moved = compared(swap, method, alone=alone, before=before)
+        del alone
         file_bytes = (folders[method] / own_files(folders[method])[0]).stat().st_size
         shown.append(Shown(method, file_bytes, loads[method], switches[method], error, moved))
     is_same = torch.equal(before, logits(swap))
@@ -121,6 +120,15 @@ def measure(model: Path, folders: dict[Method, Path], *, quantization: str) -> i
         swap.remove(method)
     is_same = is_same and torch.equal(before, logits(swap))
     return verdict(shown, grown_bytes=grown_bytes, left_bytes=live_bytes() - empty_bytes, is_same=is_same)
+
+
+def compared(swap: Swap, method: Method, *, alone: nn.Module, before: Tensor) -> tuple[float, float]:
+    """How far a method's logits are from those of its adapter loaded alone, and these from the base's."""
+    with swap.using(method):
+        found = logits(swap)
+    expected = logits(alone)
+    error, moved = (float((expected - other).abs().max() / expected.abs().max()) for other in (found, before))
+    return error, moved
 
 
 def switch_seconds(swap: Swap, methods: list[Method]) -> dict[Method, float]:
