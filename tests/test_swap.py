@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ALL = tuple(METHODS)
 MIXED: tuple[Method, ...] = ("lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel")
-PROMPTED: tuple[Method, ...] = (*MIXED, "vera", "prompt", "prefix", "compacter")
+PROMPTED: tuple[Method, ...] = (*MIXED, "vera", "oft", "prompt", "prefix", "compacter")
 """Those that rows of one batch have side by side."""
 IDS = torch.arange(3, 43).view(2, 20)
 Saved = Callable[..., Path]
@@ -159,7 +159,7 @@ def test_it_looks_like_any_model_with_an_adapter(tiny_model: TinyModel, saved: S
 
 
 def test_memory_grows_by_the_adapters_bytes_and_is_given_back(tiny_model: TinyModel, saved: Saved) -> None:
-    folders = {name: saved(name) for name in MIXED}
+    folders = {name: saved(name) for name in PROMPTED}
     swap = Swap(base_of(tiny_model("qwen2")))
     with torch.no_grad():
         swap(input_ids=IDS)
@@ -175,7 +175,7 @@ def test_memory_grows_by_the_adapters_bytes_and_is_given_back(tiny_model: TinyMo
     expected = sum(tensor.nbytes for file in files for tensor in file.values())
     del files
     assert live_bytes() - before == expected
-    for name in MIXED:
+    for name in PROMPTED:
         swap.remove(name)
     assert live_bytes() == before
     assert swap.names == swap.chosen == ()

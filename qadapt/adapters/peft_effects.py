@@ -2,8 +2,8 @@
 
 LoRA, what is LoRA on disk (rsLoRA, LoRA+, PiSSA, LoftQ), DoRA, VeRA, OFT and IA3, with or without rows of new
 tokens. The numbers are those of the layers that training uses (`fused.py`, `vera.py`, `oft.py`, `ia3.py`);
-nothing of PEFT is attached. DoRA's magnitudes are divided by the lengths of the rows once, and OFT's
-rotations made once, where training does it in every pass.
+nothing of PEFT is attached. DoRA's magnitudes are divided by the lengths of the rows once, where training
+does it in every pass; OFT's rotations, which have twice the numbers of their angles, are made anew.
 
 Legend: I inputs, O outputs, R rank, N new tokens, D width.
 """
@@ -173,7 +173,7 @@ def _rotated(layer: nn.Linear, path: str, tensors: Tensors, *, config: OFTConfig
         "angles": (layer.in_features // block, block * (block - 1) // 2)
     }:
         raise _misfit(folder, f"{path} is of other sizes than {shapes}")
-    part = Rotated(beyond_identity(tensors["angles"], block=block))
+    part = Rotated(tensors["angles"], block=block)
     return Effect(layer, "alone", part, before=part.turn_input)
 
 
@@ -266,16 +266,18 @@ class Projected(nn.Module):
 
 
 class Rotated(nn.Module):
-    """Rotations of blocks of a layer's inputs: what they add to the identity, (K, S, S)."""
+    """Rotations of a layer's inputs, in blocks S wide, by angles (K, S(S-1)/2)."""
 
-    def __init__(self, beyond: Tensor) -> None:
+    def __init__(self, angles: Tensor, *, block: int) -> None:
         super().__init__()
-        self.beyond = nn.Parameter(beyond, requires_grad=False)
+        self.angles = nn.Parameter(angles, requires_grad=False)
+        self.block = block
 
     def turn_input(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Hook before a layer."""
         inputs = arguments[0]
-        flat = turned(inputs.reshape(-1, inputs.shape[-1]), self.beyond)
+        beyond = beyond_identity(self.angles, block=self.block)
+        flat = turned(inputs.reshape(-1, inputs.shape[-1]), beyond)
         return flat.view(inputs.shape), *arguments[1:]
 
 
