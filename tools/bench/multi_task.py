@@ -102,6 +102,7 @@ def trained(task: str, runs: Path, *, steps: int) -> str:
         f"train.learning_rate={RATES[method]}",
         f"train.steps={steps}",
         "train.evaluate_every=null",
+        "memory.compute_dtype=fp32",  # in bf16 rounding alone decides between close tokens
         "train.rehearse=false",
         f"run.folder={runs}",
         f"run.name={name}",
