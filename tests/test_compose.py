@@ -418,7 +418,7 @@ def test_progress_is_counted_in_weights_and_the_record_names_the_parts(make, tmp
         ({"name": "average"}, "'average'"),
         ({"rank": 0}, "rank 0"),
         ({"density": 0.5}, "0.5 means nothing"),
-        ({"name": "ties"}, "ties keeps a share of the numbers; its density is None"),
+        ({"name": "ties"}, "ties keeps a share of what there is; its density is None"),
         ({"name": "dare", "density": 0.0}, "its density is 0.0"),
         ({"name": "dare", "density": 1.5}, "its density is 1.5"),
         ({"name": "dare", "density": float("nan")}, "its density is nan"),
