@@ -118,14 +118,23 @@ class Recorder:
     def __init__(self, root: Path, *, flushes: bool) -> None:
         self.root = root
         self.flushes = flushes
+        self._opened: dict[int, int] = {}
         self.flushed = self._now()
         self.moments: list[Moment] = []
         self.saved = 0
 
     def _now(self) -> Disk:
+        self._keep_numbers()
         disk = Disk()
         disk.read(self.root)
         return disk
+
+    def _keep_numbers(self) -> None:
+        """Opens all that is new, so that nothing gets the number of what is deleted. Windows gives none twice."""
+        for path in (self.root, *self.root.rglob("*")) if os.name == "posix" else ():
+            number = path.stat().st_ino
+            if number not in self._opened:
+                self._opened[number] = os.open(path, os.O_RDONLY)
 
     def look(self) -> None:
         seen = self._now()
@@ -148,6 +157,8 @@ class Recorder:
                 patch.setattr(os, name, self._watched(getattr(os, name)))
             yield
         self.look()
+        for opened in self._opened.values():
+            os.close(opened)
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **options: Any) -> Any:
