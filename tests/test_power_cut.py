@@ -130,7 +130,7 @@ class Recorder:
         return disk
 
     def _keep_numbers(self) -> None:
-        """Opens all that is new, so that nothing gets the number of what is deleted. Windows gives none twice."""
+        """Opens all that is new, so that no number of what is deleted comes again, as on POSIX it may."""
         for path in (self.root, *self.root.rglob("*")) if os.name == "posix" else ():
             number = path.stat().st_ino
             if number not in self._opened:
