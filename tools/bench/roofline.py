@@ -159,7 +159,7 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, Products, list[str
         material = finished(prepare(recipe, revision=None))
     plan = make_plan(recipe, material)
     base = finished(place_base(recipe, plan, material.files))
-    model = finished(adapt(recipe, plan, base, new_ids=())).train()
+    model = finished(adapt(recipe, plan, base, material=material)).train()
     rows = [material.rows.train[index] for index in order_of(recipe, material.rows).rows_of_step(0)]
     batches = loop_settings(recipe, plan).division(material.rows.pad_id)(rows)
     bench = Bench(
