@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from test_estimate import CPU, build, folders, shape_of
 from test_linear import BASES, TOLERANCE, Block, errors, frozen, inputs_of, outcome
 from test_methods import attached, base_of
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import save_adapter, trainable
-from qadapt.adapters.method import Adapter, attach
+from qadapt.adapters.method import Adapter, attach, load_adapter
 from qadapt.adapters.oft import RotatedLinear, use_rotated_layers
+from qadapt.adapters.peft_effects import peft_effects
+from qadapt.adapters.swap import Swap
 from qadapt.engine.linear import dense_weight
 from qadapt.engine.rotation import beyond_identity, block_of
 from qadapt.errors import BadExport, BadRecipe, QadaptError, Unsupported
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["folders"]  # a fixture
 FP32, BF16 = torch.float32, torch.bfloat16
 WIDTH = 12
+IDS = torch.arange(3, 43).view(2, 20)
 
 
 def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = True) -> PeftModel:
@@ -73,6 +78,49 @@ def test_in_bf16_it_is_near_fp32_and_stays_in_bf16(base: str) -> None:
     assert max(off.values()) < TOLERANCE[BF16], off
 
 
+@pytest.mark.parametrize(
+    ("way", "is_ours"),
+    [
+        ({"use_cayley_neumann": False}, False),
+        ({"num_cayley_neumann_terms": 7}, False),
+        ({"coft": True, "eps": 0.5}, False),
+        ({"block_share": True}, False),
+        ({"oft_block_size": 0, "r": 16}, True),
+    ],
+    ids=str,
+)
+def test_a_strangers_rotations_are_those_of_plain_peft(
+    way: dict[str, Any], is_ours: bool, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    folder, theirs = tiny_model("llama"), tmp_path / "theirs"
+    plain = partial(base_of, folder, quantization="none")
+    names = ["q_proj", "v_proj"]
+    config = OFTConfig(target_modules=names, task_type="CAUSAL_LM", **{"oft_block_size": 8, **way})
+    stranger = get_peft_model(plain(), config)
+    torch.manual_seed(2)
+    for parameter in trainable(stranger).values():
+        parameter.data = 0.2 * torch.randn(parameter.shape)
+    stranger.save_pretrained(theirs)
+    wanted = stranger(input_ids=IDS).logits
+    ours = load_adapter(plain(), theirs)
+    assert any(isinstance(module, RotatedLinear) for module in ours.modules()) == is_ours
+    torch.testing.assert_close(ours(input_ids=IDS).logits, wanted, rtol=0, atol=2e-5)
+    with ours.disable_adapter():
+        assert (ours(input_ids=IDS).logits - wanted).abs().max() > 0.1, "a control"
+    if not is_ours:
+        with pytest.raises(Unsupported, match="its rotations are not made as here"):
+            peft_effects(plain(), theirs)
+        return
+    swap = Swap(plain())
+    swap.add("theirs", theirs)
+    swap.use("theirs")
+    torch.testing.assert_close(swap(input_ids=IDS).logits, wanted, rtol=0, atol=2e-5)
+    told: dict[str, Any] = {"base": "original", "form": "merged-fp32"}
+    list(merge(model_folder=folder, adapter_folder=theirs, target=tmp_path / "out", **told))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(input_ids=IDS).logits, wanted, rtol=0, atol=2e-5)
+
+
 def test_a_wrong_angle_would_be_seen() -> None:
     ours, plain = (adapted("nf4", FP32, ours=each) for each in (True, False))
     trainable(ours)["base_model.model.projection.oft_R.default.weight"].data *= 1.001
@@ -80,10 +128,17 @@ def test_a_wrong_angle_would_be_seen() -> None:
     assert off["output"] > 10 * TOLERANCE[FP32]
 
 
-def test_rotations_of_small_angles_keep_lengths() -> None:
-    angles = 0.01 * torch.randn(3, 66, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def test_rotations_of_small_angles_keep_lengths_and_of_larger_ones_as_is_said() -> None:
+    angles = 0.1 * torch.randn(3, 66, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows, columns = torch.triu_indices(12, 12, 1)
+    skew = torch.zeros(3, 12, 12, dtype=torch.float64)
+    skew[:, rows, columns] = angles
+    theta = torch.linalg.svdvals(skew - skew.mT)
     turned = torch.eye(12, dtype=torch.float64) + beyond_identity(angles, block=12)
-    assert (turned @ turned.mT - torch.eye(12, dtype=torch.float64)).abs().max() < 1e-4
+    torch.testing.assert_close(torch.linalg.svdvals(turned), (1 - theta**4).sort(descending=True).values)
+    assert theta.max() > 0.5
+    small = torch.eye(12, dtype=torch.float64) + beyond_identity(angles / 10, block=12)
+    assert (small @ small.mT - torch.eye(12, dtype=torch.float64)).abs().max() < 1e-4
     assert [block_of(size * (size - 1) // 2) for size in range(2, 200)] == list(range(2, 200))
 
 

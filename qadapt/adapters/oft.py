@@ -3,7 +3,8 @@
 A product with a rotated weight is a product of rotated inputs (arXiv:2506.19847): the base's weight stays as
 it is, in 4 bits, too. All angles start at zero, so the first forward pass is the base's to the bit. PEFT's
 layers compute in the type of the angles; here a subclass does it in the type of the base
-(`engine/rotation.py`). Names, switching off and what stands on disk are PEFT's.
+(`engine/rotation.py`). Names, switching off and what stands on disk are PEFT's. A stranger's adapter whose
+rotations are made in another way (an exact inverse, other terms, shared or held blocks) has PEFT's layers.
 
 Legend: I inputs, K blocks, S width of a block.
 """
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 from peft import OFTConfig, PeftModel, get_peft_model
 from peft.tuners.oft.layer import Linear as PeftLinear
+from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapt.adapters.lora import chosen_layers, put_beside
 from qadapt.engine.rotation import rotated_linear
-from qadapt.methods import check_block
+from qadapt.methods import NEUMANN_TERMS, check_block
 
 
 def attach_oft(
@@ -48,10 +50,13 @@ def attach_oft(
 
 
 def use_rotated_layers(model: nn.Module) -> None:
-    """Makes PEFT's layers one operation; the places of angles in a matrix, which each has, are one tensor."""
+    """Makes PEFT's layers one operation; the places of angles in a matrix, which each has, are one tensor.
+
+    Layers whose rotations are not made as here stay PEFT's.
+    """
     shared: dict[tuple[str, int], Tensor] = {}
     for module in model.modules():
-        if isinstance(module, PeftLinear):
+        if isinstance(module, PeftLinear) and all(map(_is_made_as_here, module.oft_R.values())):
             module.__class__ = RotatedLinear
             for rotation in module.oft_R.values():
                 for name in ("rows", "cols"):
@@ -71,6 +76,11 @@ class RotatedLinear(PeftLinear):  # type: ignore[misc]
             return result
         rotation = self.oft_R[active[0]]
         return rotated_linear(x, self.get_base_layer(), rotation.weight, block=rotation.block_size)
+
+
+def _is_made_as_here(rotation: OFTRotationModule) -> bool:
+    way = rotation.use_cayley_neumann, rotation.num_cayley_neumann_terms
+    return way == (True, NEUMANN_TERMS) and not rotation.coft and not rotation.block_share
 
 
 def _inputs(model: PreTrainedModel, chosen: Sequence[str]) -> dict[str, int]:

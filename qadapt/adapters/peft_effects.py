@@ -30,7 +30,7 @@ from qadapt.adapters.new_rows import row_effects
 from qadapt.adapters.peft_config import read_peft_config
 from qadapt.engine.host import device_of
 from qadapt.engine.linear import row_lengths
-from qadapt.engine.rotation import beyond_identity, turned
+from qadapt.engine.rotation import beyond_identity, block_of, turned
 from qadapt.engine.scaling import scaled
 from qadapt.errors import BadAdapter, Unsupported
 from qadapt.methods import NEUMANN_TERMS
@@ -165,10 +165,12 @@ def _projected(layer: nn.Linear, path: str, tensors: Tensors, *, folder: Path) -
 
 
 def _rotated(layer: nn.Linear, path: str, tensors: Tensors, *, config: OFTConfig, folder: Path) -> Effect:
-    block, way = config.oft_block_size, (config.use_cayley_neumann, config.num_cayley_neumann_terms)
+    way = config.use_cayley_neumann, config.num_cayley_neumann_terms
     if config.coft or config.block_share or way != (True, NEUMANN_TERMS):
         raise _unknown(folder, "its rotations are not made as here")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    # not what the configuration says, which may be how many there are
+    block = block_of((shapes.get("angles") or (0,))[-1])
     if layer.in_features % block or shapes != {
         "angles": (layer.in_features // block, block * (block - 1) // 2)
     }:

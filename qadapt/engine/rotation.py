@@ -1,9 +1,10 @@
 """A frozen linear layer whose inputs are rotated first, in blocks (OFT, arXiv:2306.07280 and 2506.19847).
 
 A block's rotation is Cayley's (I + Q)(I - Q)⁻¹ of a skew-symmetric Q, by the first terms of Neumann's series,
-as PEFT has it: I + 2Q + 2Q² + 2Q³ + Q⁴. What it adds to the identity is computed in fp32 and added to the
-inputs, so that near the start nothing is rounded to the size of 1. Only the inputs, which neighbours share,
-are kept; the rotations are made again in the backward pass.
+as PEFT has it: I + 2Q + 2Q² + 2Q³ + Q⁴. In a plane where Q is θ it turns by 2 arctan θ, as Cayley's, and
+makes lengths 1 - θ⁴ of what they were: 0.8 % shorter at 33 degrees. What it adds is computed in
+fp32 and added to the inputs, so that near the start nothing is rounded to the size of 1. Only the inputs,
+which neighbours share, are kept; the rotations are made again in the backward pass.
 
 Legend: N tokens, I inputs, O outputs, K blocks, S width of a block.
 """

@@ -247,9 +247,11 @@ class Adapter:
                 )
 
     def _check_angles(self) -> None:
-        """Checks that OFT's angles are those of whole blocks of the configuration's width."""
+        """Checks that OFT's angles are those of whole blocks of the configuration's width, if it has one."""
         for module, name in self._named.having("angles").items():
             shape, block = self._reader.entries[name].shape, self._config.get("oft_block_size")
+            if block == 0 and len(shape) == 2:  # it says how many blocks instead
+                block = block_of(shape[1])
             if len(shape) != 2 or not isinstance(block, int) or shape[1] != block * (block - 1) // 2:
                 raise BadExport(
                     f"OFT's angles of {module} are {shape}; adapter_config.json says oft_block_size {block}.",
