@@ -14,12 +14,13 @@ from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_estimate import CPU, build, folders, shape_of
 from test_linear import BASES, INPUTS, RANK, TOLERANCE, Block, errors, frozen, inputs_of, outcome
-from test_methods import attached
+from test_methods import attached, base_of
 from torch import Tensor
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.frozen import projections_of
 from qadapt.adapters.lora import save_adapter, trainable
+from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.vera import ProjectedLinear, use_projected_layers
 from qadapt.engine.linear import dense_weight
 from qadapt.errors import BadExport, QadaptError, Unsupported
@@ -27,6 +28,9 @@ from qadapt.export.combine import combine
 from qadapt.export.merge import merge
 from qadapt.plan.adapters import adapter_bytes, start_bytes
 from qadapt.plan.adapters import trainable as planned
+from qadapt.plan.inverse import most
+from qadapt.plan.room import Room
+from qadapt.plan.setting import check_setting
 from qadapt.train.memory import base_tensors
 
 if TYPE_CHECKING:
@@ -110,6 +114,21 @@ def test_all_layers_share_the_projections_and_the_plan_counts_them_once(
     written = saved(model, folders["llama"], tmp_path / "adapter")
     in_all = adapter_bytes(shape, setting) + start_bytes(shape, setting)
     assert sum(each.nbytes for each in written.values()) == in_all
+
+
+def test_the_rank_may_be_larger_than_a_layer_is_wide(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, wide = tiny_model("llama"), dataclasses.replace(CPU, method="vera", rank=80)
+    model = attach(base_of(folder), Adapter("vera", 80, 1.0), dtype=FP32, seed=0)  # keys are 32 wide
+    for parameter in trainable(model).values():
+        parameter.data = torch.randn(parameter.shape)
+    saved(model, folder, tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(base_of(folder), tmp_path / "adapter")
+    ids = torch.arange(3, 43).view(2, 20)
+    torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=0, atol=2e-4)
+    shape = shape_of("llama")
+    check_setting(shape, wide)
+    widest = max(max(each.inputs, each.outputs) for each in shape.linears)
+    assert most(shape, wide, what="rank", room=Room(1 << 40)).value == widest > 80
 
 
 def saved(model: PeftModel, base: Path, folder: Path) -> dict[str, Tensor]:

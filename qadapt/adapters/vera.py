@@ -4,10 +4,10 @@ All layers share the projections: a layer takes the first columns of A and the f
 
     W + diag(b) B[:O] diag(d) A[:, :I],
 
-and trains d (R,) and b (O,) alone. b starts at zero: the first forward pass equals the base's. PEFT's layers
-compute in the type of what is trained and keep each layer's output; here a subclass does it in the type of
-the base and keeps R values per token. Names, switching off and what stands on disk, the projections
-included, are PEFT's.
+and trains d (R,) and b (O,) alone. b starts at zero: the first forward pass equals the base's. R may be
+larger than a layer is wide; its paper has 1,024 on layers of 768. PEFT's layers compute in the type of what
+is trained and keep each layer's output; here a subclass does it in the type of the base and keeps R values
+per token. Names, switching off and what stands on disk, the projections included, are PEFT's.
 
 Legend: I inputs, O outputs, R rank.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapt.adapters.frozen import shared_projections
-from qadapt.adapters.lora import check_rank, chosen_layers, put_beside
+from qadapt.adapters.lora import chosen_layers, put_beside
 from qadapt.engine.host import device_of
 from qadapt.engine.linear import projected_linear
 
@@ -46,10 +46,9 @@ def attach_vera(
         seed: Of the projections.
 
     Raises:
-        BadRecipe: A target matches no linear layer, or the rank is larger than the narrowest one.
+        BadRecipe: A target matches no linear layer.
     """
     chosen = chosen_layers(model, targets)
-    check_rank(rank, chosen)
     config = VeraConfig(
         r=rank,
         target_modules=list(chosen),

@@ -268,6 +268,8 @@ def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int
         return Ceiling(shape.width - step, f"{'one' if step == 1 else step} less than the width of the model")
     if what == "rank":
         adapted = [linear for linear in shape.linears if setting.adapts(linear)]
+        if setting.method == "vera":
+            return Ceiling(max(max(each.inputs, each.outputs) for each in adapted), "where the search ends")
         narrowest = min(min(linear.inputs, linear.outputs) for linear in adapted)
         return Ceiling(narrowest, "the width of the narrowest adapted layer")
     if rows_per_step:

@@ -295,7 +295,7 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
     if setting.method == "oft":
         check_block(setting.rank, {each.name: each.inputs for each in shape.linears if setting.adapts(each)})
     check_step(setting.method, setting.rank, width=shape.width)
-    if facts.is_beside or facts.size != "rank":
+    if facts.is_beside or facts.size != "rank" or setting.method == "vera":  # whose projections may be wider
         return
     narrowest = min(min(linear.inputs, linear.outputs) for linear in shape.linears if setting.adapts(linear))
     if setting.rank > narrowest:
