@@ -180,7 +180,7 @@ class TrainSection(Section):
     beta2: Share = 0.999
     """Decay of the mean of their squares."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay; it spares IA3's factors, DoRA's magnitudes, biases and norms."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of a step's gradient; none: no clipping."""
     evaluate_every: Positive | None = None

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.lora import stored_bytes, trainable
 from qadapt.adapters.method import Adapter, adapted_layers, attach
-from qadapt.adapters.rates import rate_ratios
+from qadapt.adapters.rates import rate_ratios, undecayed
 from qadapt.cache import cache_folder, ignore, output_errors
 from qadapt.data.batches import widest_share
 from qadapt.data.prepared import skipped_lines
@@ -339,6 +339,7 @@ def optimizer_of(recipe: Recipe, plan: StoredPlan, model: PeftModel) -> AdapterO
         betas=(section.beta1, section.beta2),
         weight_decay=section.weight_decay,
         ratios=rate_ratios(recipe.adapter.method, parameters),
+        undecayed=undecayed(parameters),
     )
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from test_methods import attached
 from torch import Tensor
 
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.rates import rate_ratios
+from qadapt.methods import Method
+from qadapt.recipe_file import check_recipe
+from qadapt.run_parts import optimizer_of
 from qadapt.train.optimizer import AdapterOptimizer, CompensatedAdamW, held_tensors, make_optimizer
 from qadapt.train.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from conftest import TinyModel
 
 BETAS = (0.9, 0.999)
 STEPS = 120
@@ -166,6 +175,48 @@ def test_a_parameter_with_its_own_rate_is_updated_as_if_alone_at_it(dtype: torch
             optimizer.step(rate)
         assert torch.equal(together[name], alone), name
         assert not torch.equal(alone, pair(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_what_weight_decay_spares_is_updated_as_without_it(dtype: torch.dtype, kind: str) -> None:
+    together, huge = pair(dtype), 10.0
+    optimizer = make_optimizer(together, kind=kind, betas=BETAS, weight_decay=huge, undecayed=["a"])
+    stepped(optimizer, together, range(20))
+    for name, decay in (("a", 0.0), ("b", huge)):
+        alone = pair(dtype)[name]
+        optimizer = make_optimizer({name: alone}, kind=kind, betas=BETAS, weight_decay=decay)
+        for gradient in gradients(dtype)[:20]:
+            alone.grad = gradient[9:].clone() if name == "b" else gradient[:9].clone()
+            optimizer.step(RATE)
+        assert torch.equal(together[name], alone), name
+
+
+@pytest.mark.parametrize(
+    ("method", "spared"),
+    [
+        ("ia3", {"default"}),
+        ("dora", {"lora_magnitude_vector.default.weight"}),
+        ("houlsby", {"down.bias", "up.bias"}),
+        ("compacter", {"down.bias", "up.bias"}),
+        ("ptuning", {"inner.bias", "outer.bias"}),
+        ("prefix", {"bias"}),
+        *((method, set()) for method in ("lora", "loraplus", "vera", "oft", "prompt", "prefix-flat")),
+    ],
+)
+def test_a_run_spares_factors_and_biases(method: Method, spared: set[str], tiny_model: TinyModel) -> None:
+    model = attached(method, tiny_model("llama"))
+    least = {"model": "m", "data": {"sources": [{"path": "p"}]}, "run": {"name": "n"}}
+    values = {**least, "adapter": {"method": method}, "train": {"weight_decay": 0.3}}
+    recipe = check_recipe(values, origin="the test")
+    optimizer = optimizer_of(recipe, cast(Any, SimpleNamespace(optimizer="adamw")), model)
+    decays = {
+        id(each): group["weight_decay"] for group in optimizer.inner.param_groups for each in group["params"]
+    }
+    for name, parameter in trainable(model).items():
+        is_spared = any(name.endswith(f".{end}") for end in spared)
+        assert decays[id(parameter)] == (0.0 if is_spared else 0.3), name
+    assert (0.0 in decays.values()) == bool(spared)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

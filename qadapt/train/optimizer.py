@@ -7,7 +7,7 @@ a parameter that is zero, where bf16 is exact to 0.4 % of the update itself; the
 are summed in fp32.
 
 Parameters may have rates of their own, multiples of the step's (LoRA+, arXiv:2402.12354); weight decay goes
-with the rate.
+with the rate, and spares those for which zero is no place to be drawn to.
 
 An update can be gone on with: if memory runs out in the middle of `step`, calling it again ends it as if
 nothing had happened (what allocates comes before what changes, tensor by tensor). Not so within bitsandbytes'
@@ -19,7 +19,7 @@ update's 2 are there only within `step`, when no activations are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import bitsandbytes
@@ -37,8 +37,9 @@ class CompensatedAdamW:
         parameters: bf16 parameters, named for saving.
         kind: `adamw` (fp32 states) or `adamw-8bit` (paged on CUDA).
         betas: Decay of the mean of gradients and of their squares.
-        weight_decay: Decoupled weight decay.
-        ratios: Each parameter's learning rate as a multiple of the step's; equal ones lie side by side.
+        decays: Decoupled weight decay of each parameter.
+        ratios: Each parameter's learning rate as a multiple of the step's; those of equal ratio and decay lie
+            side by side.
     """
 
     def __init__(
@@ -47,17 +48,18 @@ class CompensatedAdamW:
         *,
         kind: str,
         betas: tuple[float, float],
-        weight_decay: float,
+        decays: Mapping[str, float],
         ratios: Mapping[str, float],
     ) -> None:
         self.parameters = parameters
-        self.weight_decay = weight_decay
+        self.decays = decays
         self.ratios = ratios
         self.lost = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.is_piecewise = False
         self._updates = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters.values()]
         updates = dict(zip(parameters, self._updates, strict=True))
-        self.inner = _library_optimizer(updates, kind=kind, betas=betas, weight_decay=0.0, ratios=ratios)
+        none = dict.fromkeys(parameters, 0.0)
+        self.inner = _library_optimizer(updates, kind=kind, betas=betas, decays=none, ratios=ratios)
         self._library = _LibraryStep(self.inner)
         self._nothing = self._updates[0].new_empty(0)
         self._found = self._added = 0  # of how many parameters the update under way is known, and added
@@ -102,7 +104,7 @@ class CompensatedAdamW:
         names = list(self.parameters)
         for place, parameter in zip(places, self._parameters(places), strict=True):
             lost = self.lost[names[place]]
-            decay = 1 - learning_rate * self.ratios[names[place]] * self.weight_decay
+            decay = 1 - learning_rate * self.ratios[names[place]] * self.decays[names[place]]
             exact = (parameter.float() + lost.float()).mul_(decay).add_(self._updates[place].float())
             rounded = exact.to(parameter.dtype)
             exact.sub_(rounded.float())
@@ -145,13 +147,11 @@ class PlainAdamW:
         *,
         kind: str,
         betas: tuple[float, float],
-        weight_decay: float,
+        decays: Mapping[str, float],
         ratios: Mapping[str, float],
     ) -> None:
         self.parameters = parameters
-        self.inner = _library_optimizer(
-            parameters, kind=kind, betas=betas, weight_decay=weight_decay, ratios=ratios
-        )
+        self.inner = _library_optimizer(parameters, kind=kind, betas=betas, decays=decays, ratios=ratios)
         self._library = _LibraryStep(self.inner)
 
     @property
@@ -258,6 +258,7 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     ratios: Mapping[str, float] | None = None,
+    undecayed: Collection[str] = (),
 ) -> AdapterOptimizer:
     """The optimizer for adapters of their dtype.
 
@@ -267,12 +268,14 @@ def make_optimizer(
         betas: Decay of the mean of gradients and of their squares.
         weight_decay: Decoupled weight decay.
         ratios: Name of a parameter → its learning rate as a multiple of the step's, where it is not 1.
+        undecayed: Names of parameters that weight decay spares.
     """
     is_half = next(iter(parameters.values())).dtype == torch.bfloat16
     make = CompensatedAdamW if is_half else PlainAdamW
     known = {name: (ratios or {}).get(name, 1.0) for name in parameters}
-    ordered = {name: parameters[name] for name in sorted(parameters, key=known.__getitem__)}
-    return make(ordered, kind=kind, betas=betas, weight_decay=weight_decay, ratios=known)
+    decays = {name: 0.0 if name in undecayed else weight_decay for name in parameters}
+    ordered = {name: parameters[name] for name in sorted(parameters, key=lambda n: (known[n], decays[n]))}
+    return make(ordered, kind=kind, betas=betas, decays=decays, ratios=known)
 
 
 def _library_optimizer(
@@ -280,16 +283,19 @@ def _library_optimizer(
     *,
     kind: str,
     betas: tuple[float, float],
-    weight_decay: float,
+    decays: Mapping[str, float],
     ratios: Mapping[str, float],
 ) -> Optimizer:
     """The library's optimizer with its states already there: an out-of-memory shows before the first step."""
     chosen = list(parameters.values())
+    grouped: dict[tuple[float, float], list[Tensor]] = {}
+    for name, each in parameters.items():
+        grouped.setdefault((ratios[name], decays[name]), []).append(each)
     groups: list[dict[str, Any]] = [
-        {"params": [each for name, each in parameters.items() if ratios[name] == ratio], "ratio": ratio}
-        for ratio in dict.fromkeys(ratios[name] for name in parameters)
+        {"params": params, "ratio": ratio, "weight_decay": decay}
+        for (ratio, decay), params in grouped.items()
     ]
-    settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
+    settings: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": 1e-8}
     optimizer: Optimizer
     if kind == "adamw" and chosen[0].dtype == torch.float32:
         optimizer = torch.optim.AdamW(groups, fused=not chosen[0].is_meta, **settings)  # meta has no kernels
