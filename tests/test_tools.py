@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import demo_methods
 import demo_task
 import environment
 import pytest
@@ -25,6 +27,9 @@ from demo_task import (
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
+from rich.console import Console
+
+from qadapt.methods import METHODS
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -228,6 +233,25 @@ def test_families_that_refuse_a_system_turn_do(family: str, tiny_model: TinyMode
 
 
 # The environment
+
+
+def test_the_table_of_methods_fits_in_eighty_columns() -> None:
+    told = io.StringIO()
+    found = demo_methods.Learned(
+        title=max((facts.title for facts in METHODS.values()), key=len),
+        trainable=14_942_208,
+        share=0.1111,
+        file_bytes=int(28.5 * (1 << 20)),
+        tokens_per_second=12345.6,
+        peak_bytes=int(1023.5 * (1 << 20)),
+        loss=0.12345,
+        exact=1.0,
+    )
+    demo_methods.show([found], Console(file=told, width=80))
+    *_, last = told.getvalue().splitlines()
+    assert last.removeprefix(found.title).split() == [
+        "14,942,208", "11.11%", "28.5", "MiB", "12346", "1023.5", "MiB", "0.1235", "100.0%"
+    ]  # fmt: skip
 
 
 def test_a_python_that_is_too_old_is_told_which_one_to_use() -> None:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import demo_task
 import environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ALL = "all"
 _LORA = "quickstart-smollm2-135m", "quickstart"
@@ -105,17 +108,20 @@ def learned(method: str) -> Learned:
     )
 
 
-def show(found: list[Learned]) -> None:
-    """Prints the table."""
+def show(found: list[Learned], console: Console | None = None) -> None:
+    """Prints the table, which fits in 80 columns."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from qadapt.units import format_bytes
 
-    table = Table(title=f"\none task, one budget, {len(found)} methods", title_justify="left")
+    title = f"\none task, one budget, {len(found)} methods"
+    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": 0}
+    table = Table(title=title, title_justify="left", **narrow)
     table.add_column("method")
-    for column in ("trained", "share", "adapter", "tokens/s", "peak", "held-out loss", "exact"):
-        table.add_column(column, justify="right")
+    for column in ("trained", "share", "adapter", "tokens\nper s", "peak", "held-out\nloss", "exact"):
+        table.add_column(column, justify="right", no_wrap=True)
     for each in found:
         table.add_row(
             each.title,
@@ -127,4 +133,4 @@ def show(found: list[Learned]) -> None:
             f"{each.loss:.4f}",
             f"{each.exact:.1%}",
         )
-    Console().print(table)
+    (console or Console()).print(table)
