@@ -293,6 +293,16 @@ def test_a_description_that_was_changed_is_refused(shelf: Shelf) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+def test_an_older_version_whose_description_is_damaged_is_mended_by_adding_it_again(shelf: Shelf) -> None:
+    one, two, three = (shelf.add(weights) for weights in ("one", "two", "three"))
+    for each in (one, two):
+        (shelf.store.path / "versions" / each / "version.json").write_text("{")
+    assert [shelf.add("one"), shelf.add("two")] == [one, two]
+    assert [shelf.store.version(each).parent for each in (one, two, three)] == [None, one, two]
+    assert shelf.store.rollback("summaries").current == one
+    assert len(shelf.store.ids()) == 3
+
+
         *("", "{", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "used": [], "left": []}'),
         '{"version": 1, "used": ["ID"]}',
         '{"version": 1, "used": "ID", "left": []}',

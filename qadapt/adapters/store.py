@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -312,8 +312,16 @@ class Store:
         return found
 
     def _same(self, version: Version) -> Version:
-        """The version in the store that is the same but for what it followed; else this one."""
-        return next((each for each in self._others(None) if each.has_content_of(version)), version)
+        """The version in the store that is the same but for what it followed; else this one.
+
+        One whose description is damaged is known by its id, which only the version it followed can make.
+        """
+        sound = {each.id: each for each in self._others(None)}
+        damaged = set(self.ids()) - set(sound)
+        parents = (None, *self.ids()) if damaged else ()
+        mended = (each for parent in parents if (each := replace(version, parent=parent)).id in damaged)
+        alike = (each for each in sound.values() if each.has_content_of(version))
+        return next(mended, None) or next(alike, version)
 
     def _others(self, version: Version | None) -> Iterator[Version]:
         """The versions whose descriptions are sound, without this one."""
