@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +13,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from rich.console import Console
 
 from qadapt.adapters import store as store_module
 from qadapt.adapters.facts import AdapterFacts, write_facts
@@ -19,6 +21,7 @@ from qadapt.adapters.pointers import Name, check_name
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import FileFacts, Record, Version, files_of, read_version
 from qadapt.errors import BadAdapter, BadOutput, NoRoom
+from qadapt.view.adapter_table import store_table
 
 FACTS = AdapterFacts(
     base="owner/base", revision="c0ffee", fingerprint="f" * 64, quantization="nf4", double_quant=True,
@@ -510,3 +513,22 @@ def test_a_version_reads_back_as_it_was_written(shelf: Shelf) -> None:
     version = read_version(folder)
     assert version.text() == (folder / "version.json").read_text(encoding="utf-8")
     assert json.loads(version.text())["record"]["facts"]["fingerprint"] == "f" * 64
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_list_hides_no_name_and_no_id(shelf: Shelf, width: int) -> None:
+    long, source = "a-very-long-name-that-somebody-gave", f"hub me/some-long-adapter-name@{'c0ffee' * 7}"[:-2]
+    record = replace(RECORD, source=source, facts=replace(FACTS, base="meta-llama/Llama-3.1-8B-Instruct"))
+    folder = adapter(shelf.place / "source", "one")
+    one, two = shelf.store.add(folder, record, name=long).version.id, shelf.add("two")
+    (shelf.store.path / "versions" / two / "version.json").write_text("{")
+    with (screen := Console(width=width, file=StringIO())).capture() as said:
+        screen.print(store_table(shelf.store))
+    lines = said.get().splitlines()
+    assert max(map(len, lines)) <= width and "…" not in said.get()
+    assert one[:12] in said.get() and two[:12] in said.get() and "is damaged" in said.get()
+    names = "".join(line[: lines[1].index("version")].strip() for line in lines)
+    words = "".join(line[lines[1].index("from") :].strip() for line in lines)
+    assert long in names
+    assert "c0ffeec0ffee" in words and "c0ffeec0ffeec" not in words
+    assert "onLlama-3.1-8B-Instruct" in words.replace(" ", "")
+
+

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qadapt.adapters.difference import Difference
 
 MOST_CHANGES = 40
+_COMMIT = re.compile(r"@([0-9a-f]{12})[0-9a-f]{28}$")
 
 
 def store_values(store: Store) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def store_table(store: Store) -> Table:
         BadAdapter: A name or a tag is damaged.
     """
     values = store_values(store)
-    table = Table("", "version", "method", "base", "held-out loss", "size", "from", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "version", "method", "held-out\nloss", "size", "from"):
+        table.add_column(title, no_wrap=title not in ("", "from"), overflow="fold")
     shown = [(name, each["id"]) for name, each in values["names"].items()]
     shown += [(f"tag {tag}", each) for tag, each in values["tags"].items()]
     meant = {each for _, each in shown}
@@ -76,17 +80,18 @@ def store_table(store: Store) -> Table:
         version = values["versions"].get(each)
         if version is None or "fault" in version:
             what = "is not in the store any more" if version is None else "is damaged"
-            table.add_row(Text(words), each[:SHOWN], Text(what))
+            table.add_row(Text(words), each[:SHOWN], "", "", "", Text(what))
             continue
         loss = version["metrics"].get("held-out loss")
+        base = Path(version["base"]).name
+        source = _COMMIT.sub(r"@\1", version["source"])
         table.add_row(
             Text(words),
             each[:SHOWN],
-            version["method"],
-            Text(version["base"] if version["revision"] else Path(version["base"]).name),
+            Text(version["method"]),
             "" if loss is None else f"{loss:.4f}",
             format_bytes(version["bytes"]),
-            Text(version["source"]),
+            Text(f"{source}\non {base}"),
         )
     return table
 
