@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qadapt.adapters.adapters_library import import_bottleneck, is_of_library, librarys_config
-from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, read_facts, write_facts
+from qadapt.adapters.facts import BASE_KEEPING_STARTS, FACTS_FILE, AdapterFacts, read_facts, write_facts
 from qadapt.adapters.peft_config import CONFIG, PEFT_TYPES, peft_values
 from qadapt.adapters.peft_prompt import PEFT_PROMPTS, import_prompt
 from qadapt.adapters.versions import copy_adapter_files
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadAdapter
-from qadapt.export.adapter_names import BASE_KEEPING_STARTS
 from qadapt.model.folder import read_config
 from qadapt.model.precision import choose_compute_dtype, choose_device
 from qadapt.model.source import find_model

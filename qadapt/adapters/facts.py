@@ -14,6 +14,8 @@ COMBINATION_FILE = "combination.json"
 PEFT_FILES = "adapter_model.safetensors", "adapter_config.json"
 SIDE_CAR_FILES = "side_car.safetensors", "side_car.json"
 """Tensors and settings of an adapter that stands beside the base's weights."""
+BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "true")
+"""Values of `init_lora_weights` that leave the base as it was; PiSSA, OLoRA and the like rewrite it."""
 _QUANTIZATIONS, _DTYPES = ("nf4", "int8", "none"), ("bf16", "fp16", "fp32")
 
 

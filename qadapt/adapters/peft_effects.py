@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qadapt.adapters.effect import Effect
-from qadapt.adapters.facts import PEFT_FILES, mends_base
+from qadapt.adapters.facts import BASE_KEEPING_STARTS, PEFT_FILES, mends_base
 from qadapt.adapters.new_rows import row_effects
 from qadapt.adapters.peft_config import read_peft_config
 from qadapt.engine.host import device_of
@@ -56,6 +56,7 @@ _OTHERWISE = (
     "kasa_config",
     "monteclora_config",
     "fan_in_fan_out",
+    "target_parameters",
 )
 """Settings of PEFT with which the same tensors mean something else."""
 _ANEW = "Take the adapter's files from where they were made."
@@ -84,6 +85,8 @@ def peft_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
         if path not in layers:
             raise _misfit(folder, f"this base has no {path}")
         if "rows" in tensors:
+            if len(tensors) > 1:
+                raise _unknown(folder, f"it has more at {path} than rows of new tokens")
             rows[path] = tensors["rows"]
         else:
             effects.append(_effect(model, path, {**shared, **tensors}, config=config, folder=folder))
@@ -95,6 +98,8 @@ def _config(folder: Path) -> PeftConfig:
     if not isinstance(config, LoraConfig | IA3Config | VeraConfig | OFTConfig):
         raise _unknown(folder, f"its method is {config.peft_type}")
     values = config.to_dict()
+    if (start := values.get("init_lora_weights")) not in BASE_KEEPING_STARTS:
+        raise _unknown(folder, f"it starts from {start!r}, which rewrites the base")
     if other := [name for name in _OTHERWISE if values.get(name)]:
         raise _unknown(folder, f"it has {other[0]}")
     return config
@@ -140,7 +145,7 @@ def _effect(
     if isinstance(config, OFTConfig):
         return _rotated(layer, path, tensors, config=config, folder=folder)
     assert isinstance(config, LoraConfig)
-    rank = len(tensors.get("down", ()))
+    rank, _ = _sides(tensors, "down")
     wanted: dict[str, tuple[int, ...]] = {"down": (rank, layer.in_features), "up": (layer.out_features, rank)}
     if config.use_dora:
         wanted["magnitude"] = (layer.out_features,)
@@ -156,7 +161,7 @@ def _effect(
 
 def _projected(layer: nn.Linear, path: str, tensors: Tensors, *, folder: Path) -> Effect:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    (rank, inputs), (outputs, _) = (shapes.get(name, (0, 0)) for name in ("down", "up"))
+    (rank, inputs), (outputs, _) = (_sides(tensors, name) for name in ("down", "up"))
     wanted = {"down": (rank, inputs), "up": (outputs, rank), "inner": (rank,), "outer": (layer.out_features,)}
     if shapes != wanted or inputs < layer.in_features or outputs < layer.out_features:
         raise _misfit(folder, f"{path} is of other sizes than {shapes}")
@@ -177,6 +182,12 @@ def _rotated(layer: nn.Linear, path: str, tensors: Tensors, *, config: OFTConfig
         raise _misfit(folder, f"{path} is of other sizes than {shapes}")
     part = Rotated(tensors["angles"], block=block)
     return Effect(layer, "alone", part, before=part.turn_input)
+
+
+def _sides(tensors: Tensors, name: str) -> tuple[int, int]:
+    """Of a matrix; (0, 0) if there is none."""
+    found = tensors.get(name)
+    return (len(found), found.shape[1]) if found is not None and found.ndim == 2 else (0, 0)
 
 
 def _scale(config: LoraConfig, path: str, *, rank: int) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qadapt.adapters.facts import BASE_KEEPING_STARTS
 from qadapt.errors import BadExport, Unsupported
 from qadapt.methods import NEUMANN_TERMS
 
@@ -40,8 +41,6 @@ _MUST_BE_EMPTY = (
     "target_parameters", "layer_replication", "fan_in_fan_out", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
-BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "true")
-"""Initializations that leave the base as it was; the others (PiSSA, OLoRA, LoftQ, ...) rewrite it."""
 _BESIDE_THE_WEIGHTS = {
     "PREFIX_TUNING": "keys and values before the text",
     "PROMPT_TUNING": "vectors before the text",
