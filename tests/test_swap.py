@@ -40,6 +40,7 @@ MIXED: tuple[Method, ...] = ("lora", "dora", "ia3", "pfeiffer", "houlsby", "para
 PROMPTED: tuple[Method, ...] = (*MIXED, "vera", "oft", "prompt", "prefix", "compacter")
 """Those that rows of one batch have side by side."""
 IDS = torch.arange(3, 43).view(2, 20)
+UP_PROJ = "base_model.model.model.layers.0.mlp.up_proj"
 Saved = Callable[..., Path]
 
 
@@ -183,6 +184,57 @@ def test_memory_grows_by_the_adapters_bytes_and_is_given_back(tiny_model: TinyMo
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
+def test_a_pass_that_is_broken_off_leaves_nothing(tiny_model: TinyModel, saved: Saved) -> None:
+    swap = several(saved, tiny_model("qwen2"), ("pfeiffer", "prompt"))
+    ids = torch.cat((torch.tensor([[7] * 4, front_ids(4)]), IDS), dim=1)
+    swap.use("pfeiffer")
+    with torch.no_grad(), swap.rows(["pfeiffer", "prompt"]):
+        expected = swap(input_ids=ids).logits
+    before = live_bytes()
+    handle = swap.get_submodule("base.model.layers.1.mlp").register_forward_pre_hook(break_off)
+    assert was_broken_off(swap, IDS)
+    assert live_bytes() == before
+    with swap.rows(["pfeiffer", "prompt"]):
+        assert was_broken_off(swap, ids)
+    assert live_bytes() == before
+    handle.remove()
+    with torch.no_grad(), swap.rows(["pfeiffer", "prompt"]):
+        assert torch.equal(swap(input_ids=ids).logits, expected)
+
+
+def break_off(*_: object) -> None:
+    raise torch.OutOfMemoryError("in the middle")
+
+
+def was_broken_off(swap: Swap, ids: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            swap(input_ids=ids)
+    except torch.OutOfMemoryError:
+        return True
+    return False
+
+
+def test_what_is_taken_out_meanwhile_is_not_on_again(tiny_model: TinyModel, saved: Saved) -> None:
+    swap = several(saved, tiny_model("qwen2"), ("lora", "prompt"))
+    swap.use("prompt")
+    with swap.using("lora"):
+        swap.remove("prompt")
+        assert swap.chosen == (("lora",),)
+    assert swap.chosen == ()
+    assert swap.virtual_tokens == 0
+
+
+def test_a_prefix_leaves_no_trace_where_another_adapter_stays(tiny_model: TinyModel, saved: Saved) -> None:
+    swap = several(saved, tiny_model("qwen2"), ("houlsby", "prefix"))
+    swap.use("houlsby")
+    before, names = logits(swap), [name for name, _ in swap.base.named_modules()]
+    assert any(name.endswith("prefix") for name in names)
+    swap.remove("prefix")
+    assert not any(name.endswith("prefix") for name, _ in swap.base.named_modules())
+    assert torch.equal(logits(swap), before)
+
+
 def test_a_switch_takes_far_less_than_ten_milliseconds(tiny_model: TinyModel, saved: Saved) -> None:
     swap = several(saved, tiny_model("qwen2"))
     seconds = []
@@ -265,6 +317,17 @@ def test_a_language_and_a_task_stand_on_each_other_whatever_their_methods(
     assert_near(logits(swap), logits(naive))
 
 
+def test_a_prefix_stands_within_what_others_change(tiny_model: TinyModel, saved: Saved) -> None:
+    folder = tiny_model("qwen2")
+    swap = several(saved, folder, ("prefix", "houlsby", "prefix-flat"))
+    both = load_bottleneck(load_adapter(base_of(folder), saved("prefix")).get_base_model(), saved("houlsby"))
+    for names in (["prefix", "houlsby"], ["houlsby", "prefix"]):
+        swap.stack(names)
+        assert_near(logits(swap), logits(both))
+    with pytest.raises(Unsupported, match=r"prefix and prefix-flat cannot be stacked: at .*self_attn they"):
+        swap.stack(["prefix", "houlsby", "prefix-flat"])
+
+
 # --- new tokens -------------------------------------------------------------------------------------------
 
 
@@ -338,8 +401,11 @@ def test_virtual_tokens_must_stand_in_front_of_their_rows(tiny_model: TinyModel,
     swap = several(saved, tiny_model("qwen2"), ("prompt", "lora"))
     ids = torch.cat((torch.tensor([front_ids(4), [7] * 4]), IDS), dim=1)
     with torch.no_grad(), swap.rows(["prompt", "lora"]):
-        with pytest.raises(Unsupported, match="has 4 virtual tokens do not have them in front"):
-            swap(input_ids=IDS)
+        for lacking in (IDS, ids[:, 1:]):
+            with pytest.raises(Unsupported, match="has 4 virtual tokens do not have them in front"):
+                swap(input_ids=lacking)
+            with pytest.raises(Unsupported, match="has 4 virtual tokens do not have them in front"):
+                swap(lacking)
         both = swap(input_ids=ids).logits
     with torch.no_grad(), swap.using("prompt"):
         assert_near(both[0, 4:], swap(input_ids=IDS[:1]).logits[0])
@@ -348,13 +414,20 @@ def test_virtual_tokens_must_stand_in_front_of_their_rows(tiny_model: TinyModel,
 
 
 def test_a_batch_of_another_number_of_rows_is_refused(tiny_model: TinyModel, saved: Saved) -> None:
-    swap = several(saved, tiny_model("qwen2"))
+    swap = several(saved, tiny_model("qwen2"), ("lora", "ia3", "prefix"))
+    for whose in (["lora", "ia3", None], ["prefix", None, None], ["prefix"] * 2 + ["lora"]):
+        with (
+            torch.no_grad(),
+            swap.rows(whose),
+            pytest.raises(Unsupported, match="chosen for 3 rows, and the model computes 2 at once"),
+        ):
+            swap(input_ids=IDS)
     with (
         torch.no_grad(),
-        swap.rows(["lora", "ia3", None]),
-        pytest.raises(Unsupported, match="chosen for 3 rows, and the model computes 2 at once"),
+        swap.rows(["prefix", None]),
+        pytest.raises(Unsupported, match="chosen for 2 rows, and the model computes 4 at once"),
     ):
-        swap(input_ids=IDS)
+        swap(input_ids=IDS.repeat(2, 1))
     set_tiles(swap.base, 2)
     with (
         torch.no_grad(),
@@ -384,6 +457,18 @@ def copied(adapter: Path, to: Path, *, config: dict[str, Any] | None = None, **t
     [
         ({"use_qalora": True}, {}, "cannot stand beside others: it has use_qalora"),
         ({"use_dora": True}, {}, "is of other sizes than"),
+        ({"init_lora_weights": "pissa"}, {}, "it starts from 'pissa', which rewrites the base"),
+        ({"target_parameters": ["mlp.experts.up_proj"]}, {}, "it has target_parameters"),
+        (
+            {},
+            {f"{UP_PROJ}.token_adapter.trainable_tokens_delta": torch.ones(2, 2)},
+            "it has more at model.layers.0.mlp.up_proj than rows of new tokens",
+        ),
+        (
+            {},
+            {f"{UP_PROJ}.lora_A.weight": torch.tensor(1.0)},
+            "of other sizes",
+        ),
         ({}, {"base_model.model.lm_head.weight": torch.ones(2, 2)}, "it has base_model.model.lm_head.weight"),
         (
             {},
@@ -393,12 +478,12 @@ def copied(adapter: Path, to: Path, *, config: dict[str, Any] | None = None, **t
         ({}, {"base_model.model.model.more.lora_A.weight": torch.ones(4, 64)}, "this base has no model.more"),
         (
             {},
-            {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(4, 63)},
+            {f"{UP_PROJ}.lora_A.weight": torch.ones(4, 63)},
             "of other sizes",
         ),
         (
             {},
-            {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.full((4, 64), torch.nan)},
+            {f"{UP_PROJ}.lora_A.weight": torch.full((4, 64), torch.nan)},
             "has a number in .*up_proj.lora_A.weight that is none",
         ),
     ],
@@ -437,6 +522,15 @@ def test_an_adapter_of_another_base_is_refused(tiny_model: TinyModel, saved: Sav
         swap.add("mine", saved("pfeiffer"))
     with pytest.raises(BadAdapter, match="does not fit its base: "):
         swap.add("mine", saved("lora", family="phi3"))
+
+
+def test_projections_that_are_no_matrices_are_refused(
+    tiny_model: TinyModel, saved: Saved, tmp_path: Path
+) -> None:
+    swap = Swap(base_of(tiny_model("qwen2")))
+    adapter = copied(saved("vera"), tmp_path / "changed", **{"base_model.vera_A": torch.ones(4)})
+    with pytest.raises(BadAdapter, match="is of other sizes than"):
+        swap.add("mine", adapter)
 
 
 def test_damaged_files_are_refused(tiny_model: TinyModel, saved: Saved, tmp_path: Path) -> None:

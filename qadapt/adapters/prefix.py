@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from qadapt.adapters.effect import Effect
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
-from qadapt.adapters.side_car_files import read_settings, read_tensors
+from qadapt.adapters.side_car_files import check_base, read_settings, read_tensors
 from qadapt.engine.host import device_of
 from qadapt.engine.prefix import CHILD, see_prefixes
 from qadapt.errors import BadAdapter, Unsupported
@@ -146,8 +146,11 @@ def prefix_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
         BadAdapter: As `load_prefix`.
         Unsupported: As `load_prefix`.
     """
-    device, pairs = device_of(model), zip(_attentions(model), read_prefix(model, folder), strict=True)
-    return [Effect(attention, "alone", part.requires_grad_(False).to(device)) for attention, part in pairs]
+    parts, device = read_prefix(model, folder), device_of(model)
+    return [
+        Effect(attention, "alone", part.requires_grad_(False).to(device))
+        for attention, part in zip(_attentions(model), parts, strict=True)
+    ]
 
 
 def read_prefix(model: PreTrainedModel, folder: Path) -> list[FlatPrefix]:
@@ -158,13 +161,7 @@ def read_prefix(model: PreTrainedModel, folder: Path) -> list[FlatPrefix]:
     """
     settings = read_settings(folder)
     shapes = prefix_shapes(settings, folder)
-    for name, value in _of_base(model).items():
-        if settings.get(name) != value:
-            raise BadAdapter(
-                f"The adapter in {folder} is for a base whose {name} is {settings.get(name)}; this base's is "
-                f"{value}.",
-                cure="Load it on the base that it was trained on.",
-            )
+    check_base(settings, _of_base(model), folder)
     tensors = read_tensors(folder, shapes)
     names = [(f"layers.{number}.keys", f"layers.{number}.values") for number in range(settings["layers"])]
     return [FlatPrefix(tensors[keys], tensors[values]) for keys, values in names]

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from qadapt.adapters.bottleneck import Projection
 from qadapt.adapters.effect import Effect
 from qadapt.adapters.side_car import Part, SideCar
-from qadapt.adapters.side_car_files import read_settings, read_tensors
-from qadapt.engine.front import inserted
+from qadapt.adapters.side_car_files import check_base, read_settings, read_tensors
+from qadapt.engine.front import by_name, inserted
 from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter
 from qadapt.methods import ENCODER_WIDTH, front_ids
@@ -41,8 +41,6 @@ COMMON_TOKENS = 5000
 """Vectors start as embeddings of the most frequent tokens, so many as the paper has; low ids are frequent."""
 _MOST = 1_000_000
 _CHILD = "front"
-_NAMES = "input_ids", "attention_mask", "position_ids", "past_key_values"
-"""The first arguments of the library's causal models, in their order."""
 
 
 class Vectors(nn.Module):
@@ -122,9 +120,8 @@ class PromptPart(Part):
         self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hook before the causal model: virtual tokens in rows that have none, and what goes with them."""
-        assert len(arguments) <= len(_NAMES), "the rest has names"
         self._cut = 0
-        named = {**dict(zip(_NAMES, arguments, strict=False)), **named}
+        named = by_name(arguments, named)
         ids: Tensor | None = named.get("input_ids")
         if not self.is_on or ids is None:
             return None
@@ -230,13 +227,7 @@ def prompt_shapes(settings: Mapping[str, Any], folder: Path) -> dict[str, tuple[
 def _read(model: PreTrainedModel, folder: Path) -> PromptPart:
     settings = read_settings(folder)
     shapes = prompt_shapes(settings, folder)
-    for name, value in _of_base(model).items():
-        if settings.get(name) != value:
-            raise BadAdapter(
-                f"The adapter in {folder} is for a base whose {name} is {settings.get(name)}; this base's is "
-                f"{value}.",
-                cure="Load it on the base that it was trained on.",
-            )
+    check_base(settings, _of_base(model), folder)
     [vectors] = read_tensors(folder, shapes).values()
     return PromptPart(Vectors(vectors.to(device_of(model))), len(vectors))
 

@@ -1,19 +1,20 @@
 """A base whose layers call small modules of ours: what the methods have in common that PEFT does not know.
 
-To whoever trains, evaluates or talks to it, it looks as PEFT's model does: base, switch, parameters. The
-modules lie inside the base's layers, so recomputation, devices and modes reach them. On disk it is a
-side-car: one file of tensors and one of configuration (`side_car_files.py`). Knows no method.
+The modules lie inside the base's layers, so recomputation, devices and modes reach them; they can be switched
+off. On disk it is a side-car: one file of tensors and one of configuration (`side_car_files.py`). Knows no
+method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import GradientCheckpointingLayer, PreTrainedModel
+
+from qadapt.adapters.adapted_base import AdaptedBase
 
 
 class Part(nn.Module):
@@ -30,11 +31,10 @@ class Part(nn.Module):
         return dict(self.named_parameters())
 
 
-class SideCar(nn.Module):
-    """A frozen base with trained modules beside its layers.
+class SideCar(AdaptedBase):
+    """A frozen base with trained modules beside its layers, which call them.
 
     Attributes:
-        base: The base; its layers call the modules.
         parts: Name of each module on disk → the module; they belong to the base's layers.
         settings: What must be known to make them again, as plain JSON values.
     """
@@ -42,8 +42,7 @@ class SideCar(nn.Module):
     def __init__(
         self, base: PreTrainedModel, parts: Mapping[str, Part], *, settings: Mapping[str, Any]
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.settings = dict(settings)
         self._parts = dict(parts)  # a plain mapping: the base's layers own them
 
@@ -57,20 +56,6 @@ class SideCar(nn.Module):
         return {
             f"{name}.{key}": each for name, part in self._parts.items() for key, each in part.stored().items()
         }
-
-    @property
-    def config(self) -> Any:
-        """The base's configuration."""
-        return self.base.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base computes."""
-        return self.base.device
-
-    def get_base_model(self) -> PreTrainedModel:
-        """The base, its layers calling the modules."""
-        return self.base
 
     @property
     def virtual_tokens(self) -> int:
@@ -88,14 +73,6 @@ class SideCar(nn.Module):
         finally:
             for part, was_on in before.items():
                 part.is_on = was_on
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        """What the base computes."""
-        return self.base(*arguments, **named)
-
-    def generate(self, *arguments: Any, **named: Any) -> Any:
-        """What the base generates."""
-        return cast(Any, self.base).generate(*arguments, **named)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -64,6 +64,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "version"}
 
 
+def check_base(settings: Mapping[str, Any], base: Mapping[str, Any], folder: Path) -> None:
+    """Refuses what was trained beside another base.
+
+    Args:
+        settings: Of a folder.
+        base: What the base must have for a side-car to be its own, as this one has it.
+        folder: Whose settings these are.
+
+    Raises:
+        BadAdapter: It is another base's.
+    """
+    for name, value in base.items():
+        if settings.get(name) != value:
+            raise BadAdapter(
+                f"The adapter in {folder} is for a base whose {name} is {settings.get(name)}; this base's is "
+                f"{value}.",
+                cure="Load it on the base that it was trained on.",
+            )
+
+
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The tensors of a folder.
 

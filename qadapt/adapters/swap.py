@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qadapt.adapters.adapted_base import AdaptedBase
 from qadapt.adapters.effect import Effect
 from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.peft_effects import peft_effects
@@ -43,19 +44,15 @@ def effects_of(model: PreTrainedModel, folder: Path) -> list[Effect]:
     return side_car_effects(model, folder) if is_side_car(folder) else peft_effects(model, folder)
 
 
-class Swap(nn.Module):
+class Swap(AdaptedBase):
     """A frozen base and adapters beside it, none of which is on at first.
-
-    Attributes:
-        base: The base.
 
     Args:
         base: Nothing is attached to it.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
+        super().__init__(base.requires_grad_(False))
         self._held: dict[str, list[Effect]] = {}
         self._parts = nn.ModuleList()  # whose tensors move with this model, and are counted in it
         self._sites: dict[nn.Module, Site] = {}
@@ -73,33 +70,11 @@ class Swap(nn.Module):
         return tuple(group.names for group in self._chosen.groups)
 
     @property
-    def config(self) -> Any:
-        """The base's configuration."""
-        return self.base.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base computes."""
-        return self.base.device
-
-    def get_base_model(self) -> PreTrainedModel:
-        """The base, its modules asking which adapters are on."""
-        return self.base
-
-    @property
     def virtual_tokens(self) -> int:
         """How many stand in front of every row with what is on for all rows."""
         groups = [group for group in self._chosen.groups if group.places is None]
         parts = [effect.part for group in groups for name in group.names for effect in self._held[name]]
         return sum(part.virtual_tokens for part in dict.fromkeys(parts) if isinstance(part, HasVirtualTokens))
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        """What the base computes with the adapters that are on."""
-        return self.base(*arguments, **named)
-
-    def generate(self, *arguments: Any, **named: Any) -> Any:
-        """What the base generates with them."""
-        return cast(Any, self.base).generate(*arguments, **named)
 
     def add(self, name: str, folder: Path) -> None:
         """Brings the adapter of a folder into memory; it is not on.
@@ -182,7 +157,7 @@ class Swap(nn.Module):
 
         Raises:
             BadAdapter: As `stack`.
-            Unsupported: As `stack`; and by the model, if its batch has another number of rows.
+            Unsupported: As `stack`; and by the model, if rows differ and its batch has more of them or fewer.
         """
         stacks = [(each,) if isinstance(each, str) else tuple(each or ()) for each in whose]
         with self._for_a_while(self._grouped(stacks)):
@@ -202,8 +177,9 @@ class Swap(nn.Module):
         try:
             yield
         finally:
-            self._chosen.groups = before
-            self._chosen.shown.clear()
+            is_whole = all(name in self._held for group in before for name in group.names)
+            self._chosen.groups = before if is_whole else ()  # as `remove` leaves it
+            self._chosen.forget()
 
     def _grouped(self, stacks: Sequence[tuple[str, ...]]) -> tuple[Group, ...]:
         """The rows by their stacks; with a single stack: all of them."""
@@ -231,15 +207,10 @@ class Swap(nn.Module):
 
     def _check_stack(self, names: tuple[str, ...]) -> None:
         for path, module in self.base.named_modules() if len(names) > 1 else ():
-            if module not in self._sites:
-                continue
-            there, kinds = self._sites[module].kinds(names)
-            if len(there) < 2:
-                continue
-            if len(set(there)) < len(there) or len(kinds) > 1 or "alone" in kinds:
+            if module in self._sites and (clash := self._sites[module].clash(names)):
                 place = path or "the whole model"
                 raise Unsupported(
-                    f"{' and '.join(there)} cannot be stacked: at {place} they have no meaning together.",
+                    f"{' and '.join(clash)} cannot be stacked: at {place} they have no meaning together.",
                     cure="Use one at a time. LoRA stacks with LoRA, IA3 with IA3, bottlenecks with "
                     "bottlenecks, and any two that work at different places.",
                 )

@@ -9,13 +9,16 @@ Legend: B rows, T tokens, P virtual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from qadapt.methods import front_ids
+
+_NAMES = "input_ids", "attention_mask", "position_ids", "past_key_values"
+"""The first arguments of the library's causal models, in their order."""
 
 
 @runtime_checkable
@@ -30,6 +33,12 @@ class HasVirtualTokens(Protocol):
 def front_of(model: nn.Module) -> int:
     """How many virtual tokens a model wants in front of every row."""
     return model.virtual_tokens if isinstance(model, HasVirtualTokens) else 0
+
+
+def by_name(arguments: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a causal model was called with, all of it by name."""
+    assert len(arguments) <= len(_NAMES), "the rest has names"
+    return {**dict(zip(_NAMES, arguments, strict=False)), **named}
 
 
 def in_front(model: nn.Module, prompt: Sequence[int]) -> list[int]:

@@ -53,6 +53,15 @@ class Choice(nn.Module):
         self.rows: tuple[Prefix | None, ...] = (None,)
 
 
+def other_rows(chosen: int, computed: int) -> Unsupported:
+    """What is raised where a model computes another number of rows than something was chosen for."""
+    return Unsupported(
+        f"Adapters were chosen for {chosen} rows, and the model computes {computed} at once.",
+        cure="Choose one for each row of the batch. Packed rows, and feed-forward parts computed in pieces, "
+        "take one adapter for all.",
+    )
+
+
 def see_prefixes(model: PreTrainedModel) -> None:
     """Lets the attention of a model look for prefixes; without one it computes what it did, to the bit.
 
@@ -94,8 +103,14 @@ def attend_prefixed(
     attend: Callable[..., tuple[Tensor, Tensor | None]],
     **named: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Another attention with the module's prefixes in front; (B, T, H, D)."""
+    """Another attention with the module's prefixes in front; (B, T, H, D).
+
+    Raises:
+        Unsupported: Prefixes were chosen for another number of rows.
+    """
     prefixes = prefixes_of(module)
+    if len(prefixes) not in (1, len(query)):
+        raise other_rows(len(prefixes), len(query))
     one = partial(_attend_behind, attend=partial(attend, module, **named))
     if len(set(prefixes)) == 1:
         return one(prefixes[0], query, key, value, attention_mask)
