@@ -2,18 +2,18 @@
 
 Between an ancestor that answers right and a version that does not lies one step from right to broken; half of
 what lies between them is left out with every version asked (binary search, as `git bisect`). Answers are
-greedy, so that the same version gives the same answer.
+greedy, so that the same version gives the same answer. Versions of one base are asked on one in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qadapt.adapters.store import SHOWN, Store
-from qadapt.errors import BadAdapter
-from qadapt.loading import load_partner
+from qadapt.errors import BadAdapter, BadRun, Unsupported
+from qadapt.loading import Loaded, load_partner
 from qadapt.quiet import quiet_libraries
 from qadapt.serve.chat import Chat, Manner
 from qadapt.serve.partner import Partner
@@ -54,10 +54,10 @@ def bisect(
         DoesNotFit: Memory ran out.
     """
     quiet_libraries()
-    line = ancestors(store, store.find(what))
+    line, asker = ancestors(store, store.find(what)), Asker(prompt, longest)
 
     def tried(place: int) -> Tried:
-        answer = _answer(store.folder_of(line[place]), prompt, longest=longest)
+        answer = asker.answer(store.folder_of(line[place]))
         return Tried(line[place], answer, expected in answer)
 
     broken = len(line) - 1
@@ -95,10 +95,44 @@ def ancestors(store: Store, version: str) -> list[str]:
     return line[::-1]
 
 
-def _answer(folder: Path, prompt: str, *, longest: int) -> str:
-    loaded = load_partner(Partner("adapter", folder))
-    chat = Chat(loaded.model, loaded.contract, Manner(longest))
-    for _ in chat.ask(prompt):
-        pass
-    assert chat.reply is not None
-    return chat.reply.answer
+class Asker:
+    """Asks one version after another the same question, the base in memory as long as it is theirs.
+
+    Args:
+        prompt: The question.
+        longest: Longest answer in tokens.
+    """
+
+    def __init__(self, prompt: str, longest: int) -> None:
+        self._prompt, self._manner = prompt, Manner(longest)
+        self._loaded: Loaded | None = None
+
+    def answer(self, folder: Path) -> str:
+        """What the version in a folder answers.
+
+        Raises:
+            BadAdapter: It is damaged.
+            BadRun: Its base is not what it was.
+            DoesNotFit: Memory ran out.
+        """
+        self._loaded = _turned_to(folder, self._loaded)  # another base goes before the next one comes
+        self._loaded = self._loaded or load_partner(Partner("adapter", folder))
+        chat = Chat(self._loaded.model, self._loaded.contract, self._manner)
+        for _ in chat.ask(self._prompt):
+            pass
+        assert chat.reply is not None
+        return chat.reply.answer
+
+
+def _turned_to(folder: Path, loaded: Loaded | None) -> Loaded | None:
+    """What is loaded with a version in place of the one before; None, if that must be loaded by itself."""
+    if loaded is None or (together := loaded.together) is None:
+        return None
+    for name in together.model.names:
+        together.remove(name)
+    try:
+        together.add(folder.name, folder)
+    except (BadAdapter, BadRun, Unsupported):  # what is damaged is refused again
+        return None
+    together.model.use(folder.name)
+    return replace(loaded, contract=together.contracts[folder.name])

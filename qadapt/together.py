@@ -52,6 +52,15 @@ class Together:
         self.model.add(name, adapter)
         self.contracts[name], self.folders[name] = contract, adapter.resolve()
 
+    def remove(self, name: str) -> None:
+        """Takes an adapter out of memory.
+
+        Raises:
+            BadAdapter: There is none of that name.
+        """
+        self.model.remove(name)
+        del self.contracts[name], self.folders[name]
+
     def contract_of(self, names: Sequence[str]) -> PromptContract:
         """How a stack is asked: as its last adapter, which works on what the others give."""
         return self.contracts[names[-1]]
@@ -104,17 +113,29 @@ class Company:
         return there, self.together.contract_of(there)
 
     def _brought(self, name: str) -> str:
-        if name in self.together.contracts:
-            return name
+        here = self.together.folders
+        try:
+            folder = self._found(name)
+        except BadRun:
+            if name in here:
+                return name
+            raise
+        for other, place in here.items():
+            if place == folder.resolve():
+                return other
+        if name in here:
+            raise BadAdapter(
+                f"{name} is {here[name]} in memory, and {folder.resolve()} elsewhere.",
+                cure="Give the path of the one that you mean.",
+            )
+        self.together.add(name, folder)
+        return name
+
+    def _found(self, name: str) -> Path:
         partner = find_partner(name, self.runs, store=self.store)
         if not partner.has_adapter:
             raise BadRun(f"{name} is no adapter: it is a whole model.", cure="Talk to it by itself.")
-        folder = RunFolder(partner.path).adapter if partner.kind == "run" else partner.path
-        for other, place in self.together.folders.items():
-            if place == folder.resolve():
-                return other
-        self.together.add(name, folder)
-        return name
+        return RunFolder(partner.path).adapter if partner.kind == "run" else partner.path
 
 
 def _said(facts: AdapterFacts) -> str:

@@ -100,13 +100,16 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What is asked; a version answers its number, which its weights begin with."""
     asked: list[int] = []
 
-    def answer(folder: Path, prompt: str, *, longest: int) -> str:
-        assert (prompt, longest) == ("Which?", 256)
-        weights = (folder / "adapter_model.safetensors").read_text()
-        asked.append(int(weights[: len(weights) // 100]))
-        return "right" if asked[-1] < BROKEN[0] else "wrong"
+    class Numbered:
+        def __init__(self, prompt: str, longest: int) -> None:
+            assert (prompt, longest) == ("Which?", 256)
 
-    monkeypatch.setattr(bisecting, "_answer", answer)
+        def answer(self, folder: Path) -> str:
+            weights = (folder / "adapter_model.safetensors").read_text()
+            asked.append(int(weights[: len(weights) // 100]))
+            return "right" if asked[-1] < BROKEN[0] else "wrong"
+
+    monkeypatch.setattr(bisecting, "Asker", Numbered)
     return asked
 
 

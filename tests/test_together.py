@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ from test_chat import Keyboard, Scripted, at_keyboard, screen, shown
 from test_method_runs import drawn
 from test_methods import base_of
 
-from qadapt.adapters.facts import FACTS_FILE, AdapterFacts, read_facts
+from qadapt.adapters.facts import FACTS_FILE, PEFT_FILES, AdapterFacts, read_facts
 from qadapt.adapters.lora import save_adapter
+from qadapt.bisecting import Asker
 from qadapt.cli.chat_session import Session
 from qadapt.cli.main import run as run_command
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
@@ -26,6 +28,7 @@ from qadapt.loading import load_partner, load_together, load_tuned
 from qadapt.methods import Method
 from qadapt.model.folder import checked_folder
 from qadapt.model.generate import generate
+from qadapt.model.load import load_base
 from qadapt.serve.chat import Chat, Manner
 from qadapt.serve.partner import find_partner
 from qadapt.together import Company
@@ -173,6 +176,67 @@ def test_a_conversation_goes_on_with_another_adapter_and_its_prompts(made: Made)
     assert "".join(chat.ask("say 3")) == answers[0], "the first one is as it was"
 
 
+def test_a_conversation_is_read_anew_by_whoever_is_switched_on(made: Made) -> None:
+    loaded = load_partner(find_partner(str(made("lora"))))
+    assert loaded.together is not None
+    loaded.together.add("other", made("ia3"))
+    chat = Chat(loaded.model, loaded.contract, SHORT)
+    first = "".join(chat.ask("say 3"))
+    loaded.together.model.use("other")
+    second = "".join(chat.ask("say 4"))
+    ids = loaded.contract.prompt_ids(
+        [
+            {"role": "user", "content": "say 3"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": "say 4"},
+        ]
+    )
+    ends = {"end_ids": loaded.contract.end_ids, "pad_id": loaded.contract.pad_id}
+    [expected] = generate(loaded.model, [ids], max_new_tokens=SHORT.longest, **ends)  # type: ignore[arg-type]
+    assert second == loaded.contract.text(expected)
+
+
+def test_answers_of_two_adapters_can_be_written_in_turn(made: Made) -> None:
+    adapters = [made("lora"), made("ia3")]
+    together = load_together([str(adapter) for adapter in adapters])
+    answers = []
+    for adapter in adapters:
+        chat = Chat(together.model, together.contracts[str(adapter)], SHORT)
+        chat.switch_to([str(adapter)], chat.contract)
+        answers.append(chat.ask("say 3"))
+    found = zip(*zip_longest(*answers, fillvalue=""), strict=True)
+    assert ["".join(each) for each in found] == [alone(adapter, "say 3")[0] for adapter in adapters]
+    assert together.model.chosen == ()
+
+
+def test_what_is_taken_out_can_be_brought_in_again(made: Made) -> None:
+    adapters = [str(made("lora")), str(made("ia3"))]
+    together = load_together(adapters)
+    together.remove(adapters[1])
+    assert together.model.names == tuple(together.contracts) == tuple(together.folders) == (adapters[0],)
+    assert Company(together).bring(adapters[1:])[0] == (adapters[1],)
+    with pytest.raises(BadAdapter, match="There is no adapter nobody"):
+        together.remove("nobody")
+
+
+def test_a_name_of_two_adapters_is_refused(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "a/bot", tmp_path / "b/bot"
+    shutil.copytree(made("lora"), first)
+    shutil.copytree(made("ia3"), second)
+    loaded = load_partner(find_partner(str(first)))
+    assert loaded.together is not None
+    company = Company(loaded.together)
+    assert company.bring(["bot"])[0] == ("bot",)
+    monkeypatch.chdir(second.parent)
+    with pytest.raises(BadAdapter, match=r"bot is .*a/bot in memory, and .*b/bot elsewhere") as refused:
+        company.bring(["bot"])
+    assert "the path" in refused.value.cure
+    assert company.bring([str(second)])[0] == (str(second),)
+    assert company.bring(["bot"])[0] == (str(second),), "it is where one stands"
+
+
 def test_an_adapter_is_brought_in_once_under_whatever_name(made: Made) -> None:
     first, second = made("lora"), made("ia3")
     loaded = load_partner(find_partner(str(first)))
@@ -200,15 +264,45 @@ def test_a_whole_model_does_not_stand_beside_an_adapter(made: Made, tiny_model: 
 def test_an_adapter_with_parts_that_cannot_stand_beside_others_is_talked_to_alone(
     made: Made, tmp_path: Path
 ) -> None:
-    adapter, file = tmp_path / "with-table", "adapter_model.safetensors"
-    shutil.copytree(made("lora"), adapter)
-    table = base_of(Path(read_facts(adapter).base)).get_input_embeddings().weight
-    save_file({**load_file(adapter / file), f"{FRONT}embed_tokens.weight": table.detach()}, adapter / file)
+    adapter = with_table(made("lora"), tmp_path / "with-table")
     loaded = load_partner(find_partner(str(adapter)))
     assert loaded.together is None
     assert list_of(Chat(loaded.model, loaded.contract, SHORT)) == alone(made("lora"), "say 3")
     with pytest.raises(Unsupported, match=f"cannot stand beside others: it has {FRONT}embed_tokens"):
         load_together([str(made("ia3")), str(adapter)])
+
+
+def with_table(adapter: Path, to: Path) -> Path:
+    """An adapter that was saved with a table of its base."""
+    shutil.copytree(adapter, to)
+    table, file = base_of(Path(read_facts(adapter).base)).get_input_embeddings().weight, to / PEFT_FILES[0]
+    save_file({**load_file(file), f"{FRONT}embed_tokens.weight": table.detach()}, file)
+    return to
+
+
+def test_versions_are_asked_on_one_base_as_long_as_it_is_theirs(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        loads.append(named["quantization"])
+        return load_base(*arguments, **named)
+
+    versions = {
+        "one": (made("lora"), ["nf4"]),
+        "other": (made("ia3"), ["nf4"]),
+        "one again": (made("lora"), ["nf4"]),
+        "held otherwise": (made("lora", quantization="none"), ["nf4", "none"]),
+        "by itself": (with_table(made("lora"), tmp_path / "table"), ["nf4", "none", "nf4"]),
+        "after it": (made("pfeiffer", template="plain"), ["nf4", "none", "nf4", "nf4"]),
+    }
+    expected = {name: alone(folder, "say 3") for name, (folder, _) in versions.items()}
+    asker = Asker("say 3", SHORT.longest)
+    monkeypatch.setattr("qadapt.loading.load_base", counted)
+    for name, (folder, loaded) in versions.items():
+        assert [asker.answer(folder)] == expected[name], name
+        assert loads == loaded, name
 
 
 def test_who_answered_answers_on_where_another_cannot(

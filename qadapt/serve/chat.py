@@ -7,7 +7,7 @@ keys and values of the rest are kept from question to question. Knows no screen,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -238,22 +238,26 @@ class Chat:
     def _tokens(self, ids: Sequence[int], room: int) -> Generator[int, None, None]:
         if self._kept_of != self._whose:
             self._kept, self._kept_of = Kept(), self._whose
+        written = stream(
+            self.model,
+            ids,
+            max_new_tokens=room,
+            end_ids=self.contract.end_ids,
+            sampling=self._sampling,
+            kept=self._kept,
+        )
+        try:
+            while (token := self._next(written)) is not None:
+                if isinstance(token, RanOut):
+                    raise self._does_not_fit(len(ids))
+                yield token
+        finally:
+            written.close()
+
+    def _next(self, written: Iterator[int]) -> int | RanOut | None:
+        """The next token; between two of them the model is others'."""
         with self._voice():
-            written = stream(
-                self.model,
-                ids,
-                max_new_tokens=room,
-                end_ids=self.contract.end_ids,
-                sampling=self._sampling,
-                kept=self._kept,
-            )
-            try:
-                while (token := attempt(lambda: next(written, None))) is not None:
-                    if isinstance(token, RanOut):
-                        raise self._does_not_fit(len(ids))
-                    yield token
-            finally:
-                written.close()
+            return attempt(lambda: next(written, None))
 
     def _voice(self) -> AbstractContextManager[None]:
         if self.uses_adapter:
@@ -265,8 +269,10 @@ class Chat:
         return without_adapter(self.model)
 
     @property
-    def _whose(self) -> tuple[str, ...] | bool:
+    def _whose(self) -> tuple[object, ...] | bool:
         """Who answers, as whom the model has read what it keeps."""
+        if self.uses_adapter and not self.adapters and isinstance(self.model, Swap):
+            return self.model.chosen
         return self.adapters or True if self.uses_adapter else False
 
     def _does_not_fit(self, tokens: int) -> DoesNotFit:
