@@ -293,9 +293,6 @@ def test_a_description_that_was_changed_is_refused(shelf: Shelf) -> None:
     assert shelf.weights("summaries") == "one"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
 def test_an_older_version_whose_description_is_damaged_is_mended_by_adding_it_again(shelf: Shelf) -> None:
     one, two, three = (shelf.add(weights) for weights in ("one", "two", "three"))
     for each in (one, two):
@@ -306,6 +303,9 @@ def test_an_older_version_whose_description_is_damaged_is_mended_by_adding_it_ag
     assert len(shelf.store.ids()) == 3
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
         *("", "{", "[]", '{"version": 2}', '{"version": 1}', '{"version": 1, "used": [], "left": []}'),
         '{"version": 1, "used": ["ID"]}',
         '{"version": 1, "used": "ID", "left": []}',
@@ -373,10 +373,20 @@ def test_what_does_not_belong_to_an_adapter_is_left_out(shelf: Shelf, tmp_path: 
         "model.safetensors",
         "trainer_state.json",
         "x/LICENSE",
+        "license_plates.safetensors",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("more")
-    kept = ("LICENSE.txt", "additional_chat_templates/rag.jinja", "tokenizer.json", "prompt.json")
+    kept = (
+        "LICENSE.txt",
+        "licence.md",
+        "MODEL_LICENSE",
+        "Notices.txt",
+        "USE_POLICY.md",
+        "additional_chat_templates/rag.jinja",
+        "tokenizer.json",
+        "prompt.json",
+    )
     for name in kept:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
@@ -507,12 +517,6 @@ def test_whatever_is_done_the_store_holds_what_plain_dictionaries_hold(
                 assert used == expected.names[name]
 
 
-def test_a_version_reads_back_as_it_was_written(shelf: Shelf) -> None:
-    one = shelf.add("one")
-    folder = shelf.store.path / "versions" / one
-    version = read_version(folder)
-    assert version.text() == (folder / "version.json").read_text(encoding="utf-8")
-    assert json.loads(version.text())["record"]["facts"]["fingerprint"] == "f" * 64
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_list_hides_no_name_and_no_id(shelf: Shelf, width: int) -> None:
     long, source = "a-very-long-name-that-somebody-gave", f"hub me/some-long-adapter-name@{'c0ffee' * 7}"[:-2]
@@ -532,3 +536,9 @@ def test_a_list_hides_no_name_and_no_id(shelf: Shelf, width: int) -> None:
     assert "onLlama-3.1-8B-Instruct" in words.replace(" ", "")
 
 
+def test_a_version_reads_back_as_it_was_written(shelf: Shelf) -> None:
+    one = shelf.add("one")
+    folder = shelf.store.path / "versions" / one
+    version = read_version(folder)
+    assert version.text() == (folder / "version.json").read_text(encoding="utf-8")
+    assert json.loads(version.text())["record"]["facts"]["fingerprint"] == "f" * 64

@@ -41,6 +41,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "---\nlanguage: en\nlicense: apache-2.0\n---\n# Base\n", encoding="utf-8"
     )
     (model / "LICENSE").write_text("Apache License 2.0\n", encoding="utf-8")
+    (model / "Notice.md").write_text("of others\n", encoding="utf-8")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= {"torch_dtype": "bfloat16", "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -69,6 +70,7 @@ def test_folder_loads_alone_with_plain_transformers(parts, tmp_path, shard_bytes
     assert ours.apply_chat_template(turns) == theirs.apply_chat_template(turns)
     assert GenerationConfig.from_pretrained(out) == GenerationConfig.from_pretrained(parts[0])
     assert (out / "LICENSE").read_text(encoding="utf-8") == "Apache License 2.0\n"
+    assert (out / "Notice.md").read_text(encoding="utf-8") == "of others\n"
 
 
 def test_config_names_the_type_and_nothing_of_the_past(parts, tmp_path):

@@ -11,6 +11,8 @@ from hub_server import COMMIT, Hub, Repository, running_hub
 from model_folders import CONFIG, ENTRIES, files_of, write_folder
 
 from qadapt.errors import BadModel, BadOutput, HubRefused, Unsupported
+from qadapt.export.card import licence_of
+from qadapt.export.folder import copy_licence
 from qadapt.model import download
 from qadapt.model.shards import TensorEntry
 from qadapt.model.source import ModelFiles, find_model
@@ -32,6 +34,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def tiny(hub: Hub, tmp_path: Path) -> Repository:
     folder = write_folder(tmp_path / "origin", entries=BIG, shard_bytes=100_000)
     files = files_of(folder) | {"modeling_tiny.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
+    files |= {"LICENSE.txt": b"terms", "USE_POLICY.md": b"more terms", "original/LICENSE": b"the same"}
+    files |= {"README.md": b"---\nlicense: apache-2.0\n---\n", "licensed.png": b"a picture"}
     hub.repositories[NAME] = Repository(files)
     return hub.repositories[NAME]
 
@@ -50,6 +54,15 @@ def test_model_is_fetched_whole_and_its_commit_recorded(hub: Hub, tiny: Reposito
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     }
+
+
+def test_the_terms_of_a_model_come_with_it(hub: Hub, tiny: Repository, tmp_path: Path) -> None:
+    found = fetch(hub, tmp_path).folder
+    terms = {name for name in files_of(found) if not name.endswith((".json", ".safetensors", ".jinja"))}
+    assert terms == {"LICENSE.txt", "USE_POLICY.md", "README.md"}
+    assert licence_of(found) == "apache-2.0"
+    copy_licence(found, tmp_path)
+    assert (tmp_path / "LICENSE.txt").read_bytes() == b"terms"
 
 
 def test_code_and_pickles_are_never_asked_for(hub: Hub, tiny: Repository, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "qadapt"
 RUNGS = (
     {"errors", "units", "quiet"},
     {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
-    | {"methods", "control", "pause_rules", "stage", "run_folder", "hardware", "measured"},
+    | {"methods", "control", "pause_rules", "stage", "run_folder", "hardware", "measured", "licences"},
     {"plan"},
     {"engine"},
     {"model", "adapters", "data"},

@@ -18,6 +18,7 @@ from typing import Any
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.errors import BadAdapter
+from qadapt.licences import is_licence
 from qadapt.units import MIB
 
 VERSION_FILE = "version.json"
@@ -31,7 +32,7 @@ _FILES = (
 """What belongs to an adapter; others are left out: notes, checkpoints, and pickles above all."""
 PATTERNS = (*_FILES, "additional_chat_templates/*")
 """The same and its templates as patterns; of licences a folder may have more than its adapter's."""
-_OTHERS = re.compile(r"(LICENSE|NOTICE|USE_POLICY)[\w.-]*|additional_chat_templates/\w[\w.-]*\.jinja")
+_TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -181,7 +182,7 @@ def copy_adapter_files(folder: Path, place: Path) -> None:
 
 def belongs(name: str) -> bool:
     """Whether a file, by its path in the folder, is one of an adapter's."""
-    return name in _FILES or bool(_OTHERS.fullmatch(name))
+    return name in _FILES or is_licence(name) or _TEMPLATE.fullmatch(name) is not None
 
 
 def check_weights(chosen: Iterable[str], names: Iterable[str], *, where: str) -> None:

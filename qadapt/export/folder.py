@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadapt.events import Exported
+from qadapt.licences import is_licence
 from qadapt.model.folder import read_config
 
 TOKENIZER = (
@@ -23,7 +24,6 @@ TOKENIZER = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of the tokenizer: the base's, or those beside the adapter if it has new tokens."""
-_LICENCE = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _DROPPED = ("torch_dtype", "quantization_config", "auto_map", "_name_or_path")
 
@@ -74,7 +74,7 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
 
 def copy_licence(model_folder: Path, folder: Path) -> None:
     """Copies the terms under which the base may be used, and so what is made of it."""
-    copy_files(model_folder, folder, _LICENCE)
+    copy_files(model_folder, folder, [path.name for path in model_folder.iterdir() if is_licence(path.name)])
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -38,6 +38,7 @@ from huggingface_hub.errors import (
 
 from qadapt.cache import ignore, output_errors, require_free
 from qadapt.errors import BadModel, HubRefused
+from qadapt.licences import is_licence
 from qadapt.model.download import RemoteFile, download, file_bytes, part_of, remote_file
 from qadapt.model.folder import check_config, checked_folder, read_config
 from qadapt.model.shards import INDEX_NAME, SINGLE_NAME
@@ -46,7 +47,7 @@ from qadapt.stage import Report
 
 _SMALL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken|chat_template)"
-    r"\.json|merges\.txt|tokenizer\.model(\.v\d+)?|chat_template\.jinja|" + re.escape(INDEX_NAME)
+    r"\.json|merges\.txt|tokenizer\.model(\.v\d+)?|chat_template\.jinja|README\.md|" + re.escape(INDEX_NAME)
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -177,7 +178,7 @@ def _described(repository: _Repository, sizes: dict[str, int]) -> tuple[Path, li
     folder = repository.fetch("config.json").parent
     check_config(read_config(folder, name=name), name=name)
     for file in sizes:
-        if _SMALL_FILES.fullmatch(file):
+        if _SMALL_FILES.fullmatch(file) or is_licence(file):
             repository.fetch(file)
     return folder, _weight_names(folder, name=name, files=list(sizes))
 
