@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, islice
 
 from qadapt.data.check import (
@@ -51,7 +52,7 @@ from qadapt.plan.speed import micro_batch_seconds
 from qadapt.recipe import Recipe
 from qadapt.run_parts import padded_question, plan_rows, step_sample
 from qadapt.shape import ModelShape
-from qadapt.stage import with_progress
+from qadapt.stage import passing, with_progress
 
 MOST_TOKENS = 300
 """So many tokens of a row are shown on a screen; the middles of longer turns are left out."""
@@ -75,9 +76,8 @@ def check_data(
         QadaptError: The rows, the base or the template cannot be used.
     """
     findings: list[Finding] = []
-    material = yield from _noted(
-        prepare(recipe, revision=recipe.model.revision, needs_weights=False), findings
-    )
+    preparing = prepare(recipe, revision=recipe.model.revision, needs_weights=False)
+    material = yield from passing(preparing, partial(_noted, findings))
     yield StageStarted(stage="counting")
     rows, tallies = material.rows, [part.tally for part in material.parts]
     sample = step_sample(recipe, material)
@@ -114,19 +114,11 @@ def check_data(
     return replace(report, findings=tuple(findings))
 
 
-def _noted(
-    events: Generator[Event, None, Material], findings: list[Finding]
-) -> Generator[Event, None, Material]:
-    """The events, their warnings noted, and their result."""
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as done:
-            material: Material = done.value
-            return material
-        if isinstance(event, Warned):
-            findings.append(Finding(event.message, event.cure))
-        yield event
+def _noted(findings: list[Finding], event: Event) -> bool:
+    """Notes a warning; all events pass."""
+    if isinstance(event, Warned):
+        findings.append(Finding(event.message, event.cure))
+    return True
 
 
 def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:

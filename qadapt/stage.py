@@ -12,6 +12,7 @@ from qadapt.events import Event, StageAdvanced, StageStarted
 _FAREWELL_SECONDS = 5.0
 """How long an abandoned call may take to notice and to clear up."""
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Report = Callable[[str, int, int], None]
 """Called with the stage, how much is done, and how much there is (0: unknown); bytes, if nothing is said."""
@@ -35,6 +36,18 @@ def passing(
         return result
     finally:
         events.close()
+
+
+def go_through(items: Generator[Item, None, Result], see: Callable[[Item], object]) -> Result:
+    """Shows `see` all that comes, one by one; the result."""
+    try:
+        while True:
+            see(next(items))
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        items.close()
 
 
 def with_progress(

@@ -84,7 +84,7 @@ def test_the_order_changes_no_bit_of_a_mean(make, tmp_path):
 def test_a_mean_can_be_asked_for_by_command(make, tmp_path, capfd):
     a, b = make("a", 1), make("b", 2)
     assert run(["adapters", "combine", f"{a}=0.5", f"{b}=0.5", "--to", str(tmp_path / "made")]) == 0
-    assert (tmp_path / "made" / TENSORS).is_file() and "rank 6" in capfd.readouterr().out
+    assert (tmp_path / "made" / TENSORS).is_file() and "tensors, width 6" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("weights", [(1, -1), (1, 1), (2,), (0.5,), (1.5, -0.5)])

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qadapt.cli.combine import combine, say_warning
-from qadapt.cli.screen import console
+from qadapt.cli.combine import combine
+from qadapt.cli.screen import console, error_console
 
 if TYPE_CHECKING:
     from qadapt.adapters.store import Store
@@ -198,15 +198,13 @@ def push(
 
     Example: `qadapt adapters push summaries --to hub:me/summaries --private`.
     """
-    from qadapt.cli.screen import watched
+    from qadapt.cli.stages import drawn
     from qadapt.export.hub import HubTarget
     from qadapt.keeping import HUB
     from qadapt.sharing import push as push_adapter
-    from qadapt.stage import passing
 
     target = HubTarget(to.removeprefix(HUB), is_private=private)
-    events = passing(push_adapter(what, target, folder=folder, store=store), say_warning)
-    pushed = watched(events, first="reading the adapter")
+    pushed = drawn(push_adapter(what, target, folder=folder, store=store), error_console())
     _say(json, {"schema": 1, **asdict(pushed)}, f"pushed {pushed.name}: {pushed.address}")
 
 
@@ -224,18 +222,18 @@ def bisect(
 
     Example: `qadapt adapters bisect summaries --prompt "Two loaves for Ada." --expect Ada`.
     """
+    from qadapt.bisecting import Tried
     from qadapt.bisecting import bisect as find_break
+    from qadapt.stage import go_through
 
-    tries, asked = find_break(_store(store), what, prompt=prompt, expected=expect, longest=longest), []
-    while True:
-        try:
-            tried = next(tries)
-        except StopIteration as end:
-            found = end.value
-            break
+    asked: list[dict[str, Any]] = []
+
+    def say(tried: Tried) -> None:
         asked.append(asdict(tried))
         said = "right" if tried.is_right else "broken"
         console(is_quiet=json).print(f"{_short(tried.version)} {said}: {tried.answer.strip()}", markup=False)
+
+    found = go_through(find_break(_store(store), what, prompt=prompt, expected=expect, longest=longest), say)
     values = {"schema": 1, **asdict(found), "asked": asked}
     _say(json, values, f"It broke with {_short(found.broken)}; {_short(found.right)} before it is right.")
 

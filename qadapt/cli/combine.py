@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qadapt.cli.screen import console, error_console, watched
+from qadapt.cli.screen import console, error_console
 
 if TYPE_CHECKING:
-    from qadapt.events import Event
     from qadapt.export.combine import Combined
 
 
@@ -58,16 +57,15 @@ def combine(
     """
     import json as json_text
 
+    from qadapt.cli.stages import drawn
     from qadapt.export.combine import Way
     from qadapt.export.combine import combine as combine_adapters
-    from qadapt.stage import passing
     from qadapt.trained import find_trained
 
     weights = [_weighted(part) for part in parts]
     chosen = [(find_trained(name, folder=folder, store=store).adapter, weight) for name, weight in weights]
     way = Way(how, rank=rank, density=density, seed=seed)
-    events = passing(combine_adapters(chosen, to, way=way), say_warning)
-    made = watched(events, first="reading the adapters")
+    made = drawn(combine_adapters(chosen, to, way=way), error_console())
     if json:
         typer.echo(json_text.dumps(result_values(made), indent=2))
     else:
@@ -92,12 +90,14 @@ def result_values(made: Combined) -> dict[str, object]:
 
 def sentences(made: Combined) -> list[str]:
     """What there is to say of an adapter that was made."""
+    from qadapt.adapters.facts import is_side_car
     from qadapt.units import format_bytes
 
     size = format_bytes(made.bytes)
     if not made.weights:
         return [f"a copy, {size}: {made.folder}"]
-    lines = [f"{made.weights} weights, rank {made.rank}, {made.dtype}, {size}: {made.folder}"]
+    what, wide = ("tensors", "width") if is_side_car(made.folder) else ("weights", "rank")
+    lines = [f"{made.weights} {what}, {wide} {made.rank}, {made.dtype}, {size}: {made.folder}"]
     if not made.error:
         return [*lines, "It is what was asked for, to the bit."]
     lost = f"What is written differs by {made.error:.3g} of what was asked for (relative, Frobenius norm)"
@@ -118,12 +118,3 @@ def _weighted(part: str) -> tuple[str, float]:
             f"{part!r} is no adapter with its weight.", cure="Give each as name=weight, such as mine=0.7."
         )
     return name, number
-
-
-def say_warning(event: Event) -> bool:
-    """Says what there is to know; all events pass."""
-    from qadapt.events import Warned
-
-    if isinstance(event, Warned):
-        error_console().print(f"{event.message} {event.cure}", markup=False)
-    return True

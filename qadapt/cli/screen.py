@@ -35,17 +35,15 @@ def watched(work: Generator[Event, None, Result], *, first: str) -> Result:
         first: What stands there before the first of them.
     """
     from qadapt.events import StageAdvanced, StageStarted
+    from qadapt.stage import go_through
 
-    screen = error_console()
-    with screen.status(first) as status:
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as done:
-                result: Result = done.value
-                return result
+    with error_console().status(first) as status:
+
+        def draw(event: Event) -> None:
             if isinstance(event, StageStarted):
                 status.update(f"{event.stage} ...")
             elif isinstance(event, StageAdvanced):
                 share = f"{event.done / event.total:.0%}" if event.total else f"{event.done:,} {event.unit}"
                 status.update(f"{event.stage}: {share}")
+
+        return go_through(work, draw)

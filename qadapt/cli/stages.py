@@ -5,15 +5,25 @@ Draws what events say; knows no command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from qadapt.events import Event, StageAdvanced
+
+Result = TypeVar("Result")
+
+
+def drawn(work: Generator[Event, None, Result], console: Console) -> Result:
+    """Draws what happens while it does, as `drawn_stages`; the result."""
+    from qadapt.stage import go_through
+
+    with drawn_stages(console) as draw:
+        return go_through(work, draw)
 
 
 @contextmanager

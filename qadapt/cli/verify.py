@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qadapt.events import Event
     from qadapt.proving import Verified
 
 
@@ -35,11 +33,12 @@ def verify(
     import json as json_text
 
     from qadapt.cli.screen import console
+    from qadapt.cli.stages import drawn
     from qadapt.errors import BadExport
     from qadapt.proving import verify_export
 
     screen = console(is_quiet=json)
-    verified = _shown(verify_export(export, run=run, folder=folder, store=store), screen)
+    verified = drawn(verify_export(export, run=run, folder=folder, store=store), screen)
     if json:
         typer.echo(json_text.dumps(result_values(verified), indent=2))
     else:
@@ -61,20 +60,6 @@ def result_values(verified: Verified) -> dict[str, object]:
         "reason": verified.reason or None,
         "proof": None if verified.proof is None else verified.proof.values(),
     }
-
-
-def _shown(events: Generator[Event, None, Verified], screen: Console) -> Verified:
-    """Draws what is done; gives the result."""
-    from qadapt.cli.stages import drawn_stages
-
-    with drawn_stages(screen) as draw:
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as end:
-                verified: Verified = end.value
-                return verified
-            draw(event)
 
 
 def _print(verified: Verified, screen: Console) -> None:
