@@ -399,6 +399,20 @@ def test_the_result_is_an_adapter_like_any_other(tiny, make, tmp_path):
     assert isinstance(PeftConfig.from_pretrained(str(tmp_path / "made")), LoraConfig)
 
 
+def test_the_record_names_the_runs_and_versions_that_the_parts_are_of(make, tmp_path):
+    for seed, name in ((1, "my-run"), (2, "f" * 64)):
+        shutil.copytree(make(seed), tmp_path / name / "adapter")
+    parts = [(tmp_path / name / "adapter", 1.0) for name in ("my-run", "f" * 64)]
+    put_together(parts, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / COMBINATION_FILE).read_text(encoding="utf-8"))
+    assert [part["name"] for part in record["parts"]] == ["my-run", "f" * 64]
+
+
+def test_a_seed_that_nothing_is_drawn_with_changes_nothing(tiny, tmp_path):
+    adapt(load(tiny), KINDS["DoRA"]("llama"), tmp_path / "it")
+    assert put_together([(tmp_path / "it", 1)], tmp_path / "out", seed=3).weights == 0
+
+
 def test_progress_is_counted_in_weights_and_the_record_names_the_parts(make, tmp_path):
     a, b = make(1), make(2)
     events = list(combine([(a, 0.5), (b, -2)], tmp_path / "out"))
@@ -464,7 +478,7 @@ def test_biases_are_refused_by_name(tmp_path, option, said):
 @pytest.mark.parametrize(
     ("field", "other", "said"),
     [
-        ("fingerprint", {"fingerprint": "e" * 64}, "with fingerprint ffff.* with eeee"),
+        ("fingerprint", {"fingerprint": "e" * 64}, "different bases: .*, with other files"),
         ("quantization", {"quantization": "none"}, "with quantization nf4.* with none"),
         ("load_dtype", {"load_dtype": "bf16"}, "with load_dtype fp32.* with bf16"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,8 +356,13 @@ def test_mix_needs_one_base_and_real_weights(tiny, tmp_path):
     two_adapters(tiny, tmp_path)
     chosen = [(tmp_path / "one", 0.5), (tmp_path / "other", 0.5)]
     write_facts(facts(double_quant=False), tmp_path / "other")
-    with pytest.raises(BadExport, match="trained on different bases"):
+    with pytest.raises(BadExport, match=r"one was trained on .* with double_quant True, .* with False"):
         merged(tiny("llama"), chosen, tmp_path / "out")
+    write_facts(replace(facts(), fingerprint="e" * 64), tmp_path / "other")
+    for base in ("dequantized", "original"):
+        with pytest.raises(BadExport, match=r"trained on different bases: .*one on .*, .*other on "):
+            merged(tiny("llama"), chosen, tmp_path / "out", base=base)
+    write_facts(facts(double_quant=False), tmp_path / "other")
     merged(tiny("llama"), chosen, tmp_path / "out", base="original")
     for nothing in ([(tmp_path / "one", float("nan"))], []):
         with pytest.raises(BadRecipe, match=r"weight of the adapter|no adapter to merge"):

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from qadapt.export.combined_config import WEIGHTS, Scaled, combined_config, narr
 from qadapt.export.folder import copy_files
 from qadapt.export.merge import OTHER_FILES_BYTES
 from qadapt.export.merged_model import weighted
+from qadapt.export.one_base import check_one_base
 from qadapt.export.peft_folder import check_numbers
 from qadapt.export.staging import new_folder, refuse_existing, sha256_of
 
@@ -49,7 +50,8 @@ UPPER = "upper"
 WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties", UPPER)
 """How changes are put together: as they are, or with a share of their numbers only, or of their layers."""
 STAGE = "combining adapters"
-_ALIKE = ("fingerprint", "quantization", "double_quant", "load_dtype")
+_OF_ITS_OWN = "adapter"
+"""What the folder of an adapter is called in those of its run and of its version."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,10 @@ def combine(
     refuse_existing(target)
     folders = [folder for folder, _ in chosen]
     facts = [read_facts(folder) for folder in folders]
-    _check_alike(folders, facts)
+    check_one_base(folders, facts, is_held=True)
     yield StageStarted(stage=STAGE)
     yield from _prompt_warning(folders, facts)
-    if chosen == [(folders[0], 1)] and way == Way():
+    if chosen == [(folders[0], 1)] and replace(way, seed=0) == Way():
         check_numbers(folders[0])
         made = None
     elif any(is_side_car(folder) for folder in folders):
@@ -280,9 +282,10 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _said(folder: Path, weight: float) -> dict[str, object]:
-    """A part, for whoever asks later what an adapter was made of."""
-    sha256 = sha256_of(folder / own_files(folder)[0])
-    return {"name": folder.resolve().name, "weight": weight, "sha256": sha256}
+    """A part, named by its run, its version or its folder, for whoever asks what an adapter was made of."""
+    place, sha256 = folder.resolve(), sha256_of(folder / own_files(folder)[0])
+    name = place.parent.name if place.name == _OF_ITS_OWN else place.name
+    return {"name": name, "weight": weight, "sha256": sha256}
 
 
 def _share(lost: float, asked: float) -> float:
@@ -308,19 +311,6 @@ def _check_way(way: Way) -> None:
             f"{way.name} keeps a share of what there is; its density is {way.density}.",
             cure="Give a density above 0 and up to 1, such as 0.2.",
         )
-
-
-def _check_alike(folders: Sequence[Path], known: Sequence[AdapterFacts]) -> None:
-    """Checks that the adapters were trained on one base, held in one way."""
-    for folder, facts in zip(folders, known, strict=True):
-        for field in _ALIKE:
-            value, first = asdict(facts)[field], asdict(known[0])[field]
-            if value != first:
-                raise BadExport(
-                    f"{folders[0]} was trained on {known[0].base} with {field} {first}, {folder} on "
-                    f"{facts.base} with {value}.",
-                    cure="Combine adapters of one base, held in one way.",
-                )
 
 
 def _prompt_warning(folders: Sequence[Path], known: Sequence[AdapterFacts]) -> Iterator[Event]:

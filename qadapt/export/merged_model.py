@@ -21,6 +21,7 @@ from qadapt.export.adapter import Adapter, refuse_in_a_mix
 from qadapt.export.adapter_names import AS_IT_IS, EMBEDDING, HEAD
 from qadapt.export.folder import Vocabulary
 from qadapt.export.merged_rows import FLOATS, BaseForm, MergedRows
+from qadapt.export.one_base import check_one_base
 from qadapt.export.tables import Tables, merged_tables, vocabulary_of
 from qadapt.model.folder import already_quantized, check_config, read_config
 from qadapt.model.shards import TensorEntry
@@ -146,14 +147,9 @@ def _held_base(folders: Sequence[Path], config: Mapping[str, Any], *, is_held: b
     Raises:
         BadExport: They were trained on different ones, or only on the one that was held.
     """
-    known = [read_facts(folder) for folder in folders if is_held or (folder / FACTS_FILE).is_file()]
-    for facts in known[1:]:
-        if _held(facts, is_held=is_held) != _held(known[0], is_held=is_held):
-            raise BadExport(
-                f"The adapters were trained on different bases: {known[0].base} and {facts.base}, "
-                f"{known[0].quantization} and {facts.quantization}.",
-                cure="Merge adapters of one base, held in one way; or merge them one by one.",
-            )
+    of_qadapt = [folder for folder in folders if is_held or (folder / FACTS_FILE).is_file()]
+    known = [read_facts(folder) for folder in of_qadapt]
+    check_one_base(of_qadapt, known, is_held=is_held)
     if not is_held:
         _refuse_mended(known)
         return None
@@ -182,12 +178,6 @@ def _linears(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config["model_type"] in _MERGED_ONLY:
         return _USUAL_LINEARS
     return tuple(linear.name for linear in shape_from_config(config, name="").linears)
-
-
-def _held(facts: AdapterFacts, *, is_held: bool) -> tuple[object, ...]:
-    """What adapters that are merged together must have in common."""
-    how = (facts.quantization, facts.double_quant, facts.load_dtype)
-    return (facts.fingerprint, *how) if is_held else (facts.fingerprint,)
 
 
 def _check_belongs(adapter: Adapter, reader: TensorReader, tables: Tables, *, folder: Path) -> None:
