@@ -20,7 +20,7 @@ from oom_matrix import CASES, Case, Outcome, RunsOut, Stage, assert_equals_the_r
 from peft import PeftModel
 from safetensors import SafetensorError
 from test_new_tokens import facts
-from test_train import adapter_of, assert_same, make_recipe, only
+from test_train import adapter_of, assert_same, changed, make_recipe, only
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +28,7 @@ from qadapt import run as run_module
 from qadapt.adapters import lora
 from qadapt.data.batches import Division
 from qadapt.data.tokens import tokens_of
+from qadapt.engine import boundaries
 from qadapt.engine.ledger import Ledger
 from qadapt.engine.moments import watched
 from qadapt.engine.out_of_memory import RanOut, attempt, is_out_of_memory
@@ -533,6 +534,31 @@ def test_a_rung_and_an_adapter_that_find_the_disk_full_wait_for_room(
     assert told == [(Paused, 2), (Continued, 2), (Eased, 2), (Paused, 3), (Continued, 3)]
     assert isinstance(found[-1], RunFinished)
     assert len(read_rungs(tmp_path / "runs/first" / FILE_NAME)) == 1
+
+
+def test_a_step_whose_boundaries_find_the_disk_full_waits_and_is_the_same(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, so that what is drawn is drawn again."""
+    real, calls = boundaries._bytes_of, []
+
+    def full(tensor: torch.Tensor) -> memoryview:
+        calls.append(1)
+        if is_full and len(calls) in (14, 15):  # in the middle of a pass, and at once when it begins anew
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(tensor)
+
+    monkeypatch.setattr(boundaries, "_bytes_of", full)
+    monkeypatch.setattr(pauses, "RETRY_SECONDS", 0.01)
+    for is_full, name in ((False, "room"), (True, "none")):
+        (tmp_path / name).mkdir()
+        recipe = make_recipe(tmp_path / name, tiny_model("llama"), steps=3, rehearse=False)
+        calls.clear()
+        found = list(train(changed(recipe, "memory", recompute="all", offload=("boundaries",))))
+        waits = [type(event) for event in found if isinstance(event, Paused | Continued)]
+        assert waits == ([Paused, Continued] if is_full else [])
+    assert "temporary folder" in only(Paused, found)[0].reason
+    assert_same(adapter_of(tmp_path / "room/runs/first"), adapter_of(tmp_path / "none/runs/first"))
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, NoRoom), (errno.EROFS, BadOutput)])

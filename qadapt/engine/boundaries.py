@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
+from qadapt.cache import FULL
 from qadapt.engine.host import host_buffer
 from qadapt.engine.target import capability_for
-from qadapt.errors import NoRoom
+from qadapt.errors import BadOutput, NoRoom
 
 LEAST_PIECE_BYTES = 1 << 20
 """Of host memory: torch rounds a request up to a power of two, so buffers are made of such powers."""
@@ -243,6 +244,7 @@ class _File:
 
     Raises:
         NoRoom: The disk of the temporary folder is full.
+        BadOutput: It cannot be written for another reason.
     """
 
     is_beside = False
@@ -261,7 +263,8 @@ class _File:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise NoRoom(
+            kind = NoRoom if error.errno in FULL else BadOutput
+            raise kind(
                 f"Inputs of layers cannot be put into the temporary folder {tempfile.gettempdir()}: {error}",
                 cure="Make room there, or leave boundaries out of memory.offload.",
             ) from None

@@ -174,10 +174,11 @@ class Ladder:
 
         Raises:
             DoesNotFit: Memory ran out on the last rung; names the longest row.
+            NoRoom: What is put into a file finds the disk full, and the run is asked to leave.
         """
         yield from self._take_again(lambda rung: rung.step <= step)  # a rehearsal's, too
         has_more = False
-        while isinstance(done := attempt(trial), RanOut):
+        while isinstance(done := (yield from self._tried(trial, step=step, beginning=beginning)), RanOut):
             if trial.found is None:
                 drop_gradients(self._optimizer)
             free_memory(self._device)
@@ -190,6 +191,24 @@ class Ladder:
         if done is None:
             beginning.restore()
         return done
+
+    def _tried(
+        self, trial: Trial, *, step: int, beginning: Beginning
+    ) -> Generator[Event, None, StepResult | RanOut | None]:
+        """What a try gives; one that found the disk full is begun anew once there is room."""
+        tries: list[StepResult | RanOut | None] = []
+
+        def once() -> tuple[Event, ...]:
+            try:
+                tries.append(attempt(trial))
+            except NoRoom:
+                drop_gradients(self._optimizer)
+                beginning.restore()
+                raise
+            return ()
+
+        yield from self._pauses.when_room(step - 1, once)
+        return tries[0]
 
     def climb_evaluation(
         self, evaluate: Callable[[], float], *, step: int, rows: Sequence[Tokens]
