@@ -14,7 +14,7 @@ import torch
 from conftest import TinyModel
 from peft import PeftModel
 from test_dryrun import SETTING, config, counted
-from test_estimate import folders
+from test_estimate import build, folders, shape_of
 from torch.nn import functional
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
@@ -29,7 +29,7 @@ from qadapt.engine.target import Target, on_target
 from qadapt.engine.tiles import Tiled, set_tiles, tiles_of
 from qadapt.errors import Unsupported
 from qadapt.model.load import load_base
-from qadapt.plan.estimate import estimate_step
+from qadapt.plan.estimate import disk_parts, estimate_step
 from qadapt.train.dryrun import dry_run
 from qadapt.train.pinned import PinnedWatch
 from qadapt.train.stored_plan import Ingredients, StoredPlan, read_plan
@@ -349,6 +349,23 @@ def test_the_file_of_boundaries_has_no_name_and_its_room_is_used_again() -> None
         assert boundaries._place._end == 4 * 300  # type: ignore[union-attr]
     if os.name == "posix":
         assert os.fstat(boundaries._place._file.fileno()).st_nlink == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("recompute", "dtype"), [("all", "fp32"), (2, "bf16")])
+def test_the_disk_that_a_cpu_s_boundaries_take_is_counted_to_the_byte(
+    recompute: Any, dtype: Any, folders: dict[str, Path]
+) -> None:
+    setting = dataclasses.replace(
+        SETTING, device="cpu", compute_dtype=dtype, recompute=recompute, offload=("boundaries",)
+    )
+    model = build(folders["llama"], setting)
+    ids = torch.randint(3, 1003, (setting.rows, setting.length))
+    model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    taken = boundaries._OFFLOADED[model.get_base_model()]._place._end  # type: ignore[union-attr]
+    estimate, disk = estimate_step(shape_of("llama"), setting), disk_parts(shape_of("llama"), setting)
+    assert disk["boundaries"] == taken > 0
+    assert estimate.disk_bytes == sum(disk.values())
+    assert "boundaries" not in disk_parts(shape_of("llama"), dataclasses.replace(setting, device="cuda"))
 
 
 def test_a_file_of_boundaries_that_was_cut_is_an_error() -> None:

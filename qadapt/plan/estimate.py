@@ -36,7 +36,8 @@ from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, saved_bytes, st
 from qadapt.plan.attention import Attention, attention_of
 from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, reached, shared_stream_bytes, stands_beside
 from qadapt.plan.categories import STATIC
-from qadapt.plan.host import pinned_bytes, table_bytes
+from qadapt.plan.fusion import attends, idle_bytes
+from qadapt.plan.host import filed_bytes, pinned_bytes, table_bytes
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
 from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes
@@ -303,8 +304,10 @@ def _loading_bytes(shape: ModelShape) -> int:
 def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
     """Bytes a run writes: saved states (the two newest and the best), the adapter, a merged fp16 model."""
     adapter = adapter_bytes(shape, setting) + start_bytes(shape, setting)
+    filed = filed_bytes(shape, setting)
     return {
         "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),
         "adapter": saved_bytes(shape, setting),
         "merged-fp16": 2 * shape.parameters,
+        **({"boundaries": filed} if filed else {}),
     }

@@ -45,13 +45,19 @@ def carried_bytes(shape: ModelShape, setting: Setting) -> int:
     """What a micro-batch brings out and in again beside computing: inputs of recomputed layers."""
     if "boundaries" not in setting.offload or setting.device == "cpu":
         return 0
-    each = setting.tokens * shape.width * setting.compute_bytes
-    return 2 * setting.recomputed_layers(shape.layers) * each
+    return 2 * setting.recomputed_layers(shape.layers) * _boundary_bytes(shape, setting)
+
+
+def filed_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What of a CPU's step lies in a temporary file: inputs of recomputed layers."""
+    if "boundaries" not in setting.offload or setting.device != "cpu":
+        return 0
+    return setting.recomputed_layers(shape.layers) * _boundary_bytes(shape, setting)
 
 
 def looked_up_bytes(shape: ModelShape, setting: Setting) -> int:
     """What a micro-batch waits for before it begins: the embeddings of its tokens."""
-    return setting.tokens * shape.width * setting.compute_bytes if "embeddings" in setting.offload else 0
+    return _boundary_bytes(shape, setting) if "embeddings" in setting.offload else 0
 
 
 def slice_rows(vocabulary: int, width: int, value_bytes: int) -> int:
@@ -67,6 +73,11 @@ def sliced_bytes(shape: ModelShape, setting: Setting, head_tokens: float | None 
     return 2 * math.ceil(tokens / BLOCK_TOKENS) * shape.embedding_weights * setting.compute_bytes
 
 
+def _boundary_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What goes into a layer: so much of each token."""
+    return setting.tokens * shape.width * setting.compute_bytes
+
+
 def _power_of_two(size_bytes: int) -> int:
     return 1 << (size_bytes - 1).bit_length()
 
@@ -75,8 +86,7 @@ def _boundary_parts_bytes(shape: ModelShape, setting: Setting) -> int:
     """Inputs of recomputed layers, in parts that are powers of two (`engine/boundaries.py`)."""
     if "boundaries" not in setting.offload or setting.device == "cpu":
         return 0
-    each = setting.tokens * shape.width * setting.compute_bytes
-    return setting.recomputed_layers(shape.layers) * -(-each // MIB) * MIB
+    return setting.recomputed_layers(shape.layers) * -(-_boundary_bytes(shape, setting) // MIB) * MIB
 
 
 def _slices_bytes(shape: ModelShape, setting: Setting) -> int:

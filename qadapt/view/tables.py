@@ -259,6 +259,7 @@ def _doubts(answer: Answer) -> Iterator[Line]:
 def _disk(answer: Answer) -> Line:
     estimate = answer.estimate
     parts = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in answer.disk.items())
+    parts += " in the temporary folder" if "boundaries" in answer.disk else ""
     disk = f"{format_bytes(estimate.disk_bytes)} of disk ({parts})"
     pinned = f", {format_bytes(estimate.pinned_bytes)} of it pinned" if estimate.pinned_bytes else ""
     lacking = "" if answer.room.host_holds(estimate) else ", which this machine does not have free"
