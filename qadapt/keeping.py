@@ -16,6 +16,7 @@ import torch
 
 from qadapt.adapters.check import check_adapter
 from qadapt.adapters.facts import AdapterFacts, read_facts
+from qadapt.adapters.pointers import check_name
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import Record, belongs, check_weights
 from qadapt.adoption import Said, adopt, is_foreign, move_base
@@ -71,10 +72,26 @@ def add(
         BadOutput: The store is read-only or full.
     """
     quiet_libraries()
+    if name:
+        check_name(name, what="name")
     with _found(what, said, folder) as found:
+        chosen = name or _name_from(found.name)
         _check(found.folder, found.record.facts)
         chosen = name or re.sub(r"[^a-z0-9._-]+", "-", found.name.lower()).strip("-._")
         return store.add(found.folder, found.record, name=chosen, parent=parent)
+
+
+def _name_from(text: str) -> str:
+    """What the store can call a run, a folder or a repository of this name."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
+    try:
+        check_name(name, what="name")
+    except BadAdapter as error:
+        raise BadAdapter(
+            f"{text!r} makes no name for the store. {error.problem}",
+            cure="Give the name with --as, such as --as summaries-2.",
+        ) from None
+    return name
 
 
 @contextmanager
@@ -93,7 +110,7 @@ def _found(what: str, said: Said, folder: str) -> Iterator[Found]:
         with _described(path, said, name=what) as place:
             source = f"folder {path.resolve().name}"
             yield Found(place, _record_of_folder(place, source), path.resolve().name)
-    elif _HUB_ID.fullmatch(repository):
+    elif _HUB_ID.fullmatch(repository) and (repository != what or not path.parent.is_dir()):
         from qadapt.model.hub_files import fetch_files
 
         with _temporary() as fetched:
@@ -101,6 +118,8 @@ def _found(what: str, said: Said, folder: str) -> Iterator[Found]:
             with _described(fetched, said, name=repository) as place:
                 record = _record_of_folder(place, f"hub {repository}@{commit}")
                 yield Found(place, record, repository.partition("/")[2])
+    elif what.startswith(HUB):
+        raise BadAdapter(f"{what} names no repository of a hub.", cure="Write it as hub:owner/name.")
     else:
         find_run(what, folder)  # says which runs there are
 

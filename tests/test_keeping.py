@@ -348,6 +348,22 @@ def test_a_folder_gives_the_name_that_it_can(
     assert add(str(tmp_path / folder_name), store).name == name
 
 
+@pytest.mark.parametrize("folder_name", ["模型", "cafe", "a" * 65])
+def test_a_folder_whose_name_the_store_cannot_have_needs_another(
+    store: Store, good: Path, tmp_path: Path, folder_name: str
+) -> None:
+    shutil.copytree(good, tmp_path / folder_name)
+    with pytest.raises(BadAdapter, match=f"'{folder_name}' makes no name for the store") as caught:
+        add(str(tmp_path / folder_name), store)
+    assert "--as" in caught.value.cure
+    assert add(str(tmp_path / folder_name), store, name="mine").name == "mine"
+
+
+def test_a_name_is_refused_before_anything_is_looked_at(store: Store) -> None:
+    with pytest.raises(BadAdapter, match="'My name' cannot be a name"):
+        add("nothing", store, name="My name")
+
+
 @pytest.mark.parametrize(
     ("said", "config", "problem"),
     [
@@ -379,6 +395,14 @@ def test_another_way_to_hold_a_base_is_refused(
 ) -> None:
     assert run(["adapters", "add", str(folder), "--held", "fp8", "--store", str(tmp_path / "kept")]) == 2
     assert "--held is 'fp8'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "qadapt.json", "side_car.json"])
+def test_a_file_nested_too_deep_to_be_read_is_refused(store: Store, folder: Path, file: str) -> None:
+    (folder / file).write_text("[" * 100_000)
+    with pytest.raises(QadaptError) as caught:
+        add(str(folder), store)
+    assert file.partition(".")[0] in caught.value.problem or "holds no adapter" in caught.value.problem
 
 
 def test_a_damaged_file_is_refused(store: Store, folder: Path) -> None:
@@ -458,9 +482,20 @@ def test_a_folder_has_no_revisions(store: Store, folder: Path) -> None:
         add(str(folder), store, said=Said(revision="v1"))
 
 
-def test_what_is_nothing_says_what_there_is(store: Store, tmp_path: Path) -> None:
+def test_what_is_nothing_says_what_there_is(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(BadRun, match="There is no run 'nothing'"):
         add("nothing", store, folder=str(tmp_path))
+    with pytest.raises(BadRun, match=f"There is no run '{tmp_path}/gone'"):
+        add(f"{tmp_path}/gone", store)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadRun, match="There is no run 'runs/gone'"):  # and no hub is asked
+        add("runs/gone", store)
+    with pytest.raises(BadAdapter, match="hub:gone names no repository") as caught:
+        add("hub:gone", store)
+    assert caught.value.cure == "Write it as hub:owner/name."
     with pytest.raises(BadRun, match="no run 'nothing', no such folder, and no such name, tag or version"):
         find_trained("nothing", folder=str(tmp_path), store=str(store.path))
 

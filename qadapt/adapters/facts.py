@@ -77,7 +77,7 @@ def read_facts(folder: Path) -> AdapterFacts:
         if facts.quantization not in _QUANTIZATIONS or facts.load_dtype not in _DTYPES:
             raise ValueError(f"{facts.quantization!r} in {facts.load_dtype!r} is no way to hold a base")
         return facts
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadRun(
             f"{folder} holds no adapter that qadapt trained: {error}",
             cure="Give the folder of a finished run.",

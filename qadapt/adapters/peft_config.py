@@ -58,7 +58,7 @@ def peft_values(folder: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         return values
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, error) from None
 
 

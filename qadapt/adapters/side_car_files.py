@@ -53,7 +53,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadAdapter(f"{path} cannot be read: {error}.", cure=_AGAIN) from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
         found = values.get("version") if isinstance(values, dict) else None
