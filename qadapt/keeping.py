@@ -77,7 +77,6 @@ def add(
     with _found(what, said, folder) as found:
         chosen = name or _name_from(found.name)
         _check(found.folder, found.record.facts)
-        chosen = name or re.sub(r"[^a-z0-9._-]+", "-", found.name.lower()).strip("-._")
         return store.add(found.folder, found.record, name=chosen, parent=parent)
 
 

@@ -302,7 +302,10 @@ def _loading_bytes(shape: ModelShape) -> int:
 
 
 def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
-    """Bytes a run writes: saved states (the two newest and the best), the adapter, a merged fp16 model."""
+    """Bytes a run writes: saved states (the two newest and the best), the adapter, a merged fp16 model.
+
+    While a CPU's step puts boundaries away, they lie in the temporary folder.
+    """
     adapter = adapter_bytes(shape, setting) + start_bytes(shape, setting)
     filed = filed_bytes(shape, setting)
     return {
