@@ -21,7 +21,7 @@ Message = dict[str, str]
 def answers(folder: str, conversations: list[list[Message]], *, max_new_tokens: int) -> list[str]:
     """The model's greedy answers; 16-bit on a GPU, 32-bit arithmetic on the 16-bit weights on a CPU."""
     has_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if has_gpu else torch.float32)
     model = model.to("cuda" if has_gpu else "cpu").eval()
     inputs = tokenizer.apply_chat_template(

@@ -58,7 +58,7 @@ class Point:
         fields = [field.name for field in dataclasses.fields(Setting) if field.name not in ("rows", "length")]
         changed = [name for name in fields if getattr(self.setting, name) != getattr(usual, name)]
         words = [f"{name}={getattr(self.setting, name)}" for name in changed if name != "device"]
-        where = f"sm_{self.card.compute_capability * 10:.0f}" if self.card else "cpu"
+        where = f"sm_{(self.card.compute_capability or 0) * 10:.0f}" if self.card else "cpu"
         batch = f"{self.setting.rows} x {self.setting.length}"
         return f"{self.shape.name} {where} {batch} {' '.join(words)}"
 

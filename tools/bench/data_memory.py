@@ -18,8 +18,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from host_memory import Peak, anonymous_bytes
+
+if TYPE_CHECKING:
+    from qadapt.data.tokens import Tokens
 
 LIMIT_BYTES = 32
 FEW = 50_000
@@ -27,7 +31,7 @@ FEW = 50_000
 ROWS_PER_STEP = 16
 
 
-def made_rows(count: int) -> Iterator[tuple[int, object]]:
+def made_rows(count: int) -> Iterator[tuple[int, Tokens]]:
     """Tiny rows of 3 to 5 tokens, hardly two alike."""
     import numpy as np
 

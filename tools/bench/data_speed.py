@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from made_conversations import made_conversations, write_conversations
 
@@ -47,7 +48,7 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = place
         file = Path(place) / "rows.jsonl"
         write_conversations(file, arguments.rows)
-        texts = [
+        texts: list[Any] = [
             contract.tokenizer.apply_chat_template(messages, tokenize=False)
             for messages in made_conversations(arguments.rows)
         ]

@@ -32,6 +32,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from killed_run import STEPS, WARM, child, differences, events_of, result, run_of, write_inputs
@@ -46,7 +47,7 @@ SLOWEST_SECONDS = 300.0
 ASLEEP_SECONDS = 30.0
 PHASES = ("preparing", "training", "writing a checkpoint", "ending", "exporting")
 MEMORY = Path("/dev/shm")  # a kill loses nothing that was written, so no disk has to be waited for
-FORKED = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+FORKED: Any = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
 
 
 @dataclass(frozen=True)

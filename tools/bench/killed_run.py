@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qadapt.recipe import Recipe
 
 STEPS = 9
-ASKED = {4: "pause", 8: "stop"}
+ASKED: dict[int, control.Request] = {4: "pause", 8: "stop"}
 """Step → what the run is asked after it; a checkpoint of it is due, so that no state is kept for it alone."""
 DONE_BEFORE_SHORTAGE = 4
 FORM = "merged-fp16"

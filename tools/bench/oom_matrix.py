@@ -35,7 +35,7 @@ from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.boundaries import offload_boundaries
 from qadapt.engine.recompute import set_recompute
 from qadapt.engine.tiles import set_tiles
-from qadapt.events import Eased
+from qadapt.events import Eased, Event
 from qadapt.model.load import load_base
 from qadapt.train import oom, turns
 from qadapt.train.oom import FILE_NAME, Beginning, Ladder, Trial
@@ -54,7 +54,7 @@ class RunsOut(TorchDispatchMode):
     """A card whose memory runs out at the n-th allocation while it is on (0: never), or from then on."""
 
     def __init__(self, at: int, *, again: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.at = at
         self.again = again
         self.count = 0
@@ -175,7 +175,7 @@ class Stage:
             rows=chosen,
             beginning=Beginning(CPU, None),
         )
-        eased: list[Eased] = []
+        eased: list[Event] = []
         with mode, only_rung(self.case.rung):
             while True:
                 try:
@@ -185,7 +185,9 @@ class Stage:
                     break
                 look()
         state = {name: value.detach().clone() for name, value in self.state().items()}
-        return Outcome(state, result, eased, torch.get_rng_state())
+        return Outcome(
+            state, result, [each for each in eased if isinstance(each, Eased)], torch.get_rng_state()
+        )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def loss_of(model: nn.Module, batch: Tensor, kind: Loss) -> tuple[Tensor, Any]:
     if kind == "held":
         outputs = model(input_ids=batch, labels=batch)
         return outputs.loss, outputs
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()  # type: ignore[operator]
     hidden = inner.model(input_ids=batch)[0]  # (B, T, D)
     head = inner.get_output_embeddings()
     if kind == "none":

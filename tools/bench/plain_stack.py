@@ -177,7 +177,7 @@ def build(values: Mapping[str, Any], stack: Stack) -> nn.Module:
     model.set_attn_implementation("eager" if stack.attention == "eager" else "sdpa")
     model.config.use_cache = False
     if stack.quantization == "nf4":
-        model.is_loaded_in_4bit = True
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
     if stack.upcast != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if stack.upcast == "norms":

@@ -158,12 +158,12 @@ def put(case: Case, name: str, value: torch.Tensor) -> None:
     edit(case, name, lambda _: value)
 
 
-def merged_with(case: Case, change: Callable[[Path], None], **options: str) -> None:
+def merged_with(case: Case, change: Callable[[Path], None], *, base: str | None = None) -> None:
     """Exports again with an adapter that has been changed."""
     adapter = case.export.with_name(f"{case.export.name}-adapter")
     shutil.copytree(case.adapter, adapter)
     change(adapter)
-    export(replace(case, adapter=adapter, **options))
+    export(replace(case, adapter=adapter, base=base or case.base))
 
 
 def _without_update(adapter: Path) -> None:

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -169,13 +169,13 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, Products, list[str
     return bench, needed, [f"{plan.compute_dtype}, recompute {plan.recompute}", *plan.reasons]
 
 
-def profiled(step: Callable[[], object]) -> Counter[str]:
+def profiled(step: Callable[[], object]) -> dict[str, float]:
     """Seconds of a step by group; what no operation accounts for is Python's."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         began = time.perf_counter()
         step()
         seconds = time.perf_counter() - began
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     for event in profile.key_averages():
         spent[group_of(event.key)] += event.self_cpu_time_total / 1e6
     spent["Python and autograd"] += max(0.0, seconds - sum(spent.values()))
@@ -218,7 +218,7 @@ def main() -> int:
     tell_products(needed, seconds)
     spent = profiled(bench.step)
     print("the step under the profiler:")
-    for group, each in spent.most_common():
+    for group, each in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"  {group}: {each:.3f} s, {each / sum(spent.values()):.0%}")
     share = statistics.median(shares)
     print(f"share of the GEMM roofline: {share:.0%} (bar {BAR:.0%}): {'kept' if share >= BAR else 'MISSED'}")

@@ -44,10 +44,10 @@ class Steps(TrainerCallback):
     def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
         self._telling.begin()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> Any:
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> Any:
         self._telling.step()
         control.should_training_stop = state.global_step >= self._steps
-        inner = model.get_base_model()
+        inner = named["model"].get_base_model()
         held = str(inner.get_input_embeddings().weight.dtype)  # without autocast it computes in this
         self.facts = {
             "dtype": "bf16" if args.bf16 or held == "torch.bfloat16" else "fp32",

@@ -19,7 +19,10 @@ def packed(rows: list[Row], length: int) -> list[Row]:
     waiting = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     made: list[Row] = []
     while waiting:
-        ids, labels, mask, places = [], [], [], []
+        ids: list[int] = []
+        labels: list[int] = []
+        mask: list[int] = []
+        places: list[int] = []
         document = 0
         for row in list(waiting):
             if len(ids) + len(row["input_ids"]) <= length:

@@ -27,6 +27,7 @@ import qadapt.run
 from qadapt.events import Event, MemoryMeasured, Planned, StepDone
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
+from qadapt.run_parts import make_plan
 from qadapt.train.loop import Loop
 from qadapt.train.stored_plan import StoredPlan
 
@@ -127,7 +128,7 @@ def main() -> None:
     telling.imported()
     with ExitStack() as patches:
         if task.is_small:
-            patches.enter_context(mock.patch.object(qadapt.run, "make_plan", small(qadapt.run.make_plan)))
+            patches.enter_context(mock.patch.object(qadapt.run, "make_plan", small(make_plan)))
         if task.adapter is not None:
             KeepingLoop.folder = task.adapter
             patches.enter_context(mock.patch.object(qadapt.run, "Loop", KeepingLoop))

@@ -160,7 +160,7 @@ def moment(process: psutil.Process, began: float) -> Moment:
     return Moment(time.time() - began, times.user + times.system)
 
 
-def verdict(imports: Sequence[Moment], bare: Sequence[Start], rehearsed: Sequence[Start]) -> int:
+def verdict(imports: Sequence[Moment], bare: list[Start], rehearsed: list[Start]) -> int:
     """The medians, and whether they are within the bars."""
     screen, step = (
         middle([start.screen for start in bare + rehearsed]),
