@@ -3,65 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from bench.closed_form import BAR
-from safetensors.torch import load_file
+from front_runs import assert_real_step, kept_and_exported, logits_elsewhere, logits_of
 from test_closed_form import FULL, HALF, compared
-from test_dryrun import config, counted
 from test_estimate import CPU, build, folders, shape_of
-from test_train import assert_same, make_recipe, only
+from test_method_runs import recipe_of
+from test_train import assert_same, only
 
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.prefix import PREFIX_KINDS, PrefixKind
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
-from qadapt.adapters.store import Store
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, CheckpointSaved, RunFinished, StepDone
 from qadapt.export.combine import combine
-from qadapt.exporting import export
-from qadapt.keeping import add
-from qadapt.loading import load_partner
 from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as planned
-from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import most
 from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
-from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
-from qadapt.run import evaluate, load, resume, train
-from qadapt.serve.partner import find_partner
-from qadapt.train.dryrun import dry_run
+from qadapt.run import evaluate, resume, train
 
 if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-ELSEWHERE = """
-import sys, torch
-from safetensors.torch import save_file
-from qadapt.run import load
-torch.set_num_threads(1)
-found = {}
-for kind in sys.argv[3:]:
-    tuned = load("first", folder=f"{sys.argv[1]}/{kind}/runs")
-    with torch.no_grad():
-        found[kind] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits.contiguous()
-save_file(found, sys.argv[2])
-"""
-
-
-def recipe_of(kind: PrefixKind, folder: Path, model: Path, **fields: Any) -> Recipe:
-    values = make_recipe(folder, model, **fields).model_dump(mode="json")
-    values["adapter"] = {"method": kind, "rank": 4}
-    return check_recipe(values, origin="the test")
 
 
 def test_runs_train_resume_bit_for_bit_and_a_new_process_has_the_same_logits(
@@ -89,12 +60,8 @@ def test_runs_train_resume_bit_for_bit_and_a_new_process_has_the_same_logits(
         assert (runs / "first/adapter/side_car.safetensors").read_bytes() == whole
         found = evaluate("first", folder=str(runs), answers=1, max_new_tokens=4)
         assert found.loss < found.base_loss
-        with torch.no_grad():
-            tuned = load("first", folder=str(runs))
-            logits[kind] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
-    place = tmp_path / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path), str(place), *PREFIX_KINDS], check=True)
-    assert_same(load_file(place), logits)
+        logits[kind] = logits_of(runs)
+    assert_same(logits_elsewhere(tmp_path, PREFIX_KINDS), logits)
 
 
 def planned_for(kind: PrefixKind, tiny_model: TinyModel) -> int:
@@ -107,26 +74,9 @@ def test_a_run_is_kept_exported_as_an_adapter_and_as_nothing_else(
     tmp_path: Path, tiny_model: TinyModel
 ) -> None:
     recipe = recipe_of("prefix", tmp_path, tiny_model("qwen2"), steps=2)
-    list(train(recipe))
-    for form in ("merged-fp16", "gguf-lora"):
-        with pytest.raises(Unsupported, match=rf"prefix tuning, .*no {form} of it.\n.*--form adapter"):
-            list(export("first", form=form, folder=recipe.run.folder))
-    list(export("first", form="adapter", folder=recipe.run.folder))
-    folder = Path(recipe.run.folder) / "first" / "export" / "adapter"
-    assert "by prefix tuning, length 4; this is the adapter alone" in (folder / "README.md").read_text(
-        "utf-8"
-    )
-    store = Store(tmp_path / "store")
-    kept = add("first", store, name="front", folder=recipe.run.folder).version
-    assert kept.record.method == "prefix"
-    tuned = load("first", folder=recipe.run.folder).model
-    ids = torch.arange(3, 40)[None]
-    for place in (folder, store.folder_of(kept.id)):
-        with torch.no_grad():
-            partner = load_partner(find_partner(str(place))).model
-            assert torch.equal(partner(input_ids=ids).logits, tuned(input_ids=ids).logits)
+    folders = kept_and_exported(recipe, tmp_path, title="prefix tuning", said="prefix tuning, length 4")
     with pytest.raises(Unsupported, match="of the kind prefix: only bottleneck adapters have a mean"):
-        list(combine([(folder, 0.5), (store.folder_of(kept.id), 0.5)], tmp_path / "both"))
+        list(combine([(folder, 0.5) for folder in folders], tmp_path / "both"))
 
 
 # --- what is planned --------------------------------------------------------------------------------------
@@ -145,12 +95,7 @@ def test_the_dry_run_is_the_real_step_to_the_byte(
     family: str, kind: PrefixKind, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     setting = dataclasses.replace(CPU, method=kind, rank=6, **changes)
-    ledger, dry = counted(folders[family], setting), dry_run(config(family), setting)
-    assert dry.peak == ledger.peak
-    assert dry.phase_bytes == dict(ledger.phase_bytes)
-    categories = estimate_step(shape_of(family), setting).categories
-    for category in ("base_weights", "quantization_constants", "unquantized", "adapters", "optimizer"):
-        assert dry.static[category] == categories[category], category
+    assert_real_step(family, setting, folders[family])
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from bench.closed_form import BAR
+from front_runs import assert_real_step, kept_and_exported, logits_elsewhere, logits_of
 from safetensors.torch import load_file
 from test_closed_form import FULL, HALF, compared
-from test_dryrun import config, counted
 from test_estimate import CPU, build, folders, shape_of
-from test_train import assert_same, changed, make_recipe, only
+from test_method_runs import recipe_of
+from test_train import assert_same, changed, only
 
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.prompt import PROMPT_KINDS, PromptKind
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
-from qadapt.adapters.store import Store
 from qadapt.data_check import check_data
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import (
@@ -34,41 +31,15 @@ from qadapt.events import (
     RunFinished,
     StepDone,
 )
-from qadapt.exporting import export
-from qadapt.keeping import add
-from qadapt.loading import load_partner
 from qadapt.material import prepare, reading_of
 from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as planned
-from qadapt.plan.estimate import estimate_step
-from qadapt.recipe import Recipe
-from qadapt.recipe_file import check_recipe
-from qadapt.run import evaluate, load, resume, train
-from qadapt.serve.partner import find_partner
-from qadapt.train.dryrun import dry_run
+from qadapt.run import evaluate, resume, train
 
 if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-ELSEWHERE = """
-import sys, torch
-from safetensors.torch import save_file
-from qadapt.run import load
-torch.set_num_threads(1)
-found = {}
-for kind in sys.argv[3:]:
-    tuned = load("first", folder=f"{sys.argv[1]}/{kind}/runs")
-    with torch.no_grad():
-        found[kind] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits.contiguous()
-save_file(found, sys.argv[2])
-"""
-
-
-def recipe_of(kind: PromptKind, folder: Path, model: Path, **fields: Any) -> Recipe:
-    values = make_recipe(folder, model, **fields).model_dump(mode="json")
-    values["adapter"] = {"method": kind, "rank": 4}
-    return check_recipe(values, origin="the test")
 
 
 def test_runs_train_resume_bit_for_bit_and_a_new_process_has_the_same_logits(
@@ -99,13 +70,9 @@ def test_runs_train_resume_bit_for_bit_and_a_new_process_has_the_same_logits(
         assert found.loss < found.base_loss
         assert found.loss == pytest.approx(losses[-1], rel=1e-5)
         base_losses.append(found.base_loss)
-        with torch.no_grad():
-            tuned = load("first", folder=str(runs))
-            logits[kind] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
+        logits[kind] = logits_of(runs)
     assert base_losses[0] == base_losses[1]
-    place = tmp_path / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path), str(place), *PROMPT_KINDS], check=True)
-    assert_same(load_file(place), logits)
+    assert_same(logits_elsewhere(tmp_path, PROMPT_KINDS), logits)
 
 
 def trained_values(kind: PromptKind) -> int:
@@ -159,24 +126,7 @@ def test_a_run_is_kept_exported_as_an_adapter_and_as_nothing_else(
     tmp_path: Path, tiny_model: TinyModel
 ) -> None:
     recipe = recipe_of("ptuning", tmp_path, tiny_model("qwen2"), steps=2)
-    list(train(recipe))
-    for form in ("merged-fp16", "gguf-lora"):
-        with pytest.raises(Unsupported, match=rf"P-tuning, .*no {form} of it.\n.*--form adapter"):
-            list(export("first", form=form, folder=recipe.run.folder))
-    list(export("first", form="adapter", folder=recipe.run.folder))
-    folder = Path(recipe.run.folder) / "first" / "export" / "adapter"
-    assert "by P-tuning, 4 virtual tokens; this is the adapter alone" in (folder / "README.md").read_text(
-        "utf-8"
-    )
-    store = Store(tmp_path / "store")
-    kept = add("first", store, name="front", folder=recipe.run.folder).version
-    assert kept.record.method == "ptuning"
-    tuned = load("first", folder=recipe.run.folder).model
-    ids = torch.arange(3, 40)[None]
-    for place in (folder, store.folder_of(kept.id)):
-        with torch.no_grad():
-            partner = load_partner(find_partner(str(place))).model
-            assert torch.equal(partner(input_ids=ids).logits, tuned(input_ids=ids).logits)
+    kept_and_exported(recipe, tmp_path, title="P-tuning", said="P-tuning, 4 virtual tokens")
 
 
 def test_new_tokens_behind_virtual_ones_are_refused(tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -201,12 +151,7 @@ def test_the_dry_run_is_the_real_step_to_the_byte(
     family: str, kind: PromptKind, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     setting = dataclasses.replace(CPU, method=kind, rank=6, **changes)
-    ledger, dry = counted(folders[family], setting), dry_run(config(family), setting)
-    assert dry.peak == ledger.peak
-    assert dry.phase_bytes == dict(ledger.phase_bytes)
-    categories = estimate_step(shape_of(family), setting).categories
-    for category in ("base_weights", "quantization_constants", "unquantized", "adapters", "optimizer"):
-        assert dry.static[category] == categories[category], category
+    assert_real_step(family, setting, folders[family])
 
 
 @pytest.mark.parametrize(
