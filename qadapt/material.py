@@ -30,6 +30,8 @@ from qadapt.data.rows import Rows
 from qadapt.data.split import Split, split_rows
 from qadapt.errors import BadData
 from qadapt.events import DataReady, Event, Warned
+from qadapt.fusing import Source as Fused
+from qadapt.fusing import check_trained_on, find_sources, hash_of
 from qadapt.methods import virtual_tokens
 from qadapt.model.source import ModelFiles, find_model, is_here
 from qadapt.recipe import Recipe
@@ -43,18 +45,26 @@ _SPLIT = "split:"
 
 @dataclass(frozen=True)
 class Material:
-    """What a run is made of; `parts` are the prepared training rows, then held-out ones of their own."""
+    """What a run is made of.
+
+    `parts` are the prepared training rows, then held-out ones of their own; `fused` the trained adapters that
+    are attended over.
+    """
 
     files: ModelFiles
     contract: PromptContract
     rows: Rows
     parts: tuple[Part, ...]
+    fused: tuple[Fused, ...] = ()
 
     @property
     def ingredients(self) -> Ingredients:
         """What must be the same when the run is resumed."""
         return Ingredients(
-            base=self.files.fingerprint, template=self.contract.fingerprint, rows=self.rows.fingerprint
+            base=self.files.fingerprint,
+            template=self.contract.fingerprint,
+            rows=self.rows.fingerprint,
+            adapters=hash_of(self.fused),
         )
 
     @property
@@ -95,6 +105,7 @@ def resolved(recipe: Recipe) -> Recipe:
 
     Raises:
         BadData: A dataset of the hub does not exist or is out of reach.
+        QadaptError: As `find_sources`.
     """
     values = recipe.model_dump()
     data = values["data"]
@@ -108,6 +119,8 @@ def resolved(recipe: Recipe) -> Recipe:
         data["date"] = date.today().isoformat()
     if Path(recipe.model.source).exists():
         values["model"]["source"] = str(Path(recipe.model.source).absolute())
+    if fused := find_sources(recipe):
+        values["adapter"]["targets"] = [str(source.folder) for source in fused]
     return Recipe.model_validate(values)
 
 
@@ -146,6 +159,9 @@ def prepare(
         "finding the base",
         lambda report: find_model(source, revision=revision, report=report, needs_weights=needs_weights),
     )
+    fused = find_sources(recipe)
+    if needs_weights:
+        check_trained_on(fused, base=files.name, fingerprint=files.fingerprint)
     contract = contract_of(recipe, files.folder)
     parts: list[Part] = []
     for sources, kind in ((training_sources(recipe), "rows"), (held_out_sources(recipe), "held-out rows")):
@@ -160,7 +176,7 @@ def prepare(
     yield from _warned(token_notes(split.rows.train, contract))
     drop_unused()
     yield _ready(split.rows, parts)
-    return Material(files, contract, split.rows, tuple(parts))
+    return Material(files, contract, split.rows, tuple(parts), fused)
 
 
 def contract_of(recipe: Recipe, folder: Path) -> PromptContract:

@@ -15,9 +15,11 @@ from qadapt.errors import BadRecipe
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "oft", "ia3", "houlsby", "pfeiffer",
-    "parallel", "compacter", "compacterplus", "prompt", "ptuning", "prefix", "prefix-flat",
+    "parallel", "compacter", "compacterplus", "fusion", "prompt", "ptuning", "prefix", "prefix-flat",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
+Sees = Literal["output", "sum", "stream"]
+"""What enters a bottleneck adapter: what its part adds, that and the stream it is added to, or the stream."""
 NEUMANN_TERMS = 5
 """Of the series that makes OFT's rotations."""
 SCALED_INPUTS = ("down_proj",)
@@ -45,7 +47,9 @@ class MethodFacts:
         is_near_one: Whether it trains factors of about one, of which bf16 knows every 128th: they are fp32
             unless the recipe says otherwise.
         mends_base: Whether it starts from what quantizing took from the base, which must be quantized.
+        attends: Whether it attends over trained adapters, which `adapter.targets` names.
         usual_activation: The nonlinearity of a bottleneck adapter; None for all others.
+        sees: What enters a bottleneck adapter.
         after_attention: Whether a layer has a bottleneck adapter after its attention, too.
         is_hypercomplex: Whether its projections are sums of `SUMMANDS` Kronecker products.
     """
@@ -59,7 +63,9 @@ class MethodFacts:
     has_virtual_tokens: bool = False
     is_near_one: bool = False
     mends_base: bool = False
+    attends: bool = False
     usual_activation: Activation | None = None
+    sees: Sees = "output"
     after_attention: bool = False
     is_hypercomplex: bool = False
 
@@ -91,6 +97,7 @@ def _bottleneck(
     title: str,
     source: str,
     activation: Activation,
+    sees: Sees,
     *,
     after_attention: bool = False,
     is_hypercomplex: bool = False,
@@ -101,14 +108,15 @@ def _bottleneck(
         size="width",
         is_beside=True,
         usual_activation=activation,
+        sees=sees,
         after_attention=after_attention,
         is_hypercomplex=is_hypercomplex,
     )
 
 
-def _compacter(title: str, *, after_attention: bool = False) -> MethodFacts:
+def _compacter(title: str, sees: Sees, *, after_attention: bool = False) -> MethodFacts:
     both = {"after_attention": after_attention, "is_hypercomplex": True}
-    return _bottleneck(title, "arXiv:2106.04647", "gelu", **both)
+    return _bottleneck(title, "arXiv:2106.04647", "gelu", sees, **both)
 
 
 def _prompt(title: str, source: str) -> MethodFacts:
@@ -131,16 +139,105 @@ METHODS: Mapping[Method, MethodFacts] = {
     "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
     "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout"), size="block"),
     "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
-    "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu", after_attention=True),
-    "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu"),
-    "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu"),
-    "compacter": _compacter("Compacter", after_attention=True),
-    "compacterplus": _compacter("Compacter++"),
+    "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu", "output", after_attention=True),
+    "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu", "sum"),
+    "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu", "stream"),
+    "compacter": _compacter("Compacter", "output", after_attention=True),
+    "compacterplus": _compacter("Compacter++", "sum"),
+    "fusion": MethodFacts(
+        "AdapterFusion",
+        "arXiv:2005.00247",
+        ("rank", "alpha", "dropout"),
+        size="",
+        is_beside=True,
+        attends=True,
+    ),
     "prompt": _prompt("prompt tuning", "arXiv:2104.08691"),
     "ptuning": _prompt("P-tuning", "arXiv:2103.10385"),
     "prefix": _prefix("prefix tuning"),
     "prefix-flat": _prefix("flat prefix tuning"),
 }
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A trained adapter that others are attended over with: what a step's memory depends on.
+
+    Attributes:
+        name: Of the run or of the store that it comes from.
+        method: Its own.
+        width: Of its bottleneck.
+        activation: Its nonlinearity.
+        norm: Whether a layer norm comes first.
+        first_layer: The lowest layer that has it.
+    """
+
+    name: str
+    method: Method
+    width: int
+    activation: Activation
+    norm: bool = False
+    first_layer: int = 0
+
+
+def check_targets(method: Method, targets: str | Sequence[str]) -> None:
+    """Refuses targets that are no two adapters, of a method that attends over adapters.
+
+    Raises:
+        BadRecipe: They name fewer, or one twice.
+    """
+    if not METHODS[method].attends:
+        return
+    names = (targets,) if isinstance(targets, str) else targets
+    twice = [name for name in names if [*names].count(name) > 1]
+    if len(names) < 2 or twice:
+        problem = f"{twice[0]} is named twice" if twice else "attention needs two adapters or more"
+        raise BadRecipe(
+            f"adapter.targets = {', '.join(names)}: {problem}.",
+            cure="Give the names of two or more runs, adapters of the store or folders, such as "
+            "[pfeiffer, compacterplus].",
+        )
+
+
+def check_fused(adapters: Sequence[Fused]) -> None:
+    """Refuses adapters that no one attention can be over: of one name, or at different places.
+
+    Raises:
+        BadRecipe: Says which, and where they are.
+    """
+    names = [each.name for each in adapters]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise BadRecipe(
+            f"adapter.targets: two adapters are called {twice[0]}, and their weights are told by name.",
+            cure="Keep one of them in the store under another name: `qadapt adapters add FOLDER --as NAME`.",
+        )
+    first = adapters[0]
+    for other in adapters[1:]:
+        if _place(first) != _place(other):
+            raise BadRecipe(
+                f"adapter.targets: {first.name} ({METHODS[first.method].title}) is {_said_place(first)}, "
+                f"{other.name} ({METHODS[other.method].title}) {_said_place(other)}; attention is over "
+                "adapters at the same places.",
+                cure="Give adapters of one method, or pfeiffer with compacterplus, houlsby with compacter; "
+                "and of the same layers.",
+            )
+
+
+def _place(fused: Fused) -> tuple[object, ...]:
+    facts = METHODS[fused.method]
+    return facts.sees, facts.after_attention, fused.first_layer
+
+
+def _said_place(fused: Fused) -> str:
+    facts = METHODS[fused.method]
+    where = {
+        "output": "after the feed-forward part",
+        "sum": "after the feed-forward part, of the sum",
+        "stream": "beside the feed-forward part",
+    }[facts.sees]
+    both = " and after attention" if facts.after_attention else ""
+    return f"{where}{both}, from layer {fused.first_layer} on"
 
 
 def check_base(method: Method, quantization: str) -> None:

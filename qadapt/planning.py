@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qadapt.architecture import size
 from qadapt.errors import BadModel, BadRecipe, NoClosedForm
+from qadapt.fusing import fused_on
 from qadapt.hardware.calibration import Calibration, Kind, kind_of, recall
 from qadapt.hardware.target import Target, find_target
 from qadapt.plan.answer import Answer
@@ -382,6 +383,7 @@ def ask_of(
     setting = setting_of(
         recipe, chosen, device=target.device, compute_dtype=compute_dtype, adapter_dtype=adapter_dtype
     )
+    setting = dataclasses.replace(setting, fused=fused_on(recipe, chosen))
     memory = recipe.memory
     wanted = {"micro_batch": memory.micro_batch, "recompute": memory.recompute, "offload": memory.offload}
     free = frozenset(name for name in PLANNED if wanted.get(name, "auto") == "auto")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qadapt.errors import BadRecipe
-from qadapt.methods import METHODS, Method, dropped_layers, virtual_tokens
+from qadapt.methods import METHODS, Method, check_targets, dropped_layers, virtual_tokens
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.shape import Part
 from qadapt.units import parse_bytes
@@ -62,8 +62,9 @@ class AdapterSection(Section):
     """LoRA (arXiv:2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA (2402.09353), PiSSA
     (2404.02948), LoftQ (2310.08659), VeRA (2310.11454), OFT (2306.07280), IA3 (2205.05638), bottleneck
     adapters: houlsby (1902.00751), pfeiffer (2005.00247), parallel (2110.04366), compacter, compacterplus
-    (2106.04647); or what stands in front of the text: prefix, prefix-flat (2101.00190), virtual tokens:
-    prompt (2104.08691), ptuning (2103.10385)."""
+    (2106.04647); attention over several such, trained before: fusion (2005.00247); or what stands in front
+    of the text: prefix, prefix-flat (2101.00190), virtual tokens: prompt (2104.08691), ptuning
+    (2103.10385)."""
     rank: Positive = 16
     """Inner width of the low-rank update, or of a bottleneck; the length of a prefix; the width of
     OFT's blocks; how many virtual tokens."""
@@ -73,7 +74,8 @@ class AdapterSection(Section):
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head. Bottleneck
-    adapters: `layers.12-`, for none below layer 12, counted from 0 (AdapterDrop, arXiv:2010.11918)."""
+    adapters: `layers.12-`, for none below layer 12, counted from 0 (AdapterDrop, arXiv:2010.11918). Fusion:
+    the trained adapters that are attended over, two or more: runs, names of the store, folders."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32, as for
     IA3 and DoRA."""
@@ -86,6 +88,7 @@ class AdapterSection(Section):
                 raise ValueError(f"{name} = {given[name]} means nothing to {facts.title}; leave it out")
         try:
             dropped_layers(self.method, self.targets)
+            check_targets(self.method, self.targets)
         except BadRecipe as error:
             raise ValueError(f"{error.problem} {error.cure}") from None
         if self.rank % facts.size_step:

@@ -287,14 +287,14 @@ def _parts(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _changed_material(run: RunFolder, plan: StoredPlan, material: Material) -> list[str]:
-    """A text for each of base, template and rows that is another one now."""
+    """A text for each of base, template, rows and adapters that is another one now."""
     before, now = asdict(plan.ingredients), asdict(material.ingredients)
     texts = []
     for name in plan.ingredients.changed(material.ingredients):
         detail = f"was {before[name][:12]} and is {now[name][:12]}"
         if name == "base":
             detail = f"{material.files.name}, whose files' hash {detail}"
-        if name == "template":
+        if name in ("template", "adapters"):
             detail = f"its hash {detail}"
         if name == "rows":
             stored = [source for part in _parts(run) for source in part["sources"]]

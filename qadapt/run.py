@@ -56,6 +56,7 @@ from qadapt.run_parts import (
     store,
 )
 from qadapt.saved_states import go_to_best, restore
+from qadapt.train.attended import attended
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
@@ -322,4 +323,5 @@ def evaluate(
         base_loss=base_loss,
         answers=answer_rows(tuned.model, tuned.contract, chosen.conversations, max_new_tokens=max_new_tokens),
         notes=chosen.notes,
+        attended=attended(tuned.model, chosen.rows),
     )

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts
+from qadapt.adapters.fusion import read_member
 from qadapt.adapters.lora import stored_bytes, trainable
 from qadapt.adapters.method import Adapter, adapted_layers, attach
 from qadapt.adapters.rates import rate_ratios, undecayed
@@ -30,7 +31,7 @@ from qadapt.events import AdapterAttached, BaseLoaded, Event, RunStarted, StageS
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.claims import SharedCard, claiming
 from qadapt.material import Material, order_of, step_count
-from qadapt.methods import METHODS, activation_of, said
+from qadapt.methods import METHODS, said
 from qadapt.model.load import load_base
 from qadapt.model.original import original_weights
 from qadapt.model.placement import brought_parts
@@ -199,8 +200,7 @@ def _packed_plan(padded: Question, sample: StepSample) -> Plan:
 def _shape_with_room(material: Material) -> ModelShape:
     """The model's shape, its table with room for the new tokens."""
     shape = find_shape(str(material.files.folder))
-    needed = max(material.contract.new_ids, default=-1) + 1
-    rows = table_rows(shape.vocabulary, needed)
+    rows = table_rows(shape.vocabulary, max(material.contract.new_ids, default=-1) + 1)
     return replace(shape, name=material.files.name, vocabulary=rows)
 
 
@@ -314,10 +314,9 @@ def adapt(
     """Attaches the recipe's adapter to the base, and the rows of its new tokens."""
     section, seed, dtype = recipe.adapter, recipe.train.seed, DTYPES[plan.adapter_dtype]
     base_parameters, new_ids = base.num_parameters(), material.contract.new_ids
-    activation = activation_of(section.method)
-    adapter = Adapter(
-        section.method, section.rank, section.alpha, section.dropout, section.targets, activation
-    )
+    members = [read_member(base, each.folder, each.fused.name) for each in material.fused]
+    adapter = Adapter(section.method, section.rank, section.alpha, section.dropout, section.targets)
+    adapter = replace(adapter, members=members)
     with original_weights(material.files.folder) as originals:
         model = attach(base, adapter, dtype=dtype, seed=seed, new_ids=new_ids, originals=originals)
     yield AdapterAttached(

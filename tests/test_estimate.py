@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
+from qadapt.adapters.fusion import Member
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.method import Adapter, attach
 from qadapt.engine.arrangement import arrange
@@ -80,9 +81,8 @@ def build(folder: Path, setting: Setting, *, alpha: float = 16) -> PeftModel:
         device=torch.device("cpu"),
     )
     arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
-    adapter = Adapter(
-        setting.method, setting.rank, alpha, setting.dropout, setting.targets, setting.activation
-    )
+    what = setting.method, setting.rank, alpha, setting.dropout, setting.targets, setting.activation
+    adapter = Adapter(*what, members=[Member.of(each) for each in setting.fused])
     rows = base.get_input_embeddings().num_embeddings
     new_ids = range(rows - setting.new_tokens, rows)
     dtype = DTYPES[setting.adapter_dtype]

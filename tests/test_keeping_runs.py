@@ -13,6 +13,7 @@ import pytest
 import torch
 from killed_store import RECORD, source
 from test_train import changed, make_recipe
+from two_adapters import first_stages
 
 from qadapt import bisecting
 from qadapt.adapters.store import Store
@@ -34,8 +35,10 @@ def test_a_run_is_kept_with_all_that_is_known_and_answers_by_its_name(
     method: Method, tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_model("llama"))
-    given = {"rank": 4, "alpha": 4} if METHODS[method].has_rank else {}
+    given: dict[str, Any] = {"rank": 4, "alpha": 4} if METHODS[method].has_rank else {}
     rank = {name: value for name, value in given.items() if name not in METHODS[method].unused}
+    if METHODS[method].attends:
+        rank["targets"] = first_stages(recipe)
     adapter = type(recipe.adapter)(method=method, **rank)  # type: ignore[arg-type]
     recipe = recipe.model_copy(update={"adapter": adapter})
     list(train(recipe))

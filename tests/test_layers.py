@@ -36,6 +36,7 @@ RUNGS = (
         "resumption",
         "saved_states",
         "material",
+        "fusing",
         "planning",
         "exact",
         "data_check",

@@ -16,6 +16,7 @@ from test_dryrun import SETTING, config, counted
 from test_estimate import CPU, build, folders, shape_of, values_of
 from test_linear import BASES, RANK, TOLERANCE, Block, adapted, errors, frozen, inputs_of, outcome
 from transformers import PreTrainedModel
+from two_adapters import members_of
 
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.adapters.ia3 import use_typed_layers
@@ -170,7 +171,8 @@ def attached(
 ) -> PeftModel:
     base = base_of(folder, quantization=quantization, dtype=dtype)
     with original_weights(folder) as originals:
-        adapter = Adapter(method, 4, 8)
+        members = members_of([base_of(folder) for _ in range(2)]) if METHODS[method].attends else ()
+        adapter = Adapter(method, 4, 8, members=members)
         return attach(base, adapter, dtype=FP32, seed=0, originals=originals, **options).train()
 
 

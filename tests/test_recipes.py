@@ -35,6 +35,7 @@ NAMES = [
     "adapters/compacter",
     "adapters/compacterplus",
     "adapters/dora",
+    "adapters/fusion",
     "adapters/houlsby",
     "adapters/ia3",
     "adapters/loftq",
@@ -143,11 +144,22 @@ def on_tiny_model(name: str, folder: Path, tiny_model: TinyModel) -> Recipe:
     return read_recipe(name, [f"{key}={value}" for key, value in values.items()])
 
 
+def first_stages(recipe: Recipe) -> list[str]:
+    """The shipped recipes whose adapters it attends over."""
+    if not METHODS[recipe.adapter.method].attends:
+        return []
+    found = [name for name in DEMO if read_recipe(name).run.name in recipe.adapter.targets]
+    assert len(found) == len(recipe.adapter.targets)
+    return found
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_trains_two_steps_on_a_tiny_model(name: str, tmp_path: Path, tiny_model: TinyModel) -> None:
     from qadapt.run import train
 
     recipe = on_tiny_model(name, tmp_path, tiny_model)
+    for stage in first_stages(recipe):
+        list(train(on_tiny_model(stage, tmp_path, tiny_model)))
     events = list(train(recipe))
     steps = [event for event in events if isinstance(event, StepDone)]
     assert [event.step for event in steps] == [1, 2]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ALL = tuple(METHODS)
 MIXED: tuple[Method, ...] = ("lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel")
-PROMPTED: tuple[Method, ...] = (*MIXED, "vera", "oft", "prompt", "prefix", "compacter")
+PROMPTED: tuple[Method, ...] = (*MIXED, "vera", "oft", "prompt", "prefix", "compacter", "fusion")
 """Those that rows of one batch have side by side."""
 IDS = torch.arange(3, 43).view(2, 20)
 UP_PROJ = "base_model.model.model.layers.0.mlp.up_proj"

@@ -3,7 +3,8 @@
     python tools/demo --method dora --method ia3     these
     python tools/demo --method all                   every one; minutes each on two CPU cores
 
-Each is trained by its recipe (`recipes/adapters/`; LoRA: the demo's own), unless its run is there already.
+Each is trained by its recipe (`recipes/adapters/`; LoRA: the demo's own), unless its run is there already;
+so are first the adapters that a fusion attends over.
 Nothing is left out of the table: what does worse stands there, too.
 """
 
@@ -57,6 +58,19 @@ def known_methods() -> tuple[str, ...]:
 def recipe_and_run(method: str) -> tuple[str, str]:
     """Name of the recipe of a method, and of the run it makes."""
     return _LORA if method == "lora" else (f"adapters/{method}", method)
+
+
+def with_first_stages(methods: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods to train, each after those whose adapters it attends over."""
+    from qadapt.methods import METHODS
+    from qadapt.recipe_file import read_recipe
+
+    found: list[str] = []
+    for method in methods:
+        if METHODS[method].attends:  # type: ignore[index]
+            found += read_recipe(recipe_and_run(method)[0]).adapter.targets
+        found.append(method)
+    return tuple(dict.fromkeys(found))
 
 
 def is_trained(method: str) -> bool:

@@ -8,12 +8,14 @@ Run it after a change of the estimate. `tests/test_recipes.py` checks that the l
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qadapt.hardware.cards import Card
+from qadapt.methods import METHODS, Fused, activation_of, dropped_layers
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.setting import setting_of
+from qadapt.recipe import Recipe
 from qadapt.recipe_file import read_recipe, shipped_recipes
 from qadapt.shape import find_shape
 from qadapt.units import GIB, format_bytes
@@ -54,7 +56,26 @@ def needs(name: str) -> Needs:
         compute_dtype="bf16" if card else "fp32",
         adapter_dtype="bf16" if card else "fp32",
     )
+    setting = replace(setting, fused=fused_of(recipe))
     return Needs(estimate_step(find_shape(recipe.model.source), setting, card=card), card)
+
+
+def fused_of(recipe: Recipe) -> tuple[Fused, ...]:
+    """The adapters that a recipe attends over, as the shipped recipes that its targets name train them."""
+    if not METHODS[recipe.adapter.method].attends:
+        return ()
+    by_run = {(each := read_recipe(name)).run.name: each.adapter for name in shipped_recipes()}
+    stages = [(name, by_run[name]) for name in recipe.adapter.targets]
+    return tuple(
+        Fused(
+            name,
+            section.method,
+            section.rank,
+            activation_of(section.method),
+            first_layer=dropped_layers(section.method, section.targets),
+        )
+        for name, section in stages
+    )
 
 
 def stated_bytes(path: Path) -> int:

@@ -11,15 +11,12 @@ bottleneck times alpha / width. The places are those of the library `adapters` 1
 too (`tools/bench/parity_adapters.py`). The projection up starts at zero: the first forward pass is the base's
 to the bit. Every token is treated by itself, so packed rows and a KV cache change nothing.
 
-Layers are not wrapped: hooks on their children, which run again when a layer is recomputed.
-
 Legend: B rows, T tokens, D width of the model, R width of the bottleneck.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,21 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qadapt.adapters.beside import Beside, Place, effects_beside, find_places
 from qadapt.adapters.effect import Effect, connect
 from qadapt.adapters.hypercomplex import HypercomplexProjection, SharedFactors
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.engine.host import device_of
-from qadapt.errors import BadAdapter, BadRecipe, Unsupported
+from qadapt.errors import BadAdapter, BadRecipe
 from qadapt.methods import METHODS, SUMMANDS, Activation, check_dropped, check_step
 
 Kind = Literal["houlsby", "pfeiffer", "parallel", "compacter", "compacterplus"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_SEES: Mapping[Kind, Literal["output", "sum", "stream"]] = {
-    "houlsby": "output", "pfeiffer": "sum", "parallel": "stream",
-    "compacter": "output", "compacterplus": "sum",
-}  # fmt: skip
-"""What enters: o, h + o or h."""
 SHARED = "shared"
 """Name on disk of what all adapters of a model share."""
 
@@ -54,24 +47,6 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "tanh": torch.tanh,
 }
-
-
-@dataclass(frozen=True)
-class Places:
-    """Children of a layer: what attention and feed-forward part add, and the norm before the latter."""
-
-    attention: str
-    feed_forward: str
-    norm: str
-
-
-_PLAIN = Places("self_attn", "mlp", "post_attention_layernorm")
-_TWO_NORMS = Places("post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm")
-PLACES: Mapping[str, Places] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _PLAIN),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _TWO_NORMS),
-}
-"""By `model_type`."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +72,7 @@ class Bottleneck:
     first_layer: int = 0
 
 
-class BottleneckPart(Part):
+class BottleneckPart(Beside):
     """One adapter of one layer.
 
     Args:
@@ -107,13 +82,12 @@ class BottleneckPart(Part):
     """
 
     def __init__(self, bottleneck: Bottleneck, width: int, shared: SharedFactors | None = None) -> None:
-        super().__init__()
+        super().__init__(METHODS[bottleneck.kind].sees)
         self.bottleneck = bottleneck
         self.down = _projection(width, bottleneck.width, shared)
         self.up = _projection(bottleneck.width, width, shared)
         self.norm = nn.LayerNorm(width) if bottleneck.norm else None
         self.activation = _FUNCTIONS[bottleneck.activation]
-        self._stream: weakref.ref[Tensor] | None = None
 
     def start(self, draw: torch.Generator) -> None:
         """Draws the projection down, and of the one up what leaves it zero."""
@@ -124,28 +98,6 @@ class BottleneckPart(Part):
     def stored(self) -> dict[str, Tensor]:
         """Its own numbers, and none that it shares."""
         return {name: each for name, each in self.named_parameters() if SHARED not in name.split(".")}
-
-    def see_stream(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Hook before the feed-forward part's norm; the layer itself holds the stream until it adds to it."""
-        self._stream = weakref.ref(arguments[0])
-
-    def change_output(self, _: nn.Module, arguments: object, output: Any) -> Any:
-        """Hook of what makes o, alone or first of a tuple: o + f(...)."""
-        if not self.is_on:
-            return output
-        if isinstance(output, tuple):
-            return (self.added_to(output[0]), *output[1:])
-        return self.added_to(output)
-
-    def added_to(self, output: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """What the part adds to the stream with the adapter."""
-        entering, sees = output, _SEES[self.bottleneck.kind]
-        if sees != "output":
-            assert self._stream is not None, "the norm comes first"
-            stream = self._stream()
-            assert stream is not None, "the layer holds it"
-            entering = stream + output if sees == "sum" else stream
-        return output + cast(Tensor, self(entering))
 
     def forward(self, values: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         """f, in the type of its input."""
@@ -194,7 +146,7 @@ def attach_bottleneck(
         BadRecipe: The bottleneck is as wide as the model, a width is none that it can have, or no layer would
             have an adapter.
     """
-    places, width = _places(model), int(model.config.hidden_size)
+    places, width = find_places(model), int(model.config.hidden_size)
     if bottleneck.width >= width:
         raise BadRecipe(
             f"adapter.rank is {bottleneck.width}; a bottleneck is narrower than the model, {width} here.",
@@ -205,15 +157,15 @@ def attach_bottleneck(
     model.requires_grad_(False)
     device, draw = device_of(model), torch.Generator().manual_seed(seed)
     parts: dict[str, Part] = {}
-    if (shared := _shared(bottleneck.kind)) is not None:
+    if (shared := shared_of(bottleneck.kind)) is not None:
         shared.start(draw)
         parts[SHARED] = shared
-    for number, layer in _adapted(model, bottleneck):
+    for number, layer in layers_with_one(model, bottleneck):
         mine = nn.ModuleDict()
         for place in places_of(bottleneck.kind):
             part = BottleneckPart(bottleneck, width, shared)
             part.start(draw)
-            for effect in _effects(layer, part.to(device, dtype), places, is_attention=place == "attention"):
+            for effect in effects_beside(layer, part.to(device, dtype), places, place=place):
                 connect(effect)
             mine[place] = parts[f"layers.{number}.{place}"] = part
         layer.add_module("bottleneck", mine)
@@ -227,7 +179,7 @@ def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool 
     Raises:
         BadAdapter: The folder's files are damaged, or are of adapters for another base.
     """
-    bottleneck, tensors = _read(model, folder)
+    bottleneck, tensors = read_bottleneck(model, folder)
     adapted = attach_bottleneck(model, bottleneck)
     for name, part in adapted.parts.items():
         for key, parameter in part.stored().items():
@@ -243,23 +195,37 @@ def bottleneck_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
         BadAdapter: The folder's files are damaged, or are of adapters for another base.
         Unsupported: It is not known where this architecture adds to its stream.
     """
-    bottleneck, tensors = _read(model, folder)
-    places, device, effects = _places(model), device_of(model), []
-    if (shared := _shared(bottleneck.kind)) is not None:
+    bottleneck, tensors = read_bottleneck(model, folder)
+    places, device, effects = find_places(model), device_of(model), []
+    if (shared := shared_of(bottleneck.kind)) is not None:
         shared.factors.data = tensors[f"{SHARED}.factors"].to(device, copy=True)
-    for number, layer in _adapted(model, bottleneck):
+    for number, layer in layers_with_one(model, bottleneck):
         for place in places_of(bottleneck.kind):
             part = BottleneckPart(replace(bottleneck, dropout=0.0), int(model.config.hidden_size), shared)
             for key, parameter in part.requires_grad_(False).stored().items():
                 parameter.data = tensors[f"layers.{number}.{place}.{key}"].to(device, copy=True)
-            effects += _effects(layer, part, places, is_attention=place == "attention")
+            effects += effects_beside(layer, part, places, place=place)
     return effects
 
 
-def _read(model: PreTrainedModel, folder: Path) -> tuple[Bottleneck, dict[str, Tensor]]:
-    """What the adapters of a folder are, if they are this base's, and their tensors."""
+def read_bottleneck(model: PreTrainedModel, folder: Path) -> tuple[Bottleneck, dict[str, Tensor]]:
+    """What the adapters of a folder are, if they are this base's, and their tensors by their names on disk.
+
+    Raises:
+        BadAdapter: The files are damaged, or are of adapters for another base.
+    """
     settings = read_settings(folder)
     bottleneck = bottleneck_of(settings, folder)
+    check_same_base(model, settings, folder)
+    return bottleneck, read_tensors(folder, bottleneck_shapes(settings, folder))
+
+
+def check_same_base(model: PreTrainedModel, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuses what a folder's settings say is for a base of another kind or other sizes.
+
+    Raises:
+        BadAdapter: It is.
+    """
     ours = {"layers": len(decoder_layers(model)), "model_width": int(model.config.hidden_size)}
     for name, value in {**ours, "model_type": model.config.model_type}.items():
         if settings.get(name) != value:
@@ -268,7 +234,6 @@ def _read(model: PreTrainedModel, folder: Path) -> tuple[Bottleneck, dict[str, T
                 f"{value}.",
                 cure="Load it on the base that it was trained on.",
             )
-    return bottleneck, read_tensors(folder, bottleneck_shapes(settings, folder))
 
 
 def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:
@@ -343,17 +308,18 @@ def _sizes(settings: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     return layers, width
 
 
-def places_of(kind: Kind) -> tuple[str, ...]:
+def places_of(kind: Kind) -> tuple[Place, ...]:
     """Where a layer has an adapter of a kind."""
     return ("attention", "feed_forward") if METHODS[kind].after_attention else ("feed_forward",)
 
 
-def _adapted(model: PreTrainedModel, bottleneck: Bottleneck) -> list[tuple[int, nn.Module]]:
+def layers_with_one(model: PreTrainedModel, bottleneck: Bottleneck) -> list[tuple[int, nn.Module]]:
     """The layers that have an adapter, with their numbers."""
     return list(enumerate(decoder_layers(model)))[bottleneck.first_layer :]
 
 
-def _shared(kind: Kind) -> SharedFactors | None:
+def shared_of(kind: Kind) -> SharedFactors | None:
+    """What the adapters of a model share, if they share anything."""
     return SharedFactors() if METHODS[kind].is_hypercomplex else None
 
 
@@ -363,21 +329,3 @@ def _projection(
     if shared is None:
         return Projection(inputs, outputs)
     return HypercomplexProjection(inputs, outputs, shared)
-
-
-def _effects(layer: nn.Module, part: BottleneckPart, places: Places, *, is_attention: bool) -> list[Effect]:
-    output = layer.get_submodule(places.attention if is_attention else places.feed_forward)
-    effects = [Effect(output, "sequence", part, after=part.change_output)]
-    if _SEES[part.bottleneck.kind] != "output":
-        effects.append(Effect(layer.get_submodule(places.norm), "sequence", part, before=part.see_stream))
-    return effects
-
-
-def _places(model: PreTrainedModel) -> Places:
-    family = model.config.model_type
-    if family not in PLACES:
-        raise Unsupported(
-            f"Bottleneck adapters on {family}: where its layers add to their stream is not known.",
-            cure=f"Known are {', '.join(PLACES)}. Or set adapter.method=lora, which suits every decoder.",
-        )
-    return PLACES[family]

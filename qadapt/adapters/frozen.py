@@ -1,4 +1,4 @@
-"""What an adapter has that is not trained: the start of PiSSA's layers, VeRA's projections.
+"""What an adapter has that is not trained: PiSSA's start, VeRA's projections, the adapters of a fusion.
 
 It is part of the adapter as what is trained is: saved, resumed and counted with it.
 """
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 
+from qadapt.adapters.fusion import attended_tensors
 from qadapt.adapters.pissa import starts_of
 
 
 def frozen_of(model: nn.Module) -> dict[str, Tensor]:
     """The frozen tensors of an adapter by name."""
-    return starts_of(model) | projections_of(model)
+    return starts_of(model) | projections_of(model) | attended_tensors(model)
 
 
 def projections_of(model: nn.Module) -> dict[str, Tensor]:

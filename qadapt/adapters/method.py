@@ -17,29 +17,34 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck
 from qadapt.adapters.facts import is_side_car
+from qadapt.adapters.fusion import FUSION, Member, attach_fusion
 from qadapt.adapters.ia3 import attach_ia3, use_typed_layers
 from qadapt.adapters.loftq import Originals, start_from_error
 from qadapt.adapters.lora import VARIANTS, Lora, attach_lora, load_lora
 from qadapt.adapters.oft import attach_oft, use_rotated_layers
 from qadapt.adapters.prefix import PREFIX_KINDS, attach_prefix
 from qadapt.adapters.prompt import PROMPT_KINDS, attach_prompt
-from qadapt.adapters.side_car import Part
+from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_cars import load_side_car
 from qadapt.adapters.vera import attach_vera, use_projected_layers
 from qadapt.errors import Unsupported
-from qadapt.methods import METHODS, Activation, Method, dropped_layers
+from qadapt.methods import METHODS, Activation, Method, activation_of, dropped_layers
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is trained, as a recipe's adapter section has it."""
+    """What is trained, as a recipe's adapter section has it.
+
+    `activation` is the method's usual one unless another is given; `members` is what a fusion attends over.
+    """
 
     method: Method
     rank: int
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    activation: Activation = "relu"
+    activation: Activation | None = None
+    members: Sequence[Member] = ()
 
 
 def attach(
@@ -53,7 +58,8 @@ def attach(
 ) -> PeftModel:
     """The base with a new adapter, which alone is trainable, and the rows of new tokens.
 
-    The first forward pass equals the base's, but for what stands in front of the text, and for LoftQ.
+    The first forward pass equals the base's, but for what stands in front of the text, and for LoftQ; of a
+    fusion it is that of the mean of its adapters.
 
     Args:
         model: The frozen base.
@@ -84,23 +90,32 @@ def attach(
         return attach_vera(model, adapter.rank, adapter.targets, dtype=dtype, seed=seed)
     if method == "oft":
         return attach_oft(model, adapter.rank, adapter.targets, dtype=dtype)
+    if METHODS[method].is_beside:
+        return _attach_beside(model, adapter, dtype=dtype, seed=seed)
+    assert method == "ia3"
+    return attach_ia3(model, adapter.targets, dtype=dtype)
+
+
+def _attach_beside(model: PreTrainedModel, adapter: Adapter, *, dtype: torch.dtype, seed: int) -> PeftModel:
+    """The base with an adapter beside its weights."""
+    method = adapter.method
     if method in KINDS:
         scale, dropout = adapter.alpha / adapter.rank, adapter.dropout
         bottleneck = Bottleneck(
             method,
             adapter.rank,
-            adapter.activation,
+            adapter.activation or activation_of(method),
             scale=scale,
             dropout=dropout,
             first_layer=dropped_layers(method, adapter.targets),
         )
         return attach_bottleneck(model, bottleneck, dtype=dtype, seed=seed)
+    if method == FUSION:
+        return attach_fusion(model, adapter.members, dtype=dtype, seed=seed)
     if method in PROMPT_KINDS:
         return attach_prompt(model, method, adapter.rank, dtype=dtype, seed=seed)
-    if method in PREFIX_KINDS:
-        return attach_prefix(model, method, adapter.rank, dtype=dtype, seed=seed)
-    assert method == "ia3"
-    return attach_ia3(model, adapter.targets, dtype=dtype)
+    assert method in PREFIX_KINDS
+    return attach_prefix(model, method, adapter.rank, dtype=dtype, seed=seed)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
@@ -116,7 +131,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
 
 def adapted_layers(model: PeftModel) -> int:
     """How many layers of a base have an adapter, or how many adapters stand beside them."""
-    return sum(
-        isinstance(module, BaseTunerLayer) or (isinstance(module, Part) and not module.is_shared)
-        for module in model.modules()
-    )
+    if isinstance(model, SideCar):
+        return sum(not part.is_shared for part in model.parts.values())
+    return sum(isinstance(module, BaseTunerLayer) for module in model.modules())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import KINDS, bottleneck_effects, bottleneck_shapes, load_bottleneck
 from qadapt.adapters.effect import Effect
+from qadapt.adapters.fusion import FUSION, fusion_effects, fusion_shapes, load_fusion
 from qadapt.adapters.prefix import PREFIX_KINDS, load_prefix, prefix_effects, prefix_shapes
 from qadapt.adapters.prompt import PROMPT_KINDS, load_prompt, prompt_effects, prompt_shapes
 from qadapt.adapters.side_car import SideCar
@@ -37,6 +38,7 @@ class _Family:
 
 _FAMILIES: Mapping[str, _Family] = {
     **dict.fromkeys(KINDS, _Family(load_bottleneck, bottleneck_shapes, bottleneck_effects)),
+    FUSION: _Family(load_fusion, fusion_shapes, fusion_effects),
     **dict.fromkeys(PREFIX_KINDS, _Family(load_prefix, prefix_shapes, prefix_effects)),
     **dict.fromkeys(PROMPT_KINDS, _Family(load_prompt, prompt_shapes, prompt_effects)),
 }

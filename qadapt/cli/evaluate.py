@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,9 @@ import typer
 from qadapt.cli.screen import console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qadapt.train.attended import Attended
     from qadapt.train.evaluation import Evaluation
 
 SAMPLES = 3
@@ -40,6 +44,8 @@ def evaluate(
 ) -> None:
     """Measures the loss with the adapter and without it on rows, and compares greedy answers with theirs.
 
+    Of a fusion it shows, too, which of its adapters each layer attends to in the first rows.
+
     Examples: `qadapt evaluate my-run`, `qadapt evaluate summaries --data mine.jsonl --answers 20`.
     """
     import json as json_text
@@ -54,7 +60,10 @@ def evaluate(
 
 
 def evaluation_values(result: Evaluation) -> dict[str, object]:
-    """What `--json` prints: losses in nats per learned token, every answer, what became of rows."""
+    """What `--json` prints: losses in nats per learned token, every answer, what became of rows.
+
+    Of a fusion, too, the mean weight of each adapter at each place; they sum to 1.
+    """
     return {
         "schema": 1,
         "rows": result.rows,
@@ -63,6 +72,10 @@ def evaluation_values(result: Evaluation) -> dict[str, object]:
         "perplexity": result.perplexity,
         "base_loss": result.base_loss,
         "exact_share": result.exact_share,
+        "attended": [
+            {"layer": each.layer, "place": each.place, "weights": dict(each.weights)}
+            for each in result.attended
+        ],
         "answers": [
             {
                 "question": each.question,
@@ -74,6 +87,24 @@ def evaluation_values(result: Evaluation) -> dict[str, object]:
         ],
         "warnings": [{"problem": problem, "cure": cure} for problem, cure in result.notes],
     }
+
+
+def _attended_table(found: Sequence[Attended]) -> Table:
+    """A line for each place: the share that each adapter has of its attention."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from qadapt.view.visible import one_line
+
+    names = [*found[0].weights]
+    table = Table("attends in layer", box=None, pad_edge=False)
+    for name in names:
+        table.add_column(Text(one_line(name)), justify="right")
+    has_several = len({each.place for each in found}) > 1
+    for each in found:
+        where = f" ({each.place.replace('_', '-')})" if has_several else ""
+        table.add_row(f"{each.layer}{where}", *(f"{each.weights[name]:.1%}" for name in names))
+    return table
 
 
 def _print(result: Evaluation, *, answers: int) -> None:
@@ -88,6 +119,8 @@ def _print(result: Evaluation, *, answers: int) -> None:
     table.add_row("with the adapter", f"{result.loss:.4f}", f"{result.perplexity:.2f}")
     table.add_row("base alone", f"{result.base_loss:.4f}", "")
     screen.print(table)
+    if result.attended:
+        screen.print(_attended_table(result.attended))
     if result.exact_share is not None:
         exact = sum(answer.is_exact for answer in result.answers)
         screen.print(f"{exact} of {len(result.answers)} answers are exact ({result.exact_share:.0%})")

@@ -15,6 +15,7 @@ import dataclasses
 from typing import Literal
 
 from qadapt.methods import METHODS, SUMMANDS
+from qadapt.plan.fusion import attends, fusion_bytes, fusion_tensors
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -24,11 +25,13 @@ FP32 = 4
 
 def stands_beside(setting: Setting) -> bool:
     """Whether the adapters of a setting stand beside the parts of a layer, not on its linear layers."""
-    return METHODS[setting.method].usual_activation is not None
+    return METHODS[setting.method].usual_activation is not None or attends(setting)
 
 
 def bottleneck_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
     """The number of values of each trained tensor of one layer."""
+    if attends(setting):
+        return fusion_tensors(shape, setting)
     inner, width, facts = setting.rank, shape.width, METHODS[setting.method]
     each = (width, inner, inner, inner, width, width) if facts.is_hypercomplex else _dense(inner, width)
     return each * (2 if facts.after_attention else 1)
@@ -45,7 +48,9 @@ def reached(shape: ModelShape, setting: Setting) -> tuple[ModelShape, Setting]:
     if isinstance(recompute, int):
         recompute = max(0, recompute - dropped) or "none"
     layers = dataclasses.replace(shape, layers=shape.layers - dropped)
-    return layers, dataclasses.replace(setting, recompute=recompute, targets="all-linear")
+    fused = tuple(dataclasses.replace(each, first_layer=0) for each in setting.fused)
+    targets = setting.targets if fused else "all-linear"
+    return layers, dataclasses.replace(setting, recompute=recompute, targets=targets, fused=fused)
 
 
 def shared_tensors(setting: Setting) -> tuple[int, ...]:
@@ -56,8 +61,10 @@ def shared_tensors(setting: Setting) -> tuple[int, ...]:
 def bottleneck_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
     """What the adapter beside one half of a layer keeps; 0 if there is none."""
     facts = METHODS[setting.method]
-    if not stands_beside(setting) or (half == "attention" and not facts.after_attention):
+    if not stands_beside(setting) or (half == "attention" and not is_after_attention(setting)):
         return 0
+    if attends(setting):
+        return fusion_bytes(shape, setting) - shared_stream_bytes(shape, setting)
     c, width, inner = setting.compute_bytes, shape.width, setting.rank
     is_cast = setting.adapter_value_bytes != c or _is_other_half(setting)
     weights, between = is_cast * 2 * width * inner, 0
@@ -65,6 +72,11 @@ def bottleneck_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
         weights, between = (SUMMANDS**2 + is_cast) * (width + inner), 2 * SUMMANDS**2
     kept = (width + 2 * inner + between) * c * setting.tokens + weights * c + mask_bytes(shape, setting)
     return kept - shared_stream_bytes(shape, setting)
+
+
+def is_after_attention(setting: Setting) -> bool:
+    """Whether a layer has something after its attention, too."""
+    return METHODS[setting.fused[0].method if setting.fused else setting.method].after_attention
 
 
 def mask_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -75,7 +87,8 @@ def mask_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def shared_stream_bytes(shape: ModelShape, setting: Setting) -> int:
     """What a parallel adapter need not keep itself: the stream that enters, which a norm keeps in fp32."""
-    is_shared = setting.method == "parallel" and setting.compute_bytes == FP32 and setting.dropout == 0
+    first = setting.fused[0].method if setting.fused else setting.method
+    is_shared = first == "parallel" and setting.compute_bytes == FP32 and setting.dropout == 0
     return shape.width * FP32 * setting.tokens if is_shared else 0
 
 

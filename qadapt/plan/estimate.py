@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
-from qadapt.methods import METHODS
 from qadapt.plan.activations import (
     attention_bytes,
     boundaries_there,
@@ -34,7 +33,14 @@ from qadapt.plan.activations import (
 )
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, saved_bytes, start_bytes
 from qadapt.plan.attention import Attention, attention_of
-from qadapt.plan.bottleneck import bottleneck_bytes, mask_bytes, reached, shared_stream_bytes, stands_beside
+from qadapt.plan.bottleneck import (
+    bottleneck_bytes,
+    is_after_attention,
+    mask_bytes,
+    reached,
+    shared_stream_bytes,
+    stands_beside,
+)
 from qadapt.plan.categories import STATIC
 from qadapt.plan.fusion import attends, idle_bytes
 from qadapt.plan.host import filed_bytes, pinned_bytes, table_bytes
@@ -288,7 +294,8 @@ def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
     if not stands_beside(setting):
         return first_input_bytes(shape, setting)
     before = half - bottleneck_bytes(shape, setting, "attention") + mask_bytes(shape, setting)
-    if METHODS[setting.method].after_attention:
+    before += idle_bytes(shape, setting) if attends(setting) else 0
+    if is_after_attention(setting):
         return before
     before += mlp_bytes(shape, setting) - bottleneck_bytes(shape, setting, "mlp")
     return before - shared_stream_bytes(shape, setting)

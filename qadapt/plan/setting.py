@@ -16,6 +16,7 @@ from qadapt.errors import BadRecipe
 from qadapt.methods import (
     METHODS,
     Activation,
+    Fused,
     Method,
     activation_of,
     check_base,
@@ -65,6 +66,8 @@ class Setting:
     many pieces along the sequence a feed-forward part is computed; `offload` what stays on the host, on CUDA;
     on a CPU only boundaries go elsewhere, to a file.
 
+    `fused` are the trained adapters that are attended over, if any are.
+
     `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
     most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length;
     `step_tokens` the tokens of all rows of the fullest optimizer step, as no micro-batch holds more, 0 where
@@ -81,6 +84,7 @@ class Setting:
     dropout: float = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     activation: Activation = "relu"
+    fused: tuple[Fused, ...] = ()
     adapter_dtype: Literal["bf16", "fp32"] = "bf16"
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw-8bit"
@@ -116,6 +120,8 @@ class Setting:
     @property
     def dropped_layers(self) -> int:
         """How many of the lowest layers have no bottleneck adapter, so that nothing goes back to them."""
+        if self.fused:
+            return self.fused[0].first_layer
         return dropped_layers(self.method, self.targets)
 
     @property
@@ -345,7 +351,7 @@ def setting_of(
     adapter_dtype: Literal["bf16", "fp32"],
     supervised_share: float = 1.0,
 ) -> Setting:
-    """The setting a recipe asks for, before the plan fills in what is `auto`.
+    """The setting a recipe asks for, before the plan fills in what is `auto`, and without what is fused.
 
     A type that the recipe names overrules the one given here. An `auto` micro-batch starts at one row and
     `auto` recompute at every layer: the least memory, from which `fit` goes up. With `auto` packing rows are

@@ -16,6 +16,7 @@ from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes, 
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
 from qadapt.plan.bottleneck import bottleneck_bytes, stands_beside
+from qadapt.plan.fusion import attends, fusion_passing_bytes
 from qadapt.plan.host import BLOCK_TOKENS, slice_rows
 from qadapt.plan.prefix import as_attended
 from qadapt.plan.setting import Setting
@@ -81,7 +82,8 @@ def _beside_moments(shape: ModelShape, setting: Setting, moments: Sequence[int])
     kept = bottleneck_bytes(shape, setting, "mlp")
     first, *others = (moment - kept for moment in moments)
     is_norm_between = shape.family == "gemma2" and setting.mlp_tiles > 1
-    return [2 * gradient, first + (0 if is_norm_between else gradient), *others]
+    own = fusion_passing_bytes(shape, setting) if attends(setting) else 2 * gradient
+    return [own, first + (0 if is_norm_between else gradient), *others]
 
 
 def _tiled_passing_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -271,11 +273,12 @@ def update_bytes(shape: ModelShape, setting: Setting) -> int:
     """What the optimizer's step takes on top.
 
     bf16 adapters get their updates as bf16 values of their own; of one tensor at a time four fp32 copies
-    exist: the last tensor's sum, weight, lost part and their sum (`train/optimizer.py`).
+    exist, and one in bf16: the last tensor's sum, also rounded, weight, lost part and their sum
+    (`train/optimizer.py`).
     """
     if setting.adapter_dtype != "bf16":
         return 0
-    return 2 * trainable(shape, setting) + 4 * FP32 * largest_tensor(shape, setting)
+    return 2 * trainable(shape, setting) + (4 * FP32 + 2) * largest_tensor(shape, setting)
 
 
 def _linear(shape: ModelShape, name: str) -> Linear:

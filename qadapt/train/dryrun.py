@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qadapt.adapters.fusion import Member
 from qadapt.adapters.lora import trainable
 from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.rates import rate_ratios
@@ -126,7 +127,13 @@ def skeleton_model(
     )
     choose_attention(base, dtype=DTYPES[setting.compute_dtype], capability=target.capability)
     adapter = Adapter(
-        setting.method, setting.rank, setting.rank, setting.dropout, setting.targets, setting.activation
+        setting.method,
+        setting.rank,
+        setting.rank,
+        setting.dropout,
+        setting.targets,
+        setting.activation,
+        [Member.of(each) for each in setting.fused],
     )
     rows = base.get_output_embeddings().out_features
     new_ids = range(rows - setting.new_tokens, rows)

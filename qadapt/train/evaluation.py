@@ -20,6 +20,7 @@ from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
 from qadapt.errors import BadData, DoesNotFit
 from qadapt.model.generate import generate
 from qadapt.plan.setting import LOSS_CHUNK
+from qadapt.train.attended import Attended
 from qadapt.train.step import evaluate_loss
 from qadapt.train.turns import Evaluating
 
@@ -42,7 +43,8 @@ class Answer:
 class Evaluation:
     """Mean loss per learned token (nats) of the adapter and of the base alone, and greedy answers.
 
-    `notes` are problems of the rows with their cures: which were cut, which were left out.
+    `notes` are problems of the rows with their cures: which were cut, which were left out; `attended` which
+    adapters a fusion attends to.
     """
 
     rows: int
@@ -51,6 +53,7 @@ class Evaluation:
     base_loss: float
     answers: tuple[Answer, ...]
     notes: tuple[tuple[str, str], ...] = ()
+    attended: tuple[Attended, ...] = ()
 
     @property
     def perplexity(self) -> float:

@@ -19,11 +19,12 @@ from qadapt.shape import Part
 
 @dataclass(frozen=True)
 class Ingredients:
-    """SHA-256 of what a run is made of."""
+    """SHA-256 of what a run is made of; of adapters, if it attends over some."""
 
     base: str
     template: str
     rows: str
+    adapters: str = ""
 
     def changed(self, now: Ingredients) -> list[str]:
         """The names of those that are others now."""

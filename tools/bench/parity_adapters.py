@@ -1,11 +1,15 @@
-"""Bottleneck adapters against the library `adapters` 1.3, on a tiny Llama in fp32: same weights, same logits.
+"""Bottleneck adapters against the library `adapters` 1.3: alone, stacked, attended over; the same logits.
 
     python tools/bench/parity_adapters.py [--folder DIR]
 
-That library pins an old transformers, so its side runs in a virtual environment of its own, made the first
-time (some minutes). It draws adapters of each kind, saves them as it does, in safetensors, and writes the
-logits that it computes; this side imports the folders and computes the same. Exit code 1 if any logit differs
+On a tiny Llama in fp32. That library pins an old transformers, so its side runs in a virtual environment of
+its own, made the first time (some minutes). It draws adapters of each kind, saves them as it does, in
+safetensors, and writes the logits that it computes; this side imports the folders and computes the same. A
+stack is a language's adapter and a task's on it (MAD-X, arXiv:2005.00052). Exit code 1 if any logit differs
 by more than 1e-5 times the largest.
+
+Attention over parallel adapters is left out: there that library adds the stream a second time, as it takes it
+both for the residual of the attention and for that of the layer.
 """
 
 from __future__ import annotations
@@ -23,10 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qadapt.adapters.adapters_library import import_bottleneck
 from qadapt.adapters.bottleneck import load_bottleneck
+from qadapt.adapters.fusion import FusionPart, Member, attach_fusion, read_member
+from qadapt.adapters.side_car import SideCar
+from qadapt.adapters.swap import Swap
 
 REQUIREMENTS = ("adapters==1.3.0", "torch==2.13.0", "safetensors")
 TOLERANCE = 1e-5
 WIDTH, LAYERS, VOCABULARY = 64, 3, 97
+PLACES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
+"""Of that library."""
 
 THEIRS = """
 import sys
@@ -72,6 +81,40 @@ for name, config in KINDS.items():
     if has_norm:
         mine = {key: each.clone() for key, each in model.state_dict().items() if f".{name}." in key}
         save_file(mine, place / name / "adapter.safetensors")
+PAIRS = {
+    "stack": (KINDS["pfeiffer"], KINDS["pfeiffer-gelu"]),
+    "stack-houlsby": (KINDS["houlsby"], KINDS["houlsby-tanh"]),
+    "fusion": (KINDS["pfeiffer"], KINDS["pfeiffer-gelu"]),
+    "fusion-houlsby": (KINDS["houlsby"], KINDS["houlsby-tanh"]),
+    "fusion-compacter": (KINDS["pfeiffer"], KINDS["compacter++"]),
+    "fusion-drop": (KINDS["pfeiffer-drop"], KINDS["pfeiffer-drop"]),
+}
+for name, configs in PAIRS.items():
+    model = LlamaForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    adapters.init(model)
+    for each, config in zip(("one", "two"), configs):
+        model.add_adapter(each, config=config)
+    if "fusion" in name:
+        model.add_adapter_fusion(["one", "two"], "dynamic")
+        model.set_active_adapters(adapters.composition.Fuse("one", "two"))
+    else:
+        model.set_active_adapters(adapters.composition.Stack("one", "two"))
+    draw = torch.Generator().manual_seed(2)
+    for key, parameter in model.named_parameters():
+        if "adapter_fusion" in key:
+            noise = 0.05 * torch.randn(parameter.shape, generator=draw)
+            parameter.data = noise + torch.eye(len(noise)) if "value" in key else noise
+        elif "adapters" in key or "shared_parameters" in key:
+            spread = 0.5 if "phm" in key or "W_" in key else 0.2
+            parameter.data = spread * torch.randn(parameter.shape, generator=draw)
+    model.eval()
+    with torch.no_grad():
+        logits[name] = model(input_ids=ids).logits.contiguous()
+    for each in ("one", "two"):
+        model.save_adapter(str(place / name / each), each, use_safetensors=True)
+    fused = {key: each.clone() for key, each in model.state_dict().items() if "adapter_fusion" in key}
+    if fused:
+        save_file(fused, place / name / "fusion.safetensors")
 save_file(logits, place / "logits.safetensors")
 """
 
@@ -103,12 +146,47 @@ def make_base(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def imported(folder: Path, name: str) -> SideCar | Swap:
+    """The base with one of their adapters, two stacked, or their attention over two."""
+    model, names = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), ("one", "two")
+    with tempfile.TemporaryDirectory() as given:
+        place = Path(given)
+        if not (folder / name / "one").exists():
+            import_bottleneck(folder / name, place)
+            return load_bottleneck(model, place)
+        for each in names:
+            (place / each).mkdir()
+            import_bottleneck(folder / name / each, place / each)
+        if (folder / name / "fusion.safetensors").exists():
+            return fused_as_theirs(
+                model, [read_member(model, place / each, each) for each in names], folder / name
+            )
+        swap = Swap(model)
+        for each in names:
+            swap.add(each, place / each)
+        swap.stack(names)
+        return swap
+
+
+def fused_as_theirs(model: LlamaForCausalLM, members: list[Member], folder: Path) -> SideCar:
+    """An attention with their matrices."""
+    fused = attach_fusion(model, members)
+    theirs = load_file(folder / "fusion.safetensors")
+    for place_name, part in fused.parts.items():
+        if not isinstance(part, FusionPart):
+            continue
+        _, number, where = place_name.split(".")
+        there = f"model.layers.{number}.{PLACES[where]}.adapter_fusion_layer.one,two"
+        part.query.weight.data = theirs[f"{there}.query.weight"]
+        part.query.bias.data = theirs[f"{there}.query.bias"]
+        part.key.data = theirs[f"{there}.key.weight"]
+        part.value.data = theirs[f"{there}.value.weight"] - torch.eye(WIDTH)
+    return fused
+
+
 def largest_difference(folder: Path, name: str, theirs: dict[str, torch.Tensor]) -> float:
     """Between their logits and ours of one imported adapter, as a share of the largest logit."""
-    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as place:
-        import_bottleneck(folder / name, Path(place))
-        adapted = load_bottleneck(model, Path(place)).eval()
+    adapted = imported(folder, name).eval()
     with torch.no_grad():
         ours = adapted(input_ids=theirs["ids"]).logits
     return float((ours - theirs[name]).abs().max() / theirs[name].abs().max())

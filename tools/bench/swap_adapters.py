@@ -70,7 +70,8 @@ def main() -> int:
         folders = {
             method: made(method, model, Path(name), quantization=given.quantization, rank=given.rank)
             for method in METHODS
-            if given.quantization != "none" or not METHODS[method].mends_base
+            if (given.quantization != "none" or not METHODS[method].mends_base)
+            and not METHODS[method].attends  # over others, which it would bring with it
         }
         return measure(model, folders, quantization=given.quantization)
 
