@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from rich.console import Console
+from template_families import write_family
 from test_train import adapted
 from tiny_model import FAMILIES
 
@@ -315,13 +317,70 @@ def contract(tiny_model: TinyModel) -> PromptContract:
     return load_contract(tiny_model("llama"))
 
 
-@settings(max_examples=100)
-@given(ids=some.lists(some.integers(0, 431), max_size=24))
-def test_pieces_of_any_tokens_are_together_the_contracts_text(
-    contract: PromptContract, ids: list[int]
+@pytest.fixture(scope="module", params=["byte-level", "llama2", "gemma2"])
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PromptContract:
+    """Bytes in every token; bytes as tokens of their own, with and without a blank that is taken off."""
+    if request.param == "byte-level":
+        return request.getfixturevalue("contract")
+    return load_contract(write_family(request.param, tmp_path_factory.mktemp("decoder") / request.param))
+
+
+def pieces_by_the_whole(contract: PromptContract, ids: Sequence[int]) -> list[str]:
+    """The naive reference: all of the text decoded again for every token."""
+    pieces, given = [], 0
+    for count in range(1, len(ids) + 2):
+        text = contract.text(ids[:count])
+        is_waiting = count <= len(ids) and text.endswith("\ufffd")
+        pieces.append("" if is_waiting else text[given:])
+        given = given if is_waiting else len(text)
+    return pieces
+
+
+def drawn_tokens(contract: PromptContract, seed: int, count: int) -> list[int]:
+    """Words, single bytes and special tokens in turns of several each, more broken than any model's."""
+    draw, size = random.Random(seed), len(contract.tokenizer)
+    ids: list[int] = []
+    while len(ids) < count:
+        first = draw.randrange(size)
+        near = range(first, min(first + draw.choice((1, 40, 256)), size))
+        ids += draw.choices(near, k=draw.randint(1, 24))
+    return ids[:count]
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=some.integers(0, 2**32), count=some.integers(0, 200))
+def test_pieces_of_any_tokens_are_those_of_decoding_everything_again(
+    decoder: PromptContract, seed: int, count: int
 ) -> None:
-    text = TextStream(contract)
-    assert "".join([*map(text.add, ids), text.finish()]) == contract.text(ids)
+    ids = drawn_tokens(decoder, seed, count)
+    text = TextStream(decoder)
+    assert [*map(text.add, ids), text.finish()] == pieces_by_the_whole(decoder, ids)
+    assert text.text == decoder.text(ids)
+
+
+def test_text_of_any_bytes_comes_whole(decoder: PromptContract) -> None:
+    written = "naïve ☃ 🙂 , it 's\n\n  two 17 {x} 日本語 " * 12
+    ids = decoder.tokenizer.encode(written, add_special_tokens=False)
+    text = TextStream(decoder)
+    assert "".join([*map(text.add, ids), text.finish()]) == decoder.text(ids)
+
+
+def test_an_answer_twice_as_long_is_twice_the_work(decoder: PromptContract) -> None:
+    lines = decoder.tokenizer.encode("Two loaves for Ada, please, and 3 cakes.\n" * 80)
+    decoded: list[int] = []
+
+    class Counting:
+        tokenizer = decoder.tokenizer
+
+        def text(self, ids: Sequence[int]) -> str:
+            decoded.append(len(ids))
+            return decoder.text(ids)
+
+    text = TextStream(cast(PromptContract, Counting()))
+    for token in lines[:1200]:
+        text.add(token)
+    assert len(lines) >= 1200
+    assert sum(decoded) < 120 * 1200, "a control: all of it each time is 600 for each"
 
 
 def test_a_character_of_several_tokens_comes_whole(contract: PromptContract) -> None:
