@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from k_quants import k_quantized
 from safetensors.torch import load_file
 
 Weights = dict[str, torch.Tensor]
@@ -106,6 +107,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, quantiza
     values = np.ascontiguousarray(values, dtype=np.float32)
     if kind.name in ("F16", "F32"):
         writer.add_tensor(name, values.astype({"F16": np.float16, "F32": np.float32}[kind.name]))
+    elif kind.name.endswith("_K"):
+        writer.add_tensor(name, k_quantized(values, kind.name), raw_dtype=kind)
     else:
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 

@@ -28,7 +28,7 @@ from qadapt.export import gguf_file
 from qadapt.export.gguf import About, write_gguf
 from qadapt.export.gguf_front import read_front
 from qadapt.export.gguf_metadata import read_architecture
-from qadapt.export.gguf_types import GGUF_FORMS, allowed_error, quantized
+from qadapt.export.gguf_types import GGUF_FORMS, allowed_error, nearest_step_error, quantized
 from qadapt.export.gguf_written import GgufWritten
 from qadapt.export.merge import merge
 from qadapt.export.merged_model import open_merged
@@ -109,12 +109,13 @@ def changed_config(model: Path, **values: object) -> Path:
 
 
 def own_model(folder: Path, kind: str, tokenizer: Path, **values: object) -> Path:
-    """A tiny random model of an architecture that `tiny_model` does not have."""
-    config = AutoConfig.for_model(
-        kind, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=448, max_position_embeddings=512,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **values,
-    )  # fmt: skip
+    """A tiny random model of an architecture, or a width, that `tiny_model` does not have."""
+    usual = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 448, "max_position_embeddings": 512,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **usual | values)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
@@ -397,6 +398,55 @@ def test_what_a_type_loses_is_within_its_bound_and_the_bound_is_tight(kind, scal
     assert bound.shape == rows.shape and (lost <= bound).all()
     if scale > 1e-3:
         assert (lost / bound).max() > 0.85
+
+
+@pytest.mark.parametrize("kind", ["Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
+def test_where_scales_are_searched_for_the_bound_is_that_of_the_nearest_step(kind):
+    type_ = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[type_]
+    draw, parts = np.random.default_rng(3), {"Q6_K": (0, 192), "Q3_K": (0, 96), "IQ4_NL": (2, 18)}
+    first, last = parts.get(kind, (16, size))
+    block = draw.integers(0, 256, size, dtype=np.uint8)
+    for place in {"Q6_K": [208], "Q3_K": [108], "IQ4_NL": [0]}.get(kind, [0, 2]):
+        block[place : place + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    many = np.tile(block, (4000, 1))
+    many[:, first:last] = draw.integers(0, 256, (4000, last - first), dtype=np.uint8)
+    steps = np.sort(gguf.quants.dequantize(many, type_), axis=0)  # every one that a value may be on
+    low, high = steps[0], steps[-1]
+    for reach in (0.0, 0.5):
+        exact = draw.uniform(low - reach * (high - low), high + reach * (high - low))
+        off = np.abs(steps - exact).min(axis=0)
+        bound = nearest_step_error(exact[None], block[None], kind)[0]
+        assert bound.shape == (values,) and (off <= bound).all()
+        if kind != "IQ4_NL":  # whose steps are not of one width
+            assert (off / bound).max() > 0.9
+    gaps = np.diff(steps, axis=0).max(axis=0)
+    exact = low + 0.75 * gaps  # nearer to the second step than to the first
+    wrong = (gaps > 0) & (np.abs(low - exact) <= nearest_step_error(exact[None], block[None], kind)[0])
+    assert not wrong.any()
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_a_k_quant_is_proven_by_the_steps_of_its_own_blocks(kind, tiny_model: TinyModel, tmp_path):
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+    model = own_model(tmp_path / "model", "llama", tiny_model("llama"), **wide)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: t * 0.03 if "lora_B" in name else t for name, t in load_file(path).items()}, path)
+    merged = merged_folder(model, adapter, tmp_path / "merged")
+    type_ = {"general.file_type": int(gguf.LlamaFileType.MOSTLY_Q4_K_M)}
+
+    def faults_of(weights: dict[str, torch.Tensor]) -> set[str]:
+        file = tmp_path / "t.gguf"
+        reference_gguf(model, file, weights=weights, quantization=kind, metadata=type_)
+        proof = proof_of(file, model, adapter, described=merged)
+        return {fault.place for fault in proof.faults if fault.place in weights}
+
+    right, name = weights_of(merged), "model.layers.0.mlp.up_proj.weight"
+    assert not faults_of(right)
+    assert faults_of(right | {name: weights_of(model)[name].half()}) == {name}, "the adapter left out"
+    assert faults_of(right | {name: torch.zeros_like(right[name])}) == {name}
+    assert faults_of(right | {name: right[name] * 1.004}) == {name}
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])

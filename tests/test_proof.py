@@ -294,6 +294,12 @@ def test_a_form_of_few_bits_that_lost_something_says_how_much():
     assert a_proof(replace(GOOD, mean_divergence=NAN), form="gguf-q4_0").deviation is not None
 
 
+def test_a_reason_that_is_a_sentence_of_its_own_ends_in_one_full_stop():
+    for reason in ("behaviour: rows.jsonl is not there.", "answers: it has no weights"):
+        [said] = replace(a_proof(None), left_out=(reason,)).sentences()
+        assert said == f"Not proven: {reason.rstrip('.')}."
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_of_an_export_is_that_of_the_run(tmp_path, tiny_model, family):
     folder = tiny_model(family)

@@ -13,11 +13,18 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from qadapt.export.gguf_front import Front, Place, is_same_value, read_front
 from qadapt.export.gguf_metadata import Architecture, read_architecture
-from qadapt.export.gguf_types import allowed_error, ggml_type, is_quantized
+from qadapt.export.gguf_types import (
+    allowed_error,
+    ggml_type,
+    is_quantized,
+    is_searched,
+    nearest_step_error,
+)
 from qadapt.export.llama_quantize import K_FORMS
 from qadapt.export.tensor_fault import MISSING, UNEXPECTED, Fault
 from qadapt.model.gguf_layout import Stored, row_order
@@ -77,13 +84,19 @@ class GgufWritten:
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """(last - first, I) rows of a tensor, dequantized."""
         stored, place = self._places[name]
+        exact = gguf.quants.dequantize(self._held(name, first, last), ggml_type(place.kind))
+        exact = exact - np.float32(stored.is_plus_one)
+        return torch.from_numpy(exact.reshape(last - first, -1))
+
+    def _held(self, name: str, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """(last - first, bytes of a row) as they lie in the file, in the order of the model's rows."""
+        stored, place = self._places[name]
         count = rows_of(self.entries[name])
         order = row_order(count, stored.interleaved_heads)[first:last]
         shape = (count, place.size_bytes // count)
-        held = np.memmap(self._path, dtype=np.uint8, mode="r", offset=place.start, shape=shape)[order]
-        exact = gguf.quants.dequantize(np.asarray(held), ggml_type(place.kind))
-        exact = exact - np.float32(stored.is_plus_one)
-        return torch.from_numpy(exact.reshape(last - first, -1))
+        return np.asarray(
+            np.memmap(self._path, dtype=np.uint8, mode="r", offset=place.start, shape=shape)[order]
+        )
 
     def bound(self, name: str, exact: torch.Tensor, first: int) -> torch.Tensor | None:
         """The most that each number may differ from the exact one; None: by one rounding to float32."""
@@ -92,8 +105,12 @@ class GgufWritten:
             return (exact.abs() + 1) * _PLUS_ONE_ROUNDING
         if place.kind == "F32":
             return None
-        bound = torch.from_numpy(allowed_error(exact.double().numpy(), place.kind))
-        if self._is_from_16_bits and place.kind != "F16":
+        values = exact.double().numpy()
+        bound = torch.from_numpy(allowed_error(values, place.kind))
+        if is_searched(place.kind):
+            held = self._held(name, first, first + len(exact))
+            bound = bound.minimum(torch.from_numpy(nearest_step_error(values, held, place.kind)))
+        elif self._is_from_16_bits and place.kind != "F16":
             bound = bound + exact.abs().amax(1, keepdim=True) * _TWICE_ROUNDED
         return bound
 
@@ -105,12 +122,11 @@ class GgufWritten:
         Scales of K-quants are searched for by llama.cpp alone; what else it quantizes, it does from 16 bits.
         """
         stored, place = self._places[name]
-        if self._is_from_16_bits and place.kind != "F16":
-            return None
         if stored.is_plus_one or not (is_quantized(place.kind) or place.kind in _SIXTEEN_BITS):
             return None
+        given = exact.half().float() if self._is_from_16_bits else exact.float()
         with np.errstate(over="ignore", invalid="ignore"):
-            nearest = gguf.quants.quantize(exact.float().numpy(), ggml_type(place.kind))
+            nearest = gguf.quants.quantize(given.numpy(), ggml_type(place.kind))
             again = gguf.quants.dequantize(nearest, ggml_type(place.kind))
         return values != torch.from_numpy(again)
 

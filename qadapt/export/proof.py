@@ -150,7 +150,7 @@ class Proof:
             said.append(_told_of_prompt(self.prompt))
         if self.behaviour is not None:
             said += _told(self.behaviour)
-        return (*said, *(f"Not proven: {reason}." for reason in self.left_out))
+        return (*said, *(f"Not proven: {reason.rstrip('.')}." for reason in self.left_out))
 
     def _told_of_tensors(self, found: TensorProof) -> str:
         count, form = f"All {found.tensors:,} tensors as written are", self.made_of.form
@@ -158,7 +158,7 @@ class Proof:
             return f"{count} the run's own, byte for byte."
         held = "to one rounding" if form.startswith("merged-") else "as near as the type of each can hold"
         if form in K_FORMS:
-            held = "within a wide part of each block, as llama-quantize searches for its scales"
+            held = "on the nearest of the steps that llama-quantize found for its block"
         return f"{count} what base and adapter make, {held}, computed a second time in another way."
 
     def values(self) -> dict[str, Any]:
