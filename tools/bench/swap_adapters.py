@@ -31,7 +31,6 @@ from qadapt.adapters.facts import AdapterFacts, own_files
 from qadapt.adapters.lora import save_adapter, trainable
 from qadapt.adapters.method import Adapter, attach, load_adapter
 from qadapt.adapters.swap import Swap
-from qadapt.errors import Unsupported
 from qadapt.methods import METHODS, Method, activation_of
 from qadapt.model.load import load_base
 from qadapt.model.original import original_weights
@@ -100,24 +99,19 @@ def measure(model: Path, folders: dict[Method, Path], *, quantization: str) -> i
     empty_bytes, loads = live_bytes(), {}
     for method, folder in folders.items():
         begun = time.perf_counter()
-        try:
-            swap.add(method, folder)
-        except Unsupported as error:
-            print(f"{method}: {error.problem}")
-            continue
+        swap.add(method, folder)
         loads[method] = time.perf_counter() - begun
-    here = [method for method in folders if method in loads]
     grown_bytes = live_bytes() - empty_bytes
-    switches = switch_seconds(swap, here)
+    switches = switch_seconds(swap, list(folders))
     shown = []
-    for method in here:
+    for method in folders:
         alone = load_adapter(base_of(model, quantization), folders[method])
         error, moved = compared(swap, method, alone=alone, before=before)
         del alone
         file_bytes = (folders[method] / own_files(folders[method])[0]).stat().st_size
         shown.append(Shown(method, file_bytes, loads[method], switches[method], error, moved))
     is_same = torch.equal(before, logits(swap))
-    for method in here:
+    for method in folders:
         swap.remove(method)
     is_same = is_same and torch.equal(before, logits(swap))
     return verdict(shown, grown_bytes=grown_bytes, left_bytes=live_bytes() - empty_bytes, is_same=is_same)
