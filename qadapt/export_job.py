@@ -27,6 +27,7 @@ class Job:
         contract: How the prompts of the first were made.
         form: The form, such as `merged-fp16`.
         target: The folder to be.
+        is_shared: Whether it goes to others, so that no file may name a folder of this machine.
     """
 
     parts: tuple[tuple[Trained, float], ...]
@@ -34,6 +35,7 @@ class Job:
     contract: PromptContract
     form: str
     target: Path
+    is_shared: bool = False
 
     @property
     def trained(self) -> Trained:
@@ -97,8 +99,12 @@ def _shareable(recipe: Recipe, *, is_hub_model: bool) -> Recipe:
     held_out = None if data.held_out is None else _shown(data.held_out)
     shown = {"sources": sources, "held_out": held_out, "template": Path(data.template).name}
     source = model.source if is_hub_model else Path(model.source).name
+    targets = recipe.adapter.targets  # of a fusion they may be folders
+    if not isinstance(targets, str):
+        targets = tuple(Path(target).name for target in targets)
     return recipe.model_copy(
         update={
+            "adapter": recipe.adapter.model_copy(update={"targets": targets}),
             "data": data.model_copy(update=shown),
             "model": model.model_copy(update={"source": source}),
             "run": recipe.run.model_copy(update={"folder": "runs"}),

@@ -8,7 +8,6 @@ hub comes after that and on its own (`export/hub.py`).
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -43,7 +42,8 @@ from qadapt.export.prompt_files import write_prompt_files
 from qadapt.export.quantized import DTYPES as QUANTIZED_DTYPES
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.quantized import quantize
-from qadapt.export.staging import new_folder, refuse_existing
+from qadapt.export.room import folder_bytes
+from qadapt.export.staging import new_folder, refuse_existing, refuse_full
 from qadapt.export_finish import Finish
 from qadapt.export_job import Job
 from qadapt.measuring import rows_to_evaluate
@@ -61,8 +61,6 @@ UNMERGED = (ADAPTER, GGUF_LORA)
 """Forms of the adapter alone."""
 BASES = (*MERGED_BASES, AUTO)
 _LEAST_CONTEXT = 4096
-_WITH_K_QUANT = 4
-"""Bytes for each weight: a file in 16 bits, and at most as much again for what is made of it."""
 
 
 def export(
@@ -74,6 +72,7 @@ def export(
     folder: str = "runs",
     store: str = "adapters",
     proof: bool = True,
+    is_shared: bool = False,
 ) -> Iterator[Event]:
     """Exports a trained adapter, or what several make together; the last event is `Exported`.
 
@@ -89,6 +88,8 @@ def export(
         folder: Where the runs are.
         store: Where the store is.
         proof: Prove it; without, the card says that it is unproven.
+        is_shared: It goes to others: no file names a folder of this machine, not even the adapter's own,
+            which else say where its base lies.
 
     Raises:
         BadExport: The exported numbers would not be the trained ones, or there is no original base.
@@ -115,9 +116,10 @@ def export(
         find_llama_quantize()  # before anything is measured
     find = partial(find_same_base, trained.facts)
     files = yield from with_progress("finding the base", find)
-    job = Job(parts, files, saved_contract(trained.adapter, files.folder), chosen, target)
+    job = Job(parts, files, saved_contract(trained.adapter, files.folder), chosen, target, is_shared)
     finish = Finish(job, is_proven=proof)
     if chosen not in UNMERGED:
+        _check_room(job, base or wanted.base)
         base_of = _base_of(job, base or wanted.base, is_measured=proof)
         finish.base = yield from passing(base_of, finish.notes)
     writing = Writing(shard_bytes=parse_bytes(wanted.shard), finish=finish)
@@ -194,6 +196,18 @@ def _check_known(what: str, choice: str, choices: Sequence[str]) -> None:
         raise BadRecipe(
             f"The {what} {choice!r} of an export is not known.", cure=f"Choose from: {', '.join(choices)}."
         )
+
+
+def _check_room(job: Job, asked: str) -> None:
+    """Checks the disk, and that adapters and base go together, before anything is measured.
+
+    Raises:
+        NoRoom: The disk is too full.
+        QadaptError: As `open_merged`.
+    """
+    base = MERGED_BASES[0] if asked == AUTO else asked
+    with open_merged(job.files.folder, job.adapters, base=base, dtype=_dtype_of(job)) as merged:
+        refuse_full(job.target, needed_bytes=folder_bytes(merged, job.form))
 
 
 def _base_of(job: Job, asked: str, *, is_measured: bool) -> Generator[Event, None, str]:
@@ -282,13 +296,19 @@ def _quantized(job: Job, base: str, writing: Writing) -> Iterator[Event]:
 
 
 def _adapter(job: Job, base: str, writing: Writing) -> Iterator[Event]:
-    if job.facts.revision is None:
+    facts = job.facts
+    if facts.revision is None:
+        named = facts.shown_base if job.is_shared else facts.base
         yield Warned(
-            message=f"The base of this adapter, {job.facts.base}, is on no hub: its name helps nobody else.",
-            cure="Give others the base, too; they load it themselves and the adapter onto it.",
+            message=f"The base of this adapter, {named}, is on no hub: its name helps nobody else.",
+            cure="Give others the base, too; `qadapt adapters add ADAPTER --base PLACE` joins the two.",
         )
     yield from copy_adapter(
-        model_folder=job.files.folder, adapter_folder=job.trained.adapter, target=job.target, writing=writing
+        model_folder=job.files.folder,
+        adapter_folder=job.trained.adapter,
+        target=job.target,
+        writing=writing,
+        is_shared=job.is_shared,
     )
 
 
@@ -299,7 +319,7 @@ def _gguf(job: Job, base: str, writing: Writing) -> Iterator[Event]:
     with (
         open_merged(job.files.folder, job.trained.adapter, base=base, dtype="F32") as merged,
         _described(job, merged) as described,
-        new_folder(job.target, needed_bytes=_gguf_bytes(job, merged)) as building,
+        new_folder(job.target, needed_bytes=folder_bytes(merged, job.form)) as building,
     ):
         file = building.path / job.gguf_name
         first = file if program is None else building.path / "f16.gguf"
@@ -313,13 +333,6 @@ def _gguf(job: Job, base: str, writing: Writing) -> Iterator[Event]:
         copy_licence(job.files.folder, building.path)
         yield from writing.finish(building.path)
     yield exported(job.target, form=job.form, base=base, started=started)
-
-
-def _gguf_bytes(job: Job, merged: MergedModel) -> int:
-    """What a GGUF file is known to take before it is begun, and beside it the 16-bit one for a K-quant."""
-    if job.form in GGUF_FORMS:
-        return OTHER_FILES_BYTES  # its writer checks the rest, before its first byte
-    return OTHER_FILES_BYTES + _WITH_K_QUANT * sum(math.prod(entry.shape) for entry in merged.entries)
 
 
 def _gguf_lora(job: Job, base: str, writing: Writing) -> Iterator[Event]:

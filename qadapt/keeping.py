@@ -21,7 +21,7 @@ from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import Record, belongs, check_weights
 from qadapt.adoption import Said, adopt, is_foreign, move_base
 from qadapt.cache import cache_folder, output_errors, working_folder
-from qadapt.errors import BadAdapter, BadRun
+from qadapt.errors import BadAdapter, BadModel, BadRun
 from qadapt.model.folder import read_config
 from qadapt.model.skeleton import skeleton_base
 from qadapt.model.source import find_model, is_here
@@ -187,10 +187,22 @@ def _check(folder: Path, facts: AdapterFacts) -> None:
     if is_here(facts.base, revision=facts.revision):
         model_folder = find_same_base(facts).folder
     else:
-        model_folder = find_model(facts.base, revision=facts.revision, needs_weights=False).folder
+        model_folder = _elsewhere(facts)
     values = read_config(model_folder, name=facts.base)
     base = skeleton_base(values, quantization="none", double_quant=False, dtype=torch.float32)
     check_adapter(folder, base)
+
+
+def _elsewhere(facts: AdapterFacts) -> Path:
+    """A base that is not here yet, without its weights."""
+    try:
+        return find_model(facts.base, revision=facts.revision, needs_weights=False).folder
+    except BadModel as error:
+        if facts.revision is not None:
+            raise
+        raise BadAdapter(
+            f"The adapter's base is not here. {error.problem}", cure="Say where it is: --base PLACE."
+        ) from None
 
 
 def _is_run(what: str, folder: str) -> bool:

@@ -220,9 +220,8 @@ def _made_of(trained: Trained, *, form: str, base: str) -> MadeOf:
         raise BadRun(
             f"{error.filename} cannot be read: {error.strerror}.", cure="Give the folder of a finished run."
         ) from None
-    model = facts.base if facts.revision else Path(facts.base).name  # no folder of this machine
     name = trained.version[:SHOWN] or trained.name
-    return MadeOf(name, form, base, model, facts.revision, facts.fingerprint, digest.hexdigest())
+    return MadeOf(name, form, base, facts.shown_base, facts.revision, facts.fingerprint, digest.hexdigest())
 
 
 def _hashed(folder: Path) -> Generator[Event, None, dict[str, dict[str, Any]]]:

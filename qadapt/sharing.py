@@ -62,7 +62,7 @@ def push(
         cache_folder().mkdir(parents=True, exist_ok=True)
         with working_folder(cache_folder(), stem="push") as place:
             written, asked = place / "adapter", trained.version or what  # a name may move meanwhile
-            yield from export(asked, form=ADAPTER, to=written, folder=folder, store=store)
+            yield from export(asked, form=ADAPTER, to=written, folder=folder, store=store, is_shared=True)
             yield StageStarted(stage=STAGE)
             address = push_folder(
                 written,

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import huggingface_hub.constants
 import pytest
@@ -21,22 +21,36 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from qadapt import cache, export_finish, exporting
+from qadapt import cache, export_finish, export_job, exporting
 from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
-from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, NoRoom, QadaptError, Unsupported
+from qadapt.errors import (
+    BadAdapter,
+    BadExport,
+    BadOutput,
+    BadRecipe,
+    BadRun,
+    NoRoom,
+    QadaptError,
+    Unsupported,
+)
 from qadapt.events import Event, Exported, StageAdvanced, StageStarted, Warned
+from qadapt.export.adapter_proof import prove_copied
 from qadapt.export.card import CardFacts, Made, card_text, licence_of, served_rank
 from qadapt.export.exported_tensors import open_written
-from qadapt.export.merge import Writing, merge
+from qadapt.export.llama_quantize import K_FORMS
+from qadapt.export.merge import OTHER_FILES_BYTES, Writing, merge
+from qadapt.export.merged_model import open_merged
 from qadapt.export.quantized import quantize
 from qadapt.export.reference import open_reference
+from qadapt.export.room import folder_bytes
 from qadapt.export.tensor_proof import TensorProof, prove_written
 from qadapt.exporting import FORMS, UNMERGED, export
-from qadapt.model.source import quantized_type_of
+from qadapt.model.source import find_model, quantized_type_of
+from qadapt.proving import verify_export
 from qadapt.recipe import ExportSection, Form
-from qadapt.recipe_file import check_recipe
+from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run import train
 
 QUICK = {"proof": False}
@@ -141,12 +155,22 @@ def test_every_form_is_proven_and_described(runs, tmp_path, form):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert last.notes
     assert all(f"* {note}" in card for note in last.notes)
-    assert str(runs.parent) not in card, "no folder of this machine"
+    for path in (tmp_path / "out").iterdir():
+        is_local = form == "adapter" and path.name in ("adapter_config.json", "qadapt.json")
+        assert (str(runs.parent).encode() in path.read_bytes()) == is_local, path.name
     assert "license: apache-2.0" in card
     assert licence_of(tmp_path / "out") == "apache-2.0"
     proof = (tmp_path / "out" / "proof.json").read_text(encoding="utf-8")
-    assert str(runs.parent) not in proof
     assert json.loads(proof)["holds"] is True
+
+
+def test_recipe_on_a_card_names_no_folder_of_this_machine(runs):
+    recipe = read_recipe(str(runs / "first" / "recipe.yaml"))
+    places = ("/home/me/runs/one", "two")
+    adapter = recipe.adapter.model_copy(update={"targets": places})  # as of a fusion of trained adapters
+    shown = export_job._shareable(recipe.model_copy(update={"adapter": adapter}), is_hub_model=False)
+    assert shown.adapter.targets == ("one", "two")
+    assert str(runs.parent) not in dump_yaml(shown)
 
 
 def test_without_a_proof_the_card_says_so(runs, tmp_path):
@@ -156,6 +180,25 @@ def test_without_a_proof_the_card_says_so(runs, tmp_path):
         "utf-8"
     )
     assert last.notes == ()
+
+
+def test_adapter_for_others_names_no_folder_and_its_proof_is_repeated(runs, tmp_path):
+    exported(runs, tmp_path / "out", form="adapter", is_shared=True)
+    for path in (tmp_path / "out").iterdir():
+        assert str(runs.parent).encode() not in path.read_bytes(), path.name
+    assert read_facts(tmp_path / "out").base == "model"
+    found = result_of(verify_export(tmp_path / "out", run="first", folder=str(runs)))
+    assert found.proof is not None and not found.faults
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "model"
+    for changes in ({"lora_alpha": 1}, {"base_model_name_or_path": "other"}):
+        (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        [fault] = prove_copied(tmp_path / "out", runs / "first" / "adapter").faults
+        assert fault.place == "adapter_config.json"
+    base = runs.parent / "model"
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), runs / "first" / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert torch.equal(logits(live), logits(loaded))
 
 
 def test_adapter_loads_in_plain_peft_and_is_the_runs_byte_for_byte(runs, tmp_path):
@@ -196,11 +239,12 @@ def test_adapter_brings_tokenizer_and_template_only_if_they_are_not_the_bases(ru
     assert asked == "Hi<|im_end|>"
 
 
-def test_adapter_with_a_nan_is_refused_whatever_the_form(runs, tmp_path):
+@pytest.mark.parametrize("number", ["nan", "-inf"])
+def test_adapter_with_a_nan_is_refused_whatever_the_form(runs, tmp_path, number):
     adapter = adapter_copy(runs, tmp_path / "runs")
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(iter(tensors))
-    tensors[name].view(-1)[3] = float("nan")
+    tensors[name].view(-1)[3] = float(number)
     save_file(tensors, adapter / "adapter_model.safetensors")
     for form in ("adapter", "merged-fp16", "bnb-4bit", "gguf-q8_0", "gguf-lora"):
         with pytest.raises(BadExport, match="NaN"):
@@ -283,11 +327,14 @@ def proof_of_4_bits(runs: Path, folder: Path) -> TensorProof:
         return result_of(prove_written(written, reference, dtype="BF16"))
 
 
-def result_of(events: Generator[Event, None, TensorProof]) -> TensorProof:
+Result = TypeVar("Result")
+
+
+def result_of(events: Generator[Event, None, Result]) -> Result:
     def kept() -> Iterator[Event]:
         results.append((yield from events))
 
-    results: list[TensorProof] = []
+    results: list[Result] = []
     list(kept())
     return results[0]
 
@@ -306,6 +353,31 @@ def test_full_disk_is_found_before_the_first_byte(runs, tmp_path, monkeypatch, f
     with pytest.raises(NoRoom, match="are free there"):
         exported(runs, tmp_path / "exports" / "out", form=form, **QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["merged-fp16", "bnb-4bit", "gguf-q8_0"])
+def test_full_disk_is_found_before_the_bases_are_compared(runs, tmp_path, monkeypatch, form):
+    def compared(*_: object, **__: object) -> Generator[Event, None, str]:
+        raise AssertionError("the long work began")
+
+    monkeypatch.setattr(exporting, "choose_base", compared)
+    monkeypatch.setattr(cache, "free_bytes", lambda _: 70_000_000)
+    with pytest.raises(NoRoom, match="are free there"):
+        exported(runs, tmp_path / "exports" / "out", form=form, base="auto")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["merged-fp16", "merged-fp32", "bnb-4bit", "gguf-q8_0", "gguf-q4_1"])
+def test_what_a_form_takes_on_the_disk_is_known_before_it_is_made(runs, tmp_path, form):
+    exported(runs, tmp_path / "out", form=form, **QUICK)
+    weights = [*(tmp_path / "out").glob("*.safetensors"), *(tmp_path / "out").glob("*.gguf")]
+    written = sum(path.stat().st_size for path in weights)
+    dtype = {"merged-fp16": "F16", "bnb-4bit": "BF16"}.get(form, "F32")
+    model, adapter = runs.parent / "model", runs / "first" / "adapter"
+    with open_merged(model, adapter, base="dequantized", dtype=dtype) as merged:
+        known = folder_bytes(merged, form) - OTHER_FILES_BYTES
+    front = 32 * 2**10  # names, shapes, the tokenizer
+    assert known <= written <= known + front < 2 * known
 
 
 def test_base_that_changed_since_the_training_is_refused(runs, tmp_path):
@@ -335,14 +407,53 @@ def test_base_with_a_missing_shard_is_refused(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["merged-fp16", "bnb-4bit", "gguf-f16", "gguf-lora"])
+def test_sharded_base_of_which_a_shard_is_missing_is_refused_by_its_name(runs, tmp_path):
+    adapter, model = adapter_copy(runs, tmp_path / "runs"), tmp_path / "model"
+    shutil.copytree(runs.parent / "model", model)
+    (model / "model.safetensors").unlink()
+    tensors = tensors_in(runs.parent / "model")
+    halves = [dict(list(tensors.items())[part::2]) for part in (0, 1)]
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard, half in zip(shards, halves, strict=True):
+        save_file(half, model / shard, metadata={"format": "pt"})
+    weight_map = {name: shards[name in halves[1]] for name in tensors}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    facts = vars(read_facts(adapter)) | {
+        "base": str(model),
+        "fingerprint": find_model(str(model)).fingerprint,
+    }
+    write_facts(AdapterFacts(**facts), adapter)
+    exported(tmp_path / "runs", tmp_path / "control", **QUICK)
+    (model / shards[1]).unlink()
+    for form in FORMS:
+        if form not in K_FORMS:
+            with pytest.raises(QadaptError, match=shards[1]):
+                exported(tmp_path / "runs", tmp_path / "out", form=form)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["merged-fp16", "bnb-4bit", "gguf-f16", "gguf-lora", "adapter"])
+def test_adapter_with_a_tensor_of_no_known_name_is_refused(runs, tmp_path, form):
+    adapter = adapter_copy(runs, tmp_path / "runs")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.{}.weight"
+    extra = {name.format(9, part): tensors[name.format(0, part)].clone() for part in ("lora_A", "lora_B")}
+    for more in (extra, {"surprise": torch.ones(3)}):
+        save_file(tensors | more, adapter / "adapter_model.safetensors")
+        with pytest.raises((BadAdapter, BadExport, Unsupported), match=r"layers\.9|surprise"):
+            exported(tmp_path / "runs", tmp_path / "out", form=form, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["merged-fp16", "bnb-4bit", "gguf-f16", "gguf-lora", "adapter"])
 def test_adapter_of_another_base_is_refused(runs, tmp_path, form):
     adapter = adapter_copy(runs, tmp_path / "runs")
     tensors = load_file(adapter / "adapter_model.safetensors")
     wide = {name: value for name, value in tensors.items() if "layers.0.self_attn.q_proj.lora_A" in name}
     tensors |= {name: torch.zeros(len(value), value.shape[1] + 64) for name, value in wide.items()}
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises((BadExport, Unsupported), match="q_proj"):
+    with pytest.raises((BadAdapter, BadExport, Unsupported), match="q_proj"):
         exported(tmp_path / "runs", tmp_path / "out", form=form, **QUICK)
     assert not (tmp_path / "out").exists()
 
@@ -471,6 +582,8 @@ def test_command_pushes_the_whole_folder_after_the_export(runs, tmp_path, capsys
     assert pushed.files == {
         name: (tmp_path / "out" / name).read_bytes() for name in names_in(tmp_path / "out")
     }
+    places = [str(place).encode() for place in (runs.parent, tmp_path)]
+    assert not [name for name, content in pushed.files.items() if any(each in content for each in places)]
     said = capsys.readouterr()
     assert f"pushed: {hub.endpoint}/me/mine/commit/" in said.out
     assert "hf_secret" not in said.out + said.err

@@ -19,7 +19,7 @@ from qadapt.events import Event, StageAdvanced
 from qadapt.export import staging
 from qadapt.export.merge import Writing
 from qadapt.export.quantized import quantize
-from qadapt.export.staging import new_folder, refuse_existing
+from qadapt.export.staging import new_folder, refuse_existing, refuse_full
 from qadapt.export.threads import in_order
 
 KEPT = "model-00001-of-"
@@ -194,6 +194,15 @@ def test_room_for_what_is_there_already_is_not_asked_for(place, late, monkeypatc
     monkeypatch.setattr(cache, "free_bytes", lambda _: 64 * 2**20 + needed - kept)
     export(place, late)
     assert files_of(late) == place.files
+
+
+def test_room_that_is_asked_for_ahead_of_long_work_counts_what_a_killed_export_left(place, late, monkeypatch):
+    left = sum(path.stat().st_size for path in hidden(late).rglob("*") if path.is_file())
+    needed = 10 * left
+    monkeypatch.setattr(cache, "free_bytes", lambda _: needed - left + 64 * 2**20)
+    refuse_full(late, needed_bytes=needed)
+    with pytest.raises(NoRoom, match="are free there"):
+        refuse_full(late, needed_bytes=needed + 1)
 
 
 def test_lack_of_room_leaves_what_a_killed_export_has_made(place, late, monkeypatch):

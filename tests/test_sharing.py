@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ import pytest
 from hub_server import COMMIT, Hub, Repository, running_hub
 from test_keeping import contract_of, facts_of, side_car, write_adapter
 
-from qadapt.adapters.facts import write_facts
+from qadapt.adapters.facts import read_facts, write_facts
 from qadapt.adapters.store import Store
+from qadapt.adoption import Said
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE
-from qadapt.errors import HubRefused
+from qadapt.errors import BadAdapter, HubRefused
 from qadapt.export.hub import HubTarget
+from qadapt.export.peft_folder import copy_adapter
 from qadapt.keeping import add
 from qadapt.sharing import push
 
@@ -72,11 +75,46 @@ def test_what_is_pushed_can_be_pulled_as_it_was(hub: Hub, store: Store, tmp_path
     assert {"README.md", "proof.json", "LICENSE"} <= files.keys()
     assert json.loads(files["proof.json"])["holds"]
     assert json.loads(files["proof.json"])["made_of"]["run"] == version[:12]
-    other = Store(tmp_path / "elsewhere")
-    pulled = add(f"hub:{NAME}", other).version
-    assert pulled.files == store.version(version).files
+    other, base = Store(tmp_path / "elsewhere"), store.version(version).record.facts.base
+    pulled = add(f"hub:{NAME}", other, said=Said(base=base)).version
+    kept = store.version(version).files
+    assert {name for name in kept if pulled.files[name] != kept[name]} == {"adapter_config.json"}
+    assert pulled.record.facts == store.version(version).record.facts
     assert pulled.record.source == f"hub {NAME}@{COMMIT}"
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_folder_of_this_machine_is_pushed_and_its_base_is_known_by_its_files(
+    hub: Hub, store: Store, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    base, other = tiny_model("llama"), Store(tmp_path / "elsewhere")
+    places = [str(place).encode() for place in (tmp_path, base.parent, Path.home())]
+    pushed(store)
+    files = hub.repositories[NAME].files
+    assert not [name for name, content in files.items() if any(place in content for place in places)]
+    for name, field in (("adapter_config.json", "base_model_name_or_path"), ("qadapt.json", "base")):
+        assert json.loads(files[name])[field] == base.name
+    with pytest.raises(BadAdapter, match=rf"No model '{base.name}'") as refused:
+        add(f"hub:{NAME}", other)
+    assert "--base" in refused.value.cure
+    with pytest.raises(BadAdapter, match="is not the base of the adapter"):
+        add(f"hub:{NAME}", other, said=Said(base=str(tiny_model("qwen2"))))
+    assert not other.path.exists()
+
+
+def test_a_base_on_a_hub_is_named_with_its_revision_and_every_byte_stays(
+    store: Store, tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    folder = tmp_path / "summaries"
+    facts = replace(read_facts(folder), base="owner/base", revision="c0ffee")
+    write_facts(facts, folder)
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    said = {**config, "base_model_name_or_path": facts.base, "revision": facts.revision}
+    (folder / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    out = tmp_path / "out"
+    list(copy_adapter(model_folder=tiny_model("llama"), adapter_folder=folder, target=out, is_shared=True))
+    for name in ("adapter_config.json", "qadapt.json", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_nothing_of_an_earlier_adapter_stays_in_the_repository(
@@ -89,7 +127,8 @@ def test_nothing_of_an_earlier_adapter_stays_in_the_repository(
     files = hub.repositories[NAME].files
     assert not set(earlier) & files.keys()
     assert {name: files[name] for name in others} == others
-    assert add(f"hub:{NAME}", Store(tmp_path / "elsewhere")).version.record.method == "lora"
+    said = Said(base=str(tiny_model("llama")))
+    assert add(f"hub:{NAME}", Store(tmp_path / "elsewhere"), said=said).version.record.method == "lora"
 
 
 def test_a_side_car_is_pushed_and_pulled(
@@ -103,7 +142,8 @@ def test_a_side_car_is_pushed_and_pulled(
     add(str(folder), store)
     pushed(store, "beside")
     assert "adapter_model.safetensors" not in hub.repositories[NAME].files
-    pulled = add(f"hub:{NAME}", Store(tmp_path / "elsewhere")).version
+    said = Said(base=str(model))
+    pulled = add(f"hub:{NAME}", Store(tmp_path / "elsewhere"), said=said).version
     assert pulled.record.method == "pfeiffer"
     kept = store.version(store.find("beside")).files
     assert {name: facts for name, facts in pulled.files.items() if name != "LICENSE"} == kept

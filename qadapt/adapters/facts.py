@@ -46,6 +46,11 @@ class AdapterFacts:
     mends_base: bool = False
 
     @property
+    def shown_base(self) -> str:
+        """The base as others may read it: its name on a hub, else that of its file or folder alone."""
+        return self.base if self.revision else Path(self.base).name or self.base
+
+    @property
     def mended(self) -> str:
         """How the base was held that the adapter mends, in words; empty if it mends none."""
         in_4_bits = f"in 4 bits (NF4{', double quant' if self.double_quant else ''})"
@@ -77,6 +82,11 @@ def read_facts(folder: Path) -> AdapterFacts:
         if facts.quantization not in _QUANTIZATIONS or facts.load_dtype not in _DTYPES:
             raise ValueError(f"{facts.quantization!r} in {facts.load_dtype!r} is no way to hold a base")
         return facts
+    except FileNotFoundError:
+        raise BadRun(
+            f"{folder} holds no adapter that qadapt trained: it has no {FACTS_FILE}.",
+            cure="Give the folder of a finished run.",
+        ) from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadRun(
             f"{folder} holds no adapter that qadapt trained: {error}",

@@ -74,7 +74,10 @@ def export(
     screen = console(is_quiet=json)
     target = _hub_target(push, is_private=private)
     runs = _weighted({run: weight}, add or [])
-    events = export_run(runs, form=form, base=base, to=to, folder=folder, store=store, proof=not no_proof)
+    proof = not no_proof
+    events = export_run(
+        runs, form=form, base=base, to=to, folder=folder, store=store, proof=proof, is_shared=bool(push)
+    )
     exported = show_export(events, console=screen)
     pushed = None if target is None else _push(exported, target, console=screen)
     if json:

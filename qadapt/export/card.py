@@ -99,10 +99,7 @@ def card_facts(
     """
     trained: dict[int, float] = {}
     held_out: dict[int, float] = {}
-    name = (
-        facts.base if facts.revision else Path(facts.base).name
-    )  # a folder of this machine says nothing elsewhere
-    card = CardFacts(name, facts.revision, recipe=recipe, data=data, data_hash=data_hash)
+    card = CardFacts(facts.shown_base, facts.revision, recipe=recipe, data=data, data_hash=data_hash)
     for event in events:
         match event:
             case StepDone():

@@ -121,7 +121,7 @@ def _file_tensors(merged: MergedTensors, architecture: Architecture, *, kind: st
                 f"llama.cpp's {architecture.name} has no place for the tensor {entry.name}.",
                 cure="Export with --form merged-fp16 and serve it with transformers or vLLM.",
             )
-        chosen = _kind(entry, stored, kind)
+        chosen = "F32" if stored.name.endswith("_norm.weight") else stored_kind(entry, kind)
         pieces = partial(_pieces, merged, entry, stored=stored, kind=chosen)
         tensors.append(FileTensor(stored.name, entry.shape, chosen, pieces))
     for name, tensor in architecture.tensors.items():
@@ -130,9 +130,14 @@ def _file_tensors(merged: MergedTensors, architecture: Architecture, *, kind: st
     return tensors
 
 
-def _kind(entry: TensorEntry, stored: Stored, kind: str) -> str:
-    """The type of one tensor, as llama.cpp's converter chooses it."""
-    if len(entry.shape) < 2 or stored.name.endswith("_norm.weight"):
+def stored_kind(entry: TensorEntry, kind: str) -> str:
+    """The type of one tensor, as llama.cpp's converter chooses it.
+
+    Args:
+        entry: The tensor; of norms only vectors.
+        kind: The type of matrices.
+    """
+    if len(entry.shape) < 2:
         return "F32"
     return "F16" if is_quantized(kind) and row_elements(entry) % BLOCK else kind
 

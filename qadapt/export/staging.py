@@ -126,12 +126,7 @@ def new_folder(target: Path, *, needed_bytes: int, identity: str = "") -> Iterat
             with _alone(place):
                 _refuse(target)  # another process may have made it meanwhile
                 building = Building(place, identity)
-                require_free(  # where it refuses, what is kept stays
-                    target.parent,
-                    needed_bytes - building.kept_bytes,
-                    purpose=f"An export to {target.name}",
-                    or_else="give a folder on a larger one with --to",
-                )
+                _require_free(target, needed_bytes - building.kept_bytes)  # what is kept stays
                 try:
                     yield building
                     _refuse(target)  # it may have appeared meanwhile, and publishing would replace it
@@ -141,6 +136,29 @@ def new_folder(target: Path, *, needed_bytes: int, identity: str = "") -> Iterat
     finally:
         if not os.path.lexists(target):
             _remove_empty(made)
+
+
+def refuse_full(target: Path, *, needed_bytes: int) -> None:
+    """Checks the disk for a new folder ahead of long work; what a killed call left makes room, or serves.
+
+    Args:
+        target: The folder to be.
+        needed_bytes: What the whole folder takes.
+
+    Raises:
+        NoRoom: The place is too full.
+    """
+    left = (path for path in _place_of(target).rglob("*") if path.is_file())
+    _require_free(target, needed_bytes - sum(path.stat().st_size for path in left))
+
+
+def _require_free(target: Path, needed_bytes: int) -> None:
+    require_free(
+        target.parent,
+        needed_bytes,
+        purpose=f"An export to {target.name}",
+        or_else="give a folder on a larger one with --to",
+    )
 
 
 def sha256_of(path: Path) -> str:
