@@ -97,6 +97,16 @@ def test_what_is_there_is_not_added_twice(shelf: Shelf) -> None:
     assert len(shelf.store.ids()) == 2
 
 
+def test_what_is_said_to_have_followed_another_version_did(shelf: Shelf) -> None:
+    one, two, three = shelf.add("one"), shelf.add("two"), shelf.add("three", "other")
+    said = shelf.added("two", parent="other")
+    assert (said.version.parent, said.is_new) == (three, True)
+    again = shelf.added("two", parent="other")
+    assert (again.version, again.is_new) == (said.version, False)
+    assert shelf.added("two", parent=one).version.id == two
+    assert shelf.weights(two) == shelf.weights(said.version.id) == "two"
+
+
 def test_a_file_that_versions_share_is_on_the_disk_once(shelf: Shelf) -> None:
     ids = [shelf.add("one"), shelf.add("two")]
     configs = [shelf.store.folder_of(each) / "adapter_config.json" for each in ids]

@@ -151,7 +151,8 @@ class Store:
             folder: The adapter's; only files that belong to an adapter are taken.
             record: What is known of it.
             name: The name; new, or one that moves.
-            parent: What it followed, as `find` takes it; by default the version that the name means now.
+            parent: What it followed, as `find` takes it; by default the version that the name means now, or
+                what it followed when it was added before.
 
         Raises:
             BadAdapter: The folder holds no adapter, or the name cannot be one.
@@ -165,7 +166,8 @@ class Store:
             former = self.names().get(name)
             self._check_free(name, among=self.tags(), kind="tag")
             followed = self.find(parent) if parent else former.current if former else None
-            version = self._same(Version(files, record, followed))
+            version = Version(files, record, followed)
+            version = version if parent else self._same(version)
             is_new = not (self._versions / version.id).exists()
             if is_new or fault_of(version, self._versions / version.id):
                 self._write(version, folder)
