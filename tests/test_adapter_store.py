@@ -16,12 +16,13 @@ from hypothesis import strategies as some
 from rich.console import Console
 
 from qadapt.adapters import store as store_module
+from qadapt.adapters.difference import Difference
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.adapters.pointers import Name, check_name
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import FileFacts, Record, Version, files_of, read_version
 from qadapt.errors import BadAdapter, BadOutput, NoRoom
-from qadapt.view.adapter_table import store_table
+from qadapt.view.adapter_table import difference_lines, store_table
 
 FACTS = AdapterFacts(
     base="owner/base", revision="c0ffee", fingerprint="f" * 64, quantization="nf4", double_quant=True,
@@ -544,6 +545,15 @@ def test_a_list_hides_no_name_and_no_id(shelf: Shelf, width: int) -> None:
     assert long in names
     assert "c0ffeec0ffee" in words and "c0ffeec0ffeec" not in words
     assert "onLlama-3.1-8B-Instruct" in words.replace(" ", "")
+
+
+def test_versions_without_a_tensor_in_common_are_said_to_have_none() -> None:
+    found = Difference((), (), 0, 0, ("a",), ("a", "b"), 0.0, "")
+    assert list(difference_lines(found)) == [
+        "numbers: no tensor of the one has a place in the other",
+        "only in the first, or in another shape: 1 tensor, such as a",
+        "only in the second, or in another shape: 2 tensors, such as a",
+    ]
 
 
 def test_a_version_reads_back_as_it_was_written(shelf: Shelf) -> None:

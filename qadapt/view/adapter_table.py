@@ -131,13 +131,21 @@ def difference_lines(found: Difference) -> Iterator[str]:
     if not found.changed_tensors and not found.only_first and not found.only_second:
         yield f"numbers: all {found.tensors} tensors are the same"
         return
-    yield (
-        f"numbers: {found.changed_tensors} of {found.tensors} tensors differ, by {found.distance:.3g} of the "
-        f"first's length{f'; most in {found.furthest}' if found.furthest else ''}"
-    )
+    if found.tensors:
+        most = f"; most in {found.furthest}" if found.furthest else ""
+        yield (
+            f"numbers: {found.changed_tensors} of {found.tensors} tensors differ, by {found.distance:.3g} of "
+            f"the first's length{most}"
+        )
+    else:
+        yield "numbers: no tensor of the one has a place in the other"
     for whose, names in (("first", found.only_first), ("second", found.only_second)):
         if names:
-            yield f"only in the {whose}: {len(names)} tensors, such as {names[0]}"
+            yield f"only in the {whose}, or in another shape: {_tensors(len(names))}, such as {names[0]}"
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _said(value: object) -> str:
