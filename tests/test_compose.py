@@ -515,6 +515,12 @@ def test_no_adapter_a_weight_that_is_no_number_and_a_folder_without_facts_are_re
     refused([(tmp_path / "empty", 1)], tmp_path, BadRun, "no adapter")
 
 
+@pytest.mark.parametrize("weight", [1e6, -1e39, 1e300])
+@pytest.mark.parametrize("way", [{}, {"rank": 2}, {"name": "ties", "density": 0.3}])
+def test_a_weight_that_would_drown_the_base_is_refused(make, tmp_path, weight, way):
+    refused([(make(1), 1), (make(2), weight)], tmp_path, BadRecipe, "would drown its base", **way)
+
+
 def test_a_target_that_exists_is_refused_and_kept(make, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(BadOutput, match="exists already"):

@@ -1,10 +1,11 @@
 """Changes of a weight with most of their numbers left out: pruned by magnitude, dropped at random, by sign.
 
 Pruning and TIES keep the largest numbers (Yadav et al., arXiv:2306.01708), DARE a random share of them,
-scaled up to the same mean (Yu et al., arXiv:2311.03099). What comes out has no low rank any more: it is a
-matrix computed a chunk of rows at a time, and `low_rank` finds factors for it by subspace iteration (Halko,
-Martinsson and Tropp, arXiv:0909.4061), which only multiplies with it. Memory is a few chunks, and the error
-is measured against the matrix itself. Knows no files.
+scaled up to the same mean (Yu et al., arXiv:2311.03099). A weight of a change counts where signs are elected,
+too; in PEFT it does not. What comes out has no low rank any more: it is a matrix computed a chunk of rows at
+a time, and `low_rank` finds factors for it by subspace iteration (Halko, Martinsson and Tropp,
+arXiv:0909.4061), which only multiplies with it. Memory is a few chunks, and the error is measured against the
+matrix itself. Knows no files.
 
 Legend: O output rows, I input columns of the weight, R rank, K columns of the subspace.
 """

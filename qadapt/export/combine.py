@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qadapt.adapters.average import average, upper
+from qadapt.adapters.check import MOST_RMS
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
 from qadapt.adapters.facts import (
     COMBINATION_FILE,
@@ -112,7 +113,7 @@ def combine(
     Raises:
         BadExport: Adapters are of different bases, or one has NaN or contradicts itself.
         BadOutput: The target exists, or its place is read-only or full.
-        BadRecipe: No adapter, a weight that is no number, or a way that is not known.
+        BadRecipe: No adapter, a weight that is no number or absurdly large, or a way that is not known.
         BadRun: There is no adapter in a folder, or not what it was trained on.
         Unsupported: An adapter's change is no sum.
     """
@@ -209,6 +210,7 @@ def _composed(chosen: Sequence[tuple[Path, float]], way: Way) -> Generator[Event
             having = [(key, adapter) for key, adapter in keyed if name in adapter.weights]
             _check_shapes(name, [adapter for _, adapter in having])
             parts = [_Part(adapter, name, key=key) for key, adapter in having]
+            _refuse_absurd(parts)
             pairs[name], found[name] = _summed(parts, way) if way.name == "sum" else _thinned(parts, way)
             yield StageAdvanced(stage=STAGE, done=done, total=len(names), unit="weights")
     tensors, dtype = tensors_of(pairs)
@@ -223,6 +225,19 @@ class _Part:
         update = adapter.update(name)
         self.pair, self.scale = Pair(update.a.double(), update.b.double()), update.scale
         self.name, self.key = name, key
+
+
+def _refuse_absurd(parts: Sequence[_Part]) -> None:
+    """Refuses what would drown its base, and could not even be measured any more."""
+    for part in parts:
+        numbers = part.pair.a.shape[1] * part.pair.b.shape[0]
+        rms = length(part.pair) * abs(part.scale) / math.sqrt(numbers)
+        if not rms <= MOST_RMS:
+            raise BadRecipe(
+                f"With that weight a part changes {part.name} by {rms:.3g} (root mean square), more than "
+                f"{MOST_RMS:g}: it would drown its base.",
+                cure="Give weights nearer to 1, with which an adapter is what was trained.",
+            )
 
 
 def _summed(parts: Sequence[_Part], way: Way) -> tuple[Scaled, tuple[float, float]]:
