@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from own_layers import (
+    BF16,
+    FP32,
+    adapted_block,
+    assert_near_fp32_in_bf16,
+    assert_plain_pefts,
+    assert_would_be_seen,
+    kept_for_backward,
+)
 from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_estimate import CPU, build, folders, shape_of
-from test_linear import BASES, TOLERANCE, Block, errors, frozen, inputs_of, outcome
+from test_linear import BASES, inputs_of
 from test_methods import attached, base_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,7 +34,6 @@ from qadapt.adapters.method import Adapter, attach, load_adapter
 from qadapt.adapters.oft import RotatedLinear, use_rotated_layers
 from qadapt.adapters.peft_effects import peft_effects
 from qadapt.adapters.swap import Swap
-from qadapt.engine.linear import dense_weight
 from qadapt.engine.rotation import beyond_identity, block_of
 from qadapt.errors import BadExport, BadRecipe, QadaptError, Unsupported
 from qadapt.export.combine import combine
@@ -40,16 +48,14 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-FP32, BF16 = torch.float32, torch.bfloat16
 WIDTH = 12
 IDS = torch.arange(3, 43).view(2, 20)
 
 
 def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = True) -> PeftModel:
     """A block with OFT, with layers as here or of stock PEFT, its angles random."""
-    block = Block(frozen(base, dtype, bias=bias))
-    block.is_loaded_in_4bit, block.is_loaded_in_8bit = "nf4" in base, base == "int8"
-    made = get_peft_model(block, OFTConfig(oft_block_size=WIDTH, target_modules=["projection"]))
+    config = OFTConfig(oft_block_size=WIDTH, target_modules=["projection"])
+    made = adapted_block(config, base, dtype, bias=bias)
     torch.manual_seed(2)
     for parameter in trainable(made).values():
         parameter.data = 0.05 * torch.randn(parameter.shape)
@@ -61,21 +67,12 @@ def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = T
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_in_fp32_output_and_gradients_are_those_of_plain_peft(base: str, bias: bool) -> None:
-    ours, plain = (adapted(base, FP32, bias=bias, ours=each) for each in (True, False))
-    assert any(isinstance(module, RotatedLinear) for module in ours.modules())
-    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
-    assert max(off.values()) < 2 * TOLERANCE[FP32], off
+    assert_plain_pefts(adapted, base, RotatedLinear, bias=bias)
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_in_bf16_it_is_near_fp32_and_stays_in_bf16(base: str) -> None:
-    ours, exact = adapted(base, BF16), adapted("plain", FP32)
-    source, target = (each.get_submodule("base_model.model.projection") for each in (ours, exact))
-    target.base_layer.weight.data = dense_weight(source.base_layer, FP32)
-    found = outcome(ours, inputs_of(BF16))
-    assert found["output"].dtype is BF16
-    off = errors(found, outcome(exact, inputs_of(BF16).detach().float().requires_grad_()))
-    assert max(off.values()) < TOLERANCE[BF16], off
+    assert_near_fp32_in_bf16(adapted, base)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +119,7 @@ def test_a_strangers_rotations_are_those_of_plain_peft(
 
 
 def test_a_wrong_angle_would_be_seen() -> None:
-    ours, plain = (adapted("nf4", FP32, ours=each) for each in (True, False))
-    trainable(ours)["base_model.model.projection.oft_R.default.weight"].data *= 1.001
-    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
-    assert off["output"] > 10 * TOLERANCE[FP32]
+    assert_would_be_seen(adapted, "oft_R.default.weight")
 
 
 def test_rotations_of_small_angles_keep_lengths_and_of_larger_ones_as_is_said() -> None:
@@ -144,14 +138,8 @@ def test_rotations_of_small_angles_keep_lengths_and_of_larger_ones_as_is_said() 
 
 @pytest.mark.parametrize("base", BASES)
 def test_of_a_layer_nothing_is_kept_but_its_inputs(base: str) -> None:
-    model, inputs, kept = adapted(base, BF16), inputs_of(BF16), list[Tensor]()
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs)
+    model, inputs = adapted(base, BF16), inputs_of(BF16)
+    kept = kept_for_backward(model, inputs)
     own = {parameter.untyped_storage().data_ptr() for parameter in [inputs, *model.parameters()]}
     assert kept
     assert all(each.untyped_storage().data_ptr() in own for each in kept)

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import PeftModel, VeraConfig, get_peft_model
+from own_layers import (
+    BF16,
+    FP32,
+    adapted_block,
+    assert_near_fp32_in_bf16,
+    assert_plain_pefts,
+    assert_would_be_seen,
+    kept_for_backward,
+)
+from peft import PeftModel, VeraConfig
 from safetensors.torch import load_file, save_file
 from test_estimate import CPU, build, folders, shape_of
-from test_linear import BASES, INPUTS, RANK, TOLERANCE, Block, errors, frozen, inputs_of, outcome
+from test_linear import BASES, INPUTS, RANK, inputs_of
 from test_methods import attached, base_of
 from torch import Tensor
 
@@ -22,7 +31,6 @@ from qadapt.adapters.frozen import projections_of
 from qadapt.adapters.lora import save_adapter, trainable
 from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.vera import ProjectedLinear, use_projected_layers
-from qadapt.engine.linear import dense_weight
 from qadapt.errors import BadExport, QadaptError, Unsupported
 from qadapt.export.combine import combine
 from qadapt.export.merge import merge
@@ -37,14 +45,12 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = True) -> PeftModel:
     """A block with VeRA, with layers as here or of stock PEFT, its vectors random."""
-    block = Block(frozen(base, dtype, bias=bias))
-    block.is_loaded_in_4bit, block.is_loaded_in_8bit = "nf4" in base, base == "int8"
-    made = get_peft_model(block, VeraConfig(r=RANK, target_modules=["projection"], projection_prng_key=5))
+    config = VeraConfig(r=RANK, target_modules=["projection"], projection_prng_key=5)
+    made = adapted_block(config, base, dtype, bias=bias)
     torch.manual_seed(2)
     for parameter in trainable(made).values():
         parameter.data = torch.randn(parameter.shape)
@@ -56,40 +62,22 @@ def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = T
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_in_fp32_output_and_gradients_are_those_of_plain_peft(base: str, bias: bool) -> None:
-    ours, plain = (adapted(base, FP32, bias=bias, ours=each) for each in (True, False))
-    assert any(isinstance(module, ProjectedLinear) for module in ours.modules())
-    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
-    assert max(off.values()) < 2 * TOLERANCE[FP32], off
+    assert_plain_pefts(adapted, base, ProjectedLinear, bias=bias)
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_in_bf16_it_is_near_fp32_and_stays_in_bf16(base: str) -> None:
-    ours, exact = adapted(base, BF16), adapted("plain", FP32)
-    source, target = (each.get_submodule("base_model.model.projection") for each in (ours, exact))
-    target.base_layer.weight.data = dense_weight(source.base_layer, FP32)
-    found = outcome(ours, inputs_of(BF16))
-    assert found["output"].dtype is BF16
-    off = errors(found, outcome(exact, inputs_of(BF16).detach().float().requires_grad_()))
-    assert max(off.values()) < TOLERANCE[BF16], off
+    assert_near_fp32_in_bf16(adapted, base)
 
 
 def test_a_wrong_vector_would_be_seen() -> None:
-    ours, plain = (adapted("nf4", FP32, ours=each) for each in (True, False))
-    trainable(ours)["base_model.model.projection.vera_lambda_d.default"].data *= 1.001
-    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
-    assert off["output"] > 10 * TOLERANCE[FP32]
+    assert_would_be_seen(adapted, "vera_lambda_d.default")
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_of_a_layer_nothing_is_kept_but_the_values_between_the_projections(base: str) -> None:
-    model, inputs, kept = adapted(base, BF16), inputs_of(BF16), list[Tensor]()
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs)
+    model, inputs = adapted(base, BF16), inputs_of(BF16)
+    kept = kept_for_backward(model, inputs)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     more = [each for each in kept if each.untyped_storage().data_ptr() not in own]
     assert [tuple(each.shape) for each in more] == [(33, RANK)]
