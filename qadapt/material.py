@@ -34,6 +34,7 @@ from qadapt.fusing import Source as Fused
 from qadapt.fusing import check_trained_on, find_sources, hash_of
 from qadapt.methods import virtual_tokens
 from qadapt.model.source import ModelFiles, find_model, is_here
+from qadapt.plan.ranks import check_steps
 from qadapt.recipe import Recipe
 from qadapt.stage import Report, with_progress
 from qadapt.train.stored_plan import Ingredients
@@ -307,7 +308,11 @@ def order_of(recipe: Recipe, rows: Rows) -> Order:
 
 
 def step_count(recipe: Recipe, rows: Rows) -> int:
-    """Optimizer steps of the run: the recipe's, or what its passes over the rows come to."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    return order_of(recipe, rows).step_count(recipe.train.epochs)
+    """Optimizer steps of the run: the recipe's, or what its passes over the rows come to.
+
+    Raises:
+        BadRecipe: They are too few for the method.
+    """
+    steps = recipe.train.steps or order_of(recipe, rows).step_count(recipe.train.epochs)
+    check_steps(recipe.adapter.method, steps)
+    return steps

@@ -14,8 +14,9 @@ from typing import Literal
 from qadapt.errors import BadRecipe
 
 Method = Literal[
-    "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "oft", "ia3", "houlsby", "pfeiffer",
-    "parallel", "compacter", "compacterplus", "fusion", "prompt", "ptuning", "prefix", "prefix-flat",
+    "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "adalora", "vera", "oft", "ia3", "houlsby",
+    "pfeiffer", "parallel", "compacter", "compacterplus", "fusion", "prompt", "ptuning",
+    "prefix", "prefix-flat",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 Sees = Literal["output", "sum", "stream"]
@@ -47,6 +48,7 @@ class MethodFacts:
         is_near_one: Whether it trains factors of about one, of which bf16 knows every 128th: they are fp32
             unless the recipe says otherwise.
         mends_base: Whether it starts from what quantizing took from the base, which must be quantized.
+        starts_wider: Whether it starts with half as many ranks again, and gives the least important ones up.
         attends: Whether it attends over trained adapters, which `adapter.targets` names.
         usual_activation: The nonlinearity of a bottleneck adapter; None for all others.
         sees: What enters a bottleneck adapter.
@@ -63,6 +65,7 @@ class MethodFacts:
     has_virtual_tokens: bool = False
     is_near_one: bool = False
     mends_base: bool = False
+    starts_wider: bool = False
     attends: bool = False
     usual_activation: Activation | None = None
     sees: Sees = "output"
@@ -136,6 +139,7 @@ METHODS: Mapping[Method, MethodFacts] = {
     "dora": _lora("DoRA", "arXiv:2402.09353", ("dropout",), is_near_one=True),
     "pissa": _lora("PiSSA", "arXiv:2404.02948"),
     "loftq": _lora("LoftQ", "arXiv:2310.08659", mends_base=True),
+    "adalora": MethodFacts("AdaLoRA", "arXiv:2303.10512", starts_wider=True),
     "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
     "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout"), size="block"),
     "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),

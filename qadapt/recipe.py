@@ -60,14 +60,14 @@ class AdapterSection(Section):
 
     method: Method = "lora"
     """LoRA (arXiv:2106.09685), rsLoRA (2312.03732), LoRA+ (2402.12354), DoRA (2402.09353), PiSSA
-    (2404.02948), LoftQ (2310.08659), VeRA (2310.11454), OFT (2306.07280), IA3 (2205.05638), bottleneck
-    adapters: houlsby (1902.00751), pfeiffer (2005.00247), parallel (2110.04366), compacter, compacterplus
-    (2106.04647); attention over several such, trained before: fusion (2005.00247); or what stands in front
-    of the text: prefix, prefix-flat (2101.00190), virtual tokens: prompt (2104.08691), ptuning
-    (2103.10385)."""
+    (2404.02948), LoftQ (2310.08659), AdaLoRA (2303.10512), VeRA (2310.11454), OFT (2306.07280), IA3
+    (2205.05638), bottleneck adapters: houlsby (1902.00751), pfeiffer (2005.00247), parallel (2110.04366),
+    compacter, compacterplus (2106.04647); attention over several such, trained before: fusion (2005.00247);
+    or what stands in front of the text: prefix, prefix-flat (2101.00190), virtual tokens: prompt
+    (2104.08691), ptuning (2103.10385)."""
     rank: Positive = 16
     """Inner width of the low-rank update, or of a bottleneck; the length of a prefix; the width of
-    OFT's blocks; how many virtual tokens."""
+    OFT's blocks; how many virtual tokens; of AdaLoRA what layers have on average in the end."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / rank, in rsLoRA by alpha / the root of rank."""
     dropout: Share = 0.0

@@ -45,6 +45,7 @@ from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
 from qadapt.shape import ModelShape, find_shape, shape_from_config, table_rows
 from qadapt.stage import Report
+from qadapt.train.companion import companion_of
 from qadapt.train.environment import environment
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.settings import LoopSettings
@@ -76,8 +77,7 @@ def make_plan(recipe: Recipe, material: Material) -> StoredPlan:
         BadRecipe: The recipe asks for something this device or model has not.
         DoesNotFit: No setting fits; the cure lists the cheapest changes.
     """
-    padded = padded_question(recipe, material)
-    sample = step_sample(recipe, material)
+    padded, sample = padded_question(recipe, material), step_sample(recipe, material)
     plan = plan_rows(padded, sample, packing=recipe.data.packing)
     return StoredPlan(
         steps=step_count(recipe, material.rows),
@@ -133,8 +133,7 @@ def padded_question(recipe: Recipe, material: Material) -> Question:
 
 def step_sample(recipe: Recipe, material: Material) -> StepSample:
     """How the rows of the run's steps lie."""
-    rows = material.rows
-    steps = step_count(recipe, rows)
+    rows, steps = material.rows, step_count(recipe, material.rows)
     return StepSample(rows.train, order_of(recipe, rows), steps=steps, held_out=rows.held_out)
 
 
@@ -316,7 +315,7 @@ def adapt(
     base_parameters, new_ids = base.num_parameters(), material.contract.new_ids
     members = [read_member(base, each.folder, each.fused.name) for each in material.fused]
     adapter = Adapter(section.method, section.rank, section.alpha, section.dropout, section.targets)
-    adapter = replace(adapter, members=members)
+    adapter = replace(adapter, members=members, steps=plan.steps)
     with original_weights(material.files.folder) as originals:
         model = attach(base, adapter, dtype=dtype, seed=seed, new_ids=new_ids, originals=originals)
     yield AdapterAttached(
@@ -332,7 +331,7 @@ def adapt(
 def optimizer_of(recipe: Recipe, plan: StoredPlan, model: PeftModel) -> AdapterOptimizer:
     """The optimizer over the adapter."""
     section, parameters = recipe.train, trainable(model)
-    return make_optimizer(
+    optimizer = make_optimizer(
         parameters,
         kind=plan.optimizer,
         betas=(section.beta1, section.beta2),
@@ -340,6 +339,8 @@ def optimizer_of(recipe: Recipe, plan: StoredPlan, model: PeftModel) -> AdapterO
         ratios=rate_ratios(recipe.adapter.method, parameters),
         undecayed=undecayed(parameters),
     )
+    optimizer.companion = companion_of(model)
+    return optimizer
 
 
 def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:

@@ -25,6 +25,7 @@ from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.plan.trace import peak_of
 from qadapt.shape import find_config
+from qadapt.train.companion import companion_of
 from qadapt.train.dryrun import DryRun, batch_of, dry_run
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import make_optimizer
@@ -44,6 +45,7 @@ def counted(folder: Path, setting: Setting, *, alpha: float = 16) -> Ledger:
     parameters = trainable(model)
     ratios, kind = rate_ratios(setting.method, parameters), setting.optimizer
     optimizer = make_optimizer(parameters, kind=kind, betas=(0.9, 0.99), weight_decay=0.0, ratios=ratios)
+    optimizer.companion = companion_of(model)
     count = math.ceil(setting.length * setting.supervised_share)
     batch = MicroBatch(
         input_ids=torch.randint(3, 1003, (setting.rows, setting.length)),

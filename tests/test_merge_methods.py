@@ -13,7 +13,16 @@ import pytest
 import torch
 from gguf_files import write_gguf
 from merged_families import FAMILIES, TIED, make_family
-from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
@@ -67,6 +76,9 @@ KINDS: dict[str, Callable[[str], PeftConfig]] = {
     "LoRA on both tables": lambda family: lora(family, "embed_tokens", "lm_head"),
     "DoRA on both tables": lambda family: lora(family, "embed_tokens", "lm_head", use_dora=True),
     "IA3": lambda family: ia3(family, "lm_head"),
+    "AdaLoRA": lambda family: AdaLoraConfig(
+        init_r=5, target_r=3, lora_alpha=600, total_step=9, target_modules=[*attention(family), "down_proj"]
+    ),
     "OFT": lambda family: OFTConfig(oft_block_size=8, target_modules=[*attention(family), "down_proj"]),
     "VeRA": lambda family: VeraConfig(
         r=5, target_modules=[*attention(family), "down_proj"], projection_prng_key=3

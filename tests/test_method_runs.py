@@ -42,8 +42,9 @@ def drawn(method: Method, folder: Path, *, quantization: str = "nf4") -> PeftMod
     """A model whose adapter is not as it started."""
     model = attached(method, folder, quantization=quantization)
     torch.manual_seed(6)
-    for parameter in trainable(model).values():  # VeRA's vectors do less with the same numbers
-        parameter.data += (0.5 if method == "vera" else 0.05) * torch.randn(parameter.shape)
+    size = 0.5 if method in ("vera", "adalora") else 0.05  # three factors do less with the same numbers
+    for parameter in trainable(model).values():
+        parameter.data += size * torch.randn(parameter.shape)
     return model
 
 
@@ -75,6 +76,7 @@ def test_prompts_answered_together_are_answered_as_alone(
 
 
 def recipe_of(method: Method, folder: Path, model: Path, **fields: Any) -> Recipe:
+    fields |= {"steps": 9} if METHODS[method].starts_wider else {}
     values = make_recipe(folder, model, **fields).model_dump(mode="json")
     values["adapter"] = {"method": method} | ({"rank": 4} if METHODS[method].has_rank else {})
     return check_recipe(values, origin="the test")
@@ -89,7 +91,9 @@ def test_a_method_trains_resumes_reloads_and_exports_proven(
     assert isinstance(straight[-1], RunFinished)
     assert only(AdapterAttached, straight)[0].adapted_layers == 2 * 7
     saved = load_file(tmp_path / "runs/first/adapter/adapter_model.safetensors")
-    assert only(AdapterAttached, straight)[0].stored_bytes == sum(each.nbytes for each in saved.values())
+    stored = sum(each.nbytes for each in saved.values())
+    most = only(AdapterAttached, straight)[0].stored_bytes
+    assert most == stored or (METHODS[method].starts_wider and most > stored), "less what was given up"
     whole = (tmp_path / "runs/first/adapter/adapter_model.safetensors").read_bytes()
     (tmp_path / "runs/first").rename(tmp_path / "straight")
 
@@ -208,6 +212,7 @@ def logits_elsewhere(runs: str, file: Path) -> Tensor:
     return load_file(file)["logits"]
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("method", FREE)
 def test_stock_peft_loads_what_a_run_saved(method: Method, tmp_path: Path, tiny_model: TinyModel) -> None:
     model = tiny_model("llama")

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-NAMES: tuple[Method, ...] = ("lora", "rslora", "loraplus", "dora", "pissa", "loftq", "vera", "oft", "ia3")
+NAMES: tuple[Method, ...] = (
+    "lora", "rslora", "loraplus", "dora", "pissa", "loftq", "adalora", "vera", "oft", "ia3",
+)  # fmt: skip
 """Those that PEFT has."""
 OTHERS = tuple(name for name in NAMES if name != "lora")
 FREE = tuple(name for name in NAMES if not METHODS[name].mends_base)
@@ -211,7 +213,7 @@ def test_the_dry_run_of_a_method_is_its_step_to_the_byte(
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "rank": 64}),
     ],
 )
-@pytest.mark.parametrize("method", ["dora", "pissa", "vera", "oft", "ia3"])
+@pytest.mark.parametrize("method", ["dora", "pissa", "adalora", "vera", "oft", "ia3"])
 def test_the_closed_form_of_a_method_is_its_dry_run_within_three_percent(
     method: Method, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:

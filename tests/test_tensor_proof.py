@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from planted_faults import (
     HEAD,
     INDEX,
@@ -98,6 +98,9 @@ ADAPTERS: dict[str, tuple[str, Any]] = {
     )),
     "dora": ("llama", LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_dora=True)),
     "ia3": ("qwen2", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "adalora": ("qwen2", AdaLoraConfig(
+        init_r=5, target_r=3, lora_alpha=600, total_step=9, target_modules=["k_proj", "down_proj"]
+    )),
     "oft": ("qwen2", OFTConfig(oft_block_size=8, target_modules=["k_proj", "down_proj"])),
     "vera": ("qwen2", VeraConfig(r=5, target_modules=["k_proj", "down_proj"], projection_prng_key=3)),
     "biases": ("qwen2", LoraConfig(r=4, target_modules=["q_proj"], bias="all", lora_bias=True)),

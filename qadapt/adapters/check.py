@@ -24,6 +24,7 @@ from qadapt.adapters.facts import PEFT_FILES, is_side_car
 from qadapt.adapters.peft_config import read_peft_config
 from qadapt.adapters.side_car_files import TYPES, read_settings, read_tensors
 from qadapt.adapters.side_cars import load_side_car, side_car_shapes
+from qadapt.adapters.triplets import left_shapes, take_rank_pattern
 from qadapt.errors import BadAdapter
 
 WEIGHTS = PEFT_FILES[0]
@@ -33,7 +34,11 @@ MOST = 1e4
 """Of any other trained number: magnitudes, scalings, biases and rows of tables stay below some hundreds."""
 Shape = tuple[int, ...]
 _ROWS = ".token_adapter.trainable_tokens_delta"
-_PAIRS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+_PAIRS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A", ".lora_B"),
+    (".lora_embedding_A", ".lora_embedding_B"),
+)
 _NO_FIT = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 """What PEFT raises where a configuration and a base do not go together."""
 _ANEW = "Take the adapter from its run, or from where it is published, once more."
@@ -54,6 +59,7 @@ def check_adapter(folder: Path, base: PreTrainedModel) -> None:
         _check_side_car(folder, base)
         return
     config, new_tokens = _config(folder)
+    left = take_rank_pattern(config)
     rows = _row_shapes(new_tokens, base, folder)
     try:
         with torch.device("meta"):
@@ -64,7 +70,7 @@ def check_adapter(folder: Path, base: PreTrainedModel) -> None:
             f"The adapter in {folder} does not fit its base: {_first_line(error)}",
             cure="Check that it was trained on this base, and that this release of PEFT knows its method.",
         ) from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()} | rows
+    shapes = left_shapes({name: tuple(tensor.shape) for name, tensor in wanted.items()}, left) | rows
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -159,8 +165,11 @@ def _check_updates(tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, 
         pair = next((pair for pair in _PAIRS if f"{path}{pair[0]}" in tensors), None)
         if isinstance(module, LoraLayer) and pair is not None:
             a, b = (tensors[f"{path}{name}"].double() for name in pair)  # (R, I), (O, R)
+            scale = abs(module.scaling["default"])
+            if (values := tensors.get(f"{path}.lora_E")) is not None:
+                a, scale = a * values.double(), scale / module.r["default"]
             squares = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)  # of the numbers of B·A, which is never made
-            rms = abs(module.scaling["default"]) * (squares / (b.shape[0] * a.shape[1])).sqrt().item()
+            rms = scale * (squares / (b.shape[0] * a.shape[1])).sqrt().item()
             if not rms <= MOST_RMS:
                 raise _absurd(
                     folder,

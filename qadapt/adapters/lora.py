@@ -29,6 +29,7 @@ from qadapt.adapters.peft_config import read_peft_config
 from qadapt.adapters.pissa import add_starts, start_of, starts_of
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
+from qadapt.adapters.triplets import leave_out_given_up, without_pattern_warning
 from qadapt.cache import FULL, require_free
 from qadapt.durable import whole_folder
 from qadapt.engine.host import device_of
@@ -196,6 +197,7 @@ def save_adapter(
             else:
                 config = model.peft_config["default"]
                 config.base_model_name_or_path, config.revision = facts.base, facts.revision
+                leave_out_given_up(model)
                 model.save_pretrained(str(building), save_embedding_layers=False)
                 _join_starts(building, model)
             if rows := new_rows_of(model):
@@ -280,8 +282,8 @@ def load_lora(model: PreTrainedModel, folder: Path, *, is_trainable: bool = Fals
     names = {tensor.data_ptr(): name for name, tensor in made.items()}
     for tensor in (*adapted.parameters(), *adapted.buffers()):
         if id(tensor) not in frozen:  # PEFT has rounded what it loaded to the type of a 16-bit base
-            exact = saved.get(names.get(tensor.data_ptr(), ""), tensor.data)
-            tensor.data = exact.to(device, copy=True)
+            name = names.get(tensor.data_ptr(), "") if tensor.numel() else ""  # empty ones all lie nowhere
+            tensor.data = saved.get(name, tensor.data).to(device, copy=True)
     return adapted
 
 
@@ -290,17 +292,18 @@ def _with_tensors(model: PreTrainedModel, folder: Path, config: PeftConfig) -> P
     if not (folder / _WEIGHTS).is_file():  # PEFT would take a pickled one
         raise _no_fit(folder, f"there is no {_WEIGHTS}")
     try:
-        return PeftModel.from_pretrained(
-            model,
-            str(folder),
-            config=config,
-            is_trainable=not config.inference_mode,
-            autocast_adapter_dtype=False,
-            local_files_only=True,
-        )
+        with without_pattern_warning():
+            return PeftModel.from_pretrained(
+                model,
+                str(folder),
+                config=config,
+                is_trainable=not config.inference_mode,
+                autocast_adapter_dtype=False,
+                local_files_only=True,
+            )
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError, LookupError, AttributeError) as error:
         raise _no_fit(folder, str(error)) from None
 
 

@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from qadapt.adapters.adalora import attach_adalora
 from qadapt.adapters.bottleneck import KINDS, Bottleneck, attach_bottleneck
 from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.fusion import FUSION, Member, attach_fusion
@@ -26,6 +27,7 @@ from qadapt.adapters.prefix import PREFIX_KINDS, attach_prefix
 from qadapt.adapters.prompt import PROMPT_KINDS, attach_prompt
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_cars import load_side_car
+from qadapt.adapters.triplets import use_triplet_layers
 from qadapt.adapters.vera import attach_vera, use_projected_layers
 from qadapt.errors import Unsupported
 from qadapt.methods import METHODS, Activation, Method, activation_of, dropped_layers
@@ -35,7 +37,8 @@ from qadapt.methods import METHODS, Activation, Method, activation_of, dropped_l
 class Adapter:
     """What is trained, as a recipe's adapter section has it.
 
-    `activation` is the method's usual one unless another is given; `members` is what a fusion attends over.
+    `activation` is the method's usual one unless another is given; `members` is what a fusion attends over,
+    `steps` how many the run has, over which AdaLoRA gives ranks up.
     """
 
     method: Method
@@ -45,6 +48,7 @@ class Adapter:
     targets: str | Sequence[str] = "all-linear"
     activation: Activation | None = None
     members: Sequence[Member] = ()
+    steps: int = 1000
 
 
 def attach(
@@ -86,6 +90,9 @@ def attach(
         if method == "loftq":
             start_from_error(adapted, originals, seed=seed)
         return adapted
+    if method == "adalora":
+        lora = Lora(adapter.rank, adapter.alpha, adapter.dropout, adapter.targets)
+        return attach_adalora(model, lora, steps=adapter.steps, dtype=dtype, seed=seed)
     if method == "vera":
         return attach_vera(model, adapter.rank, adapter.targets, dtype=dtype, seed=seed)
     if method == "oft":
@@ -126,6 +133,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
     use_typed_layers(adapted)
     use_projected_layers(adapted)
     use_rotated_layers(adapted)
+    use_triplet_layers(adapted)
     return adapted
 
 

@@ -9,6 +9,7 @@ whose every part is loaded here pass. Knows no base and reads no tensor.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft import PeftConfig
 from qadapt.adapters.facts import PEFT_FILES
 from qadapt.errors import BadAdapter
 
-PEFT_TYPES = ("LORA", "IA3", "VERA", "OFT")
+PEFT_TYPES = ("LORA", "ADALORA", "IA3", "VERA", "OFT")
 """The methods of PEFT's that are loaded here, by their `peft_type`."""
 CONFIG = PEFT_FILES[1]
 _NOT_LOADED = ("megatron_config", "alora_invocation_tokens", "arrow_config", "layer_replication")
@@ -41,6 +42,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
             f"The adapter in {folder} {what}, which is not loaded here.",
             cure=f"Load it with PEFT; of PEFT's methods, {', '.join(PEFT_TYPES)} are loaded here.",
         )
+    if method == "ADALORA" and not _says_what_is_left(values):
+        raise _damaged(folder, ValueError("its rank_pattern is no list of init_r true and false for a layer"))
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -60,6 +63,17 @@ def peft_values(folder: Path) -> dict[str, Any]:
         return values
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, error) from None
+
+
+def _says_what_is_left(values: Mapping[str, Any]) -> bool:
+    """Whether AdaLoRA's rank_pattern says of each of a layer's first triplets whether it is left."""
+    start, pattern = values.get("init_r"), values.get("rank_pattern") or {}
+    if type(start) is not int or start < 1 or not isinstance(pattern, dict):
+        return False
+    return all(
+        isinstance(flags, list) and len(flags) == start and all(isinstance(each, bool) for each in flags)
+        for flags in pattern.values()
+    )
 
 
 def _damaged(folder: Path, error: Exception) -> BadAdapter:

@@ -1,9 +1,10 @@
 """What an adapter in a PEFT folder does at the layers of a base, from its files alone: for `swap.py`.
 
-LoRA, what is LoRA on disk (rsLoRA, LoRA+, PiSSA, LoftQ), DoRA, VeRA, OFT and IA3, with or without rows of new
-tokens. The numbers are those of the layers that training uses (`fused.py`, `vera.py`, `oft.py`, `ia3.py`);
-nothing of PEFT is attached. DoRA's magnitudes are divided by the lengths of the rows once, where training
-does it in every pass; OFT's rotations, which have twice the numbers of their angles, are made anew.
+LoRA, what is LoRA on disk (rsLoRA, LoRA+, PiSSA, LoftQ), DoRA, AdaLoRA, VeRA, OFT and IA3, with or without
+rows of new tokens. The numbers are those of the layers that training uses (`fused.py`, `triplets.py`,
+`vera.py`, `oft.py`, `ia3.py`); nothing of PEFT is attached. DoRA's magnitudes are divided by the lengths of
+the rows once, where training does it in every pass; OFT's rotations, which have twice the numbers of their
+angles, are made anew.
 
 Legend: I inputs, O outputs, R rank, N new tokens, D width.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ from qadapt.adapters.effect import Effect
 from qadapt.adapters.facts import BASE_KEEPING_STARTS, PEFT_FILES, mends_base
 from qadapt.adapters.new_rows import row_effects
 from qadapt.adapters.peft_config import read_peft_config
+from qadapt.adapters.triplets import scale_of
 from qadapt.engine.host import device_of
 from qadapt.engine.linear import row_lengths
 from qadapt.engine.rotation import beyond_identity, block_of, turned
@@ -41,6 +43,9 @@ _ENDINGS = {
     ".lora_B.weight": "up",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_A": "down",
+    ".lora_B": "up",
+    ".lora_E": "values",
     ".ia3_l": "factors",
     ".oft_R.weight": "angles",
     ".vera_lambda_d": "inner",
@@ -142,6 +147,8 @@ def _effect(
         return _factors(layer, tensors["factors"], is_input=shapes["factors"][0] == 1)
     if isinstance(config, VeraConfig):
         return _projected(layer, path, tensors, folder=folder)
+    if isinstance(config, AdaLoraConfig):
+        return _triplets(layer, path, tensors, config=config, folder=folder)
     if isinstance(config, OFTConfig):
         return _rotated(layer, path, tensors, config=config, folder=folder)
     assert isinstance(config, LoraConfig)
@@ -157,6 +164,17 @@ def _effect(
         return Effect(layer, "alone" if mends_base(folder) else "sum", low_rank, after=low_rank.add)
     dora = Dora(*pair, scale=scale, factors=_dora_factors(model, layer, tensors, scale=scale))
     return Effect(layer, "alone", dora, after=dora.change)
+
+
+def _triplets(
+    layer: nn.Linear, path: str, tensors: Tensors, *, config: AdaLoraConfig, folder: Path
+) -> Effect:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    rank, _ = _sides(tensors, "down")
+    if shapes != {"down": (rank, layer.in_features), "values": (rank, 1), "up": (layer.out_features, rank)}:
+        raise _misfit(folder, f"{path} is of other sizes than {shapes}")
+    part = LowRank(tensors["down"] * tensors["values"], tensors["up"], scale=scale_of(config))
+    return Effect(layer, "sum", part, after=part.add)
 
 
 def _projected(layer: nn.Linear, path: str, tensors: Tensors, *, folder: Path) -> Effect:

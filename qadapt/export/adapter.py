@@ -1,11 +1,12 @@
 """An adapter on disk (a plain PEFT folder), read part by part for merging.
 
 LoRA updates a weight by scale · B · A (arXiv:2106.09685), scale alpha / rank or alpha / √rank (rsLoRA,
-arXiv:2312.03732); DoRA then sets the lengths of its rows (arXiv:2402.09353); IA3 scales rows or columns
-(arXiv:2205.05638); VeRA's A and B are parts of shared ones, their rows scaled (arXiv:2310.11454); OFT turns
-blocks of columns (arXiv:2306.07280). Whole tensors (`modules_to_save`, trained biases) and rows of new tokens
-(`trainable_token_indices`) stand in place of the base's. `adapter_names.py` says what is what, `changes.py`
-computes. Imports no PEFT: the folder is two files of published form.
+arXiv:2312.03732), AdaLoRA by scale · P · diag(λ) Q (arXiv:2303.10512); DoRA then sets the lengths of its rows
+(arXiv:2402.09353); IA3 scales rows or columns (arXiv:2205.05638); VeRA's A and B are parts of shared ones,
+their rows scaled (arXiv:2310.11454); OFT turns blocks of columns (arXiv:2306.07280). Whole tensors
+(`modules_to_save`, trained biases) and rows of new tokens (`trainable_token_indices`) stand in place of the
+base's. `adapter_names.py` says what is what, `changes.py` computes. Imports no PEFT: the folder is two files
+of published form.
 
 Legend: O output rows, I input columns of the adapted weight, R rank, N new tokens, D width of a table.
 """
@@ -35,9 +36,11 @@ from qadapt.export.changes import TokenRows, Update, stored_rows
 from qadapt.export.nf4 import Rows
 from qadapt.model.tensor_files import TensorReader, row_elements, rows_of
 from qadapt.model.tensor_values import tensor_of
+from qadapt.plan.ranks import RANK_EPSILON
 
 _LOOK_ELEMENTS = 1 << 20
 """Numbers that are looked at together."""
+_PAIRS = (("B", "A"), ("table B", "table A"), ("left", "right"))
 _OF_TWO_RUNS = "Adapter file and configuration are of different runs; take both from one."
 
 
@@ -89,6 +92,9 @@ class Adapter:
             self._reader.close()
             raise
         pairs = {**self._named.having("A"), **self._named.having("table A")}
+        right = self._named.having("right")
+        pairs |= {module: name for module, name in right.items() if self._reader.entries[name].shape[0]}
+        self._unchanged = tuple(f"{module}.weight" for module in right if module not in pairs)
         self.weights = tuple(f"{module}.weight" for module in pairs)
         self._given = {**self._named.whole, **self._named.starts}
         self.whole, self.starts = tuple(self._named.whole), tuple(self._named.starts)
@@ -103,7 +109,7 @@ class Adapter:
     @property
     def touched(self) -> frozenset[str]:
         """Names of all tensors that are not the base's afterwards, biases of IA3 left out."""
-        updated = (*self.weights, *self.projected, *self.turned, *self.scaled)
+        updated = (*self.weights, *self._unchanged, *self.projected, *self.turned, *self.scaled)
         return frozenset((*updated, *self.rows, *self.given, *self.shifts))
 
     def promises(self, weight: str) -> bool:
@@ -121,6 +127,8 @@ class Adapter:
         module, is_table = weight.removesuffix(".weight"), self._is_table(weight)
         magnitude = self._named.modules[module].get("magnitude")
         scale = self._scale(module, rank=a.shape[0])
+        if (values := self._named.modules[module].get("values")) is not None:
+            a = a * self._tensor(values).float()
         if is_table:
             a, b = b.T.contiguous(), a.T.contiguous()
         if magnitude is None:
@@ -186,7 +194,8 @@ class Adapter:
     def _pair(self, weight: str) -> tuple[str, str]:
         """Names of B and A in the file."""
         parts = self._named.modules[weight.removesuffix(".weight")]
-        return (parts["table B"], parts["table A"]) if "table A" in parts else (parts["B"], parts["A"])
+        b, a = next(pair for pair in _PAIRS if pair[0] in parts)
+        return parts[b], parts[a]
 
     def _tensor(self, name: str) -> torch.Tensor:
         entry = self._reader.entries[name]
@@ -194,6 +203,8 @@ class Adapter:
 
     def _scale(self, module: str, *, rank: int) -> float:
         alpha = by_pattern(self._config.get("alpha_pattern"), module, default=self._config["lora_alpha"])
+        if self._config["peft_type"] == "ADALORA":
+            return float(self.weight * alpha / (self._config["init_r"] + RANK_EPSILON))
         return float(self.weight * alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
 
     def _token_rows(self) -> Iterator[tuple[str, TokenRows]]:
@@ -208,22 +219,30 @@ class Adapter:
                 )
             yield f"{module}.weight", TokenRows(tuple(ids), self._tensor(name).float())
 
+    def _rank(self, module: str) -> int:
+        """What the configuration says of a module's rank."""
+        pattern = self._config.get("rank_pattern")
+        if self._config["peft_type"] == "ADALORA":
+            flags: list[bool] | None = (pattern or {}).get(f"{module}.lora_E")
+            return int(self._config["init_r"]) if flags is None else sum(flags)
+        return int(by_pattern(pattern, module, default=self._config["r"]))
+
     def _check_ranks(self) -> None:
         for module, parts in self._named.modules.items():
-            if not (pair := [parts[part] for part in ("B", "A", "table B", "table A") if part in parts]):
+            if (pair := next((pair for pair in _PAIRS if pair[0] in parts), None)) is None:
                 continue
-            b, a = (self._reader.entries[name].shape for name in pair)
-            rank = by_pattern(self._config.get("rank_pattern"), module, default=self._config["r"])
+            b, a = (self._reader.entries[parts[part]].shape for part in pair)
+            rank = self._rank(module)
             if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
                 raise BadExport(
                     f"The adapter of {module} is {b} times {a}; adapter_config.json says rank {rank}.",
                     cure=_OF_TWO_RUNS,
                 )
-            for part in {"magnitude", "shift"} & set(parts):
-                shape = self._reader.entries[parts[part]].shape
-                if math.prod(shape) != b[0]:
+            for part in {"magnitude", "shift", "values"} & set(parts):
+                shape, wanted = self._reader.entries[parts[part]].shape, rank if part == "values" else b[0]
+                if math.prod(shape) != wanted:
                     raise BadExport(
-                        f"The {part} of {module} is {shape}; it has {b[0]} rows or columns.",
+                        f"The {part} of {module} is {shape}; it has {wanted} rows or columns.",
                         cure=_OF_TWO_RUNS,
                     )
 

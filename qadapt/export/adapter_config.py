@@ -14,7 +14,7 @@ from typing import Any
 
 from qadapt.errors import BadRun
 
-_NEEDED_FOR_LORA = ("r", "lora_alpha")
+_NEEDED = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha")}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -32,10 +32,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise _damaged(path, "it is no JSON object")
-    needed = _NEEDED_FOR_LORA if config.get("peft_type") == "LORA" else ()
+    needed, is_adaptive = _NEEDED.get(str(config.get("peft_type")), ()), config.get("peft_type") == "ADALORA"
     idle = ("r",) if config.get("peft_type") == "OFT" else ()  # 0 where blocks have a width
     for field, fits in _FITS.items():
         value = None if field in idle else config.get(field)
+        if field == "rank_pattern" and is_adaptive:
+            fits = _says_what_is_left
         if not fits(value) if value is not None else field in needed:
             raise _damaged(path, f"{field} is {value!r}")
     return config
@@ -59,6 +61,13 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
+def _says_what_is_left(value: Any) -> bool:
+    """Whether it says of each of AdaLoRA's triplets of a layer whether it is left."""
+    return isinstance(value, dict) and all(
+        isinstance(flags, list) and all(isinstance(each, bool) for each in flags) for flags in value.values()
+    )
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
@@ -75,6 +84,7 @@ def _are_tokens(value: Any) -> bool:
 _FITS: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: isinstance(value, str),
     "r": lambda value: type(value) is int and value > 0,
+    "init_r": lambda value: type(value) is int and value > 0,
     "lora_alpha": _is_number,
     "rank_pattern": _is_pattern,
     "alpha_pattern": _is_pattern,

@@ -23,6 +23,9 @@ _PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_B.bias": "shift",
+    ".lora_A": "right",
+    ".lora_E": "values",
+    ".lora_B": "left",
     ".lora_embedding_A": "table A",
     ".lora_embedding_B": "table B",
     ".lora_magnitude_vector": "magnitude",
@@ -34,7 +37,7 @@ _PARTS = {
     ".token_adapter.trainable_tokens_delta": "rows",
 }
 """How a name ends → which part of a module's adapter it is."""
-_PAIRS = (("A", "B"), ("table A", "table B"), ("inner", "outer"))
+_PAIRS = (("A", "B"), ("table A", "table B"), ("left", "right"), ("inner", "outer"))
 _SHARED = {"base_model.vera_A": "down", "base_model.vera_B": "up"}
 """The projections that all of VeRA's modules share."""
 _MUST_BE_EMPTY = (
@@ -139,7 +142,7 @@ def refuse_unmerged(config: Mapping[str, Any], *, folder: Path) -> None:
         way = config.get("use_cayley_neumann"), config.get("num_cayley_neumann_terms")
         if way != (True, NEUMANN_TERMS):
             asked.append(f"use_cayley_neumann = {way[0]}, num_cayley_neumann_terms = {way[1]}")
-    if method not in ("LORA", "IA3", "VERA", "OFT"):
+    if method not in ("LORA", "ADALORA", "IA3", "VERA", "OFT"):
         asked.insert(0, f"peft_type = {method!r}")
     if asked:
         raise Unsupported(
@@ -235,7 +238,9 @@ def _check_parts(module: str, parts: Mapping[str, str], config: Mapping[str, Any
             )
     another_run = "Adapter file and configuration are of different runs; take both from one."
     method = config["peft_type"]
-    kinds = (("scaling", "IA3"), ("inner", "VERA"), ("angles", "OFT"))
+    kinds = (
+        ("scaling", "IA3"), ("inner", "VERA"), ("angles", "OFT"), ("values", "ADALORA"), ("left", "ADALORA"),
+    )  # fmt: skip
     if any((part in parts) != (method == kind) for part, kind in kinds) and "rows" not in parts:
         raise BadExport(
             f"The adapter in {folder} has {next(iter(parts.values()))}; adapter_config.json says "

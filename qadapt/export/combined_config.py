@@ -22,6 +22,10 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PLACES = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
 """Settings that say which modules have an adapter."""
+_OF_ADALORA = (
+    "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+)  # fmt: skip
+"""Settings of AdaLoRA's; what is made of it is LoRA."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,16 @@ def combined_config(pairs: Mapping[str, Scaled], folders: Sequence[Path]) -> dic
     configs = [read_adapter_config(folder) for folder in folders]
     modules = {weight.removesuffix(".weight"): scaled for weight, scaled in pairs.items()}
     places: dict[str, Any] = {field: configs[0].get(field) for field in _PLACES}
-    if any(_places(config) != _places(configs[0]) for config in configs):
+    is_adaptive = any(config["peft_type"] == "ADALORA" for config in configs)  # layers may have nothing left
+    if is_adaptive or any(_places(config) != _places(configs[0]) for config in configs):
         places = {**dict.fromkeys(_PLACES), "target_modules": sorted(modules)}
     ranks = {module: scaled.pair.rank for module, scaled in modules.items()}
     alphas = {module: scaled.scale * scaled.pair.rank for module, scaled in modules.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
-        **configs[0],
+        **{field: value for field, value in configs[0].items() if field not in _OF_ADALORA},
         **places,
+        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.oft.layer import OFTLayer
@@ -28,13 +29,14 @@ from qadapt.errors import BadExport, Unsupported
 from qadapt.export.stored_tensors import StoredTensors
 from qadapt.model.folder import read_config
 from qadapt.model.skeleton import skeleton_base
+from qadapt.plan.ranks import RANK_EPSILON
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d|oft_R|token_adapter\.trainable_tokens_delta)"
-    r"(\.weight)?"
+    r"|lora_A|lora_B|lora_E|lora_magnitude_vector|ia3_l|vera_lambda_b|vera_lambda_d|oft_R"
+    r"|token_adapter\.trainable_tokens_delta)(\.weight)?"
 )
 _PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 _TOKENS = "token_adapter.trainable_tokens_delta"
@@ -208,6 +210,9 @@ def _layer_changes(
     is_table = "lora_embedding_A" in parts
     if is_table:
         left, right = parts["lora_embedding_A"].T, parts["lora_embedding_B"].T
+    elif isinstance(layer, AdaLoraLayer):
+        left, right = parts["lora_B"], torch.diag(parts["lora_E"].flatten()) @ parts["lora_A"]
+        scale /= layer.r[_ADAPTER] + RANK_EPSILON
     else:
         left, right = parts["lora_B.weight"], parts["lora_A.weight"]
     pair = Pair(left, right, scale * weight, magnitude=magnitude, of_columns=is_table)

@@ -16,6 +16,7 @@ from qadapt.methods import METHODS, SCALED_INPUTS
 from qadapt.plan.attention import Attention, attention_core_bytes, mask_bytes, score_bytes
 from qadapt.plan.bottleneck import bottleneck_bytes
 from qadapt.plan.prefix import as_attended, network_bytes
+from qadapt.plan.ranks import trained_rank
 from qadapt.plan.setting import Setting
 from qadapt.shape import Linear, ModelShape
 
@@ -129,18 +130,21 @@ def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bo
     """
     adapted = [linear for linear in linears if setting.adapts(linear)]
     scaled = [each.outputs for each in adapted if scales_output(each, setting)]
-    rank = setting.rank * (2 if setting.method == "pissa" else 1)
+    rank = trained_rank(setting.method, setting.rank) * (2 if setting.method == "pissa" else 1)
     between = [rank for _ in adapted if METHODS[setting.method].size == "rank"]
     kept = setting.compute_bytes * (sum(scaled) + sum(between))
     return kept + adapter_input_bytes(linears, setting, is_kept_already=is_kept_already)
 
 
 def _joined_bytes(linears: Sequence[Linear], setting: Setting) -> int:
-    """PiSSA's factors of twice the rank, made from what is trained and what it starts from."""
+    """Factors made of what is trained: PiSSA's of twice the rank, with its start; AdaLoRA's first, scaled."""
+    adapted, each = [linear for linear in linears if setting.adapts(linear)], setting.adapter_value_bytes
+    if setting.method == "adalora":
+        rank = trained_rank(setting.method, setting.rank)
+        return sum(setting.tensor_bytes(rank * linear.inputs, each) for linear in adapted)
     if setting.method != "pissa":
         return 0
-    sides = [side for each in linears if setting.adapts(each) for side in (each.inputs, each.outputs)]
-    each = setting.adapter_value_bytes
+    sides = [side for linear in adapted for side in (linear.inputs, linear.outputs)]
     return sum(setting.tensor_bytes(2 * setting.rank * side, each) for side in sides)
 
 

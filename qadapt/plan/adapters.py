@@ -2,8 +2,8 @@
 
 Knows nothing of activations. A LoRA pair on a layer (outputs O, inputs I) is A (R, I) and B (O, R),
 arXiv:2106.09685, with a magnitude (O,) in DoRA; IA3 has (O,) or (I,) alone, VeRA (O,) and (R,), OFT
-S(S-1)/2 angles for each S inputs. N new tokens have rows (N, D) in embedding and head, D the width. Checked
-to the byte against PEFT's in `tests/test_estimate.py`.
+S(S-1)/2 angles for each S inputs, AdaLoRA a pair of the rank it starts with and (R,). N new tokens have rows
+(N, D) in embedding and head, D the width. Checked to the byte against PEFT's in `tests/test_estimate.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qadapt.plan.bottleneck import bottleneck_tensors, shared_tensors, stands_be
 from qadapt.plan.fusion import attends, frozen_tensors, shared_frozen_tensors
 from qadapt.plan.prefix import flat_values, has_prefix, network_tensors, prefix_tensors
 from qadapt.plan.prompt import front_tensors
+from qadapt.plan.ranks import trained_rank
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -38,9 +39,11 @@ def adapter_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
         return tuple(each.inputs * (setting.rank - 1) // 2 for each in adapted)
     if setting.method == "vera":
         return tuple(count for each in adapted for count in (each.outputs, setting.rank))
-    pairs = [setting.rank * side for linear in adapted for side in (linear.inputs, linear.outputs)]
+    rank = trained_rank(setting.method, setting.rank)
+    pairs = [rank * side for linear in adapted for side in (linear.inputs, linear.outputs)]
     magnitudes = [linear.outputs for linear in adapted] if setting.method == "dora" else []
-    return (*pairs, *magnitudes)
+    values = [rank for _ in adapted] if setting.method == "adalora" else []
+    return (*pairs, *magnitudes, *values)
 
 
 def layers_with_adapter(shape: ModelShape, setting: Setting) -> int:
@@ -106,7 +109,11 @@ def start_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def saved_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What stands on disk of the adapter when it is trained: prefix and virtual tokens are flat there."""
+    """What stands on disk of the adapter when it is trained: prefix and virtual tokens are flat there.
+
+    Of AdaLoRA it is the most, nothing given up: what is, is left out, but the best checkpoint may be an early
+    one.
+    """
     if setting.virtual_tokens:
         return setting.adapter_value_bytes * setting.virtual_tokens * shape.width
     if has_prefix(setting):
@@ -125,7 +132,16 @@ def optimizer_bytes(shape: ModelShape, setting: Setting) -> int:
     per_layer = sum(_state_bytes(count, setting) for count in adapter_tensors(shape, setting))
     once = sum(_state_bytes(count, setting) for count in once_tensors(shape, setting))
     shared = 2 * setting.tensor_bytes(256, 4) if _has_8bit_state(shape, setting) else 0
-    return layers_with_adapter(shape, setting) * per_layer + once + shared
+    states = layers_with_adapter(shape, setting) * per_layer + once + shared
+    return states + (_importance_bytes(shape, setting) if setting.method == "adalora" else 0)
+
+
+def _importance_bytes(shape: ModelShape, setting: Setting) -> int:
+    """AdaLoRA's two averages of each value, and which triplets are given up, a byte each."""
+    averages = 2 * adapter_bytes(shape, setting)
+    adapted = [linear for linear in shape.linears if setting.adapts(linear)]
+    triplets = shape.layers * len(adapted) * trained_rank(setting.method, setting.rank)
+    return averages + setting.tensor_bytes(triplets, 1)
 
 
 def _state_bytes(count: int, setting: Setting) -> int:

@@ -271,6 +271,8 @@ def _ceiling(shape: ModelShape, setting: Setting, what: What, rows_per_step: int
         if setting.method == "vera":
             return Ceiling(max(max(each.inputs, each.outputs) for each in adapted), "where the search ends")
         narrowest = min(min(linear.inputs, linear.outputs) for linear in adapted)
+        if METHODS[setting.method].starts_wider:
+            return Ceiling(narrowest * 2 // 3, "two thirds of the width of the narrowest adapted layer")
         return Ceiling(narrowest, "the width of the narrowest adapted layer")
     if rows_per_step:
         return Ceiling(rows_per_step, "the rows of one optimizer step")

@@ -26,6 +26,7 @@ from qadapt.methods import (
     dropped_layers,
     virtual_tokens,
 )
+from qadapt.plan.ranks import check_start
 from qadapt.shape import Linear, ModelShape, Part
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
             f"rank = {setting.rank} is above {narrowest}, the narrowest adapted layer of {shape.name}.",
             cure=f"Give a rank of at most {narrowest}; 8 to 64 is usual.",
         )
+    check_start(setting.method, setting.rank, narrowest=narrowest)
 
 
 def auto_dtypes(

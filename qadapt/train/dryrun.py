@@ -41,6 +41,7 @@ from qadapt.plan.packing import check_packable
 from qadapt.plan.setting import ALLOCATION_BYTES, Setting
 from qadapt.plan.trace import TraceEvent
 from qadapt.plan.workspace import blas_workspace_bytes
+from qadapt.train.companion import companion_of
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.step import evaluate_loss, train_step
@@ -160,7 +161,9 @@ def _optimizer(model: PeftModel, setting: Setting) -> AdapterOptimizer:
     parameters = trainable(model)
     ratios = rate_ratios(setting.method, parameters)
     kind, betas = setting.optimizer, (0.9, 0.99)
-    return make_optimizer(parameters, kind=kind, betas=betas, weight_decay=0.0, ratios=ratios)
+    optimizer = make_optimizer(parameters, kind=kind, betas=betas, weight_decay=0.0, ratios=ratios)
+    optimizer.companion = companion_of(model)
+    return optimizer
 
 
 def _micro_batch(shape: BatchShape) -> MicroBatch:

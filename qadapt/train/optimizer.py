@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qadapt.train.companion import Alone, Companion
+
 CODE_TABLES = ("qmap1", "qmap2")  # constants of bitsandbytes' 8-bit states, one for all parameters
 
 
@@ -54,6 +56,7 @@ class CompensatedAdamW:
         self.parameters = parameters
         self.decays = decays
         self.ratios = ratios
+        self.companion: Companion = Alone()
         self.lost = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         self.is_piecewise = False
         self._updates = [torch.nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters.values()]
@@ -68,13 +71,19 @@ class CompensatedAdamW:
     @property
     def progress(self) -> int:
         """How far an update that memory ran out in has come; only for comparison."""
-        return self._found + self._added
+        return self.companion.progress + self._found + self._added
 
     def ease(self) -> bool:
         """From now on updates one parameter at a time, which takes less memory; False if it did before."""
         was_piecewise, self.is_piecewise = self.is_piecewise, True
         self._let_go(range(self._added))
         return not was_piecewise
+
+    @torch.no_grad()
+    def clear(self, name: str, where: Tensor) -> None:
+        """Makes some numbers of a parameter zero, without a lost part; takes no memory."""
+        self.parameters[name].masked_fill_(where, 0)
+        self.lost[name].masked_fill_(where, 0)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -123,13 +132,14 @@ class CompensatedAdamW:
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name."""
         lost = {f"lost/{name}": value for name, value in self.lost.items()}
-        return lost | _state_tensors(self.inner, self.parameters)
+        return lost | _state_tensors(self.inner, self.parameters) | self.companion.tensors()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over what `tensors` gave."""
         for name, value in self.lost.items():
             value.copy_(tensors[f"lost/{name}"])
         _load_state(self.inner, self.parameters, tensors)
+        self.companion.load(tensors)
         self._library = _LibraryStep(self.inner)
 
     @property
@@ -151,17 +161,23 @@ class PlainAdamW:
         ratios: Mapping[str, float],
     ) -> None:
         self.parameters = parameters
+        self.companion: Companion = Alone()
         self.inner = _library_optimizer(parameters, kind=kind, betas=betas, decays=decays, ratios=ratios)
         self._library = _LibraryStep(self.inner)
 
     @property
     def progress(self) -> int:
         """How far an update that memory ran out in has come; only for comparison."""
-        return self._library.done
+        return self.companion.progress + self._library.done
 
     def ease(self) -> bool:
         """False: it takes no memory of its own that it could do without."""
         return False
+
+    @torch.no_grad()
+    def clear(self, name: str, where: Tensor) -> None:
+        """Makes some numbers of a parameter zero; takes no memory."""
+        self.parameters[name].masked_fill_(where, 0)
 
     def step(self, learning_rate: float) -> None:
         """Applies the gradients of the parameters, or goes on with it where memory ran out."""
@@ -169,11 +185,12 @@ class PlainAdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name."""
-        return _state_tensors(self.inner, self.parameters)
+        return _state_tensors(self.inner, self.parameters) | self.companion.tensors()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Takes over what `tensors` gave."""
         _load_state(self.inner, self.parameters, tensors)
+        self.companion.load(tensors)
         self._library = _LibraryStep(self.inner)
 
     @property
@@ -245,10 +262,11 @@ class _LibraryStep:
 
 
 def held_tensors(optimizer: AdapterOptimizer) -> list[Tensor]:
-    """Every tensor an optimizer keeps from step to step: states, their constants, lost parts."""
+    """Every tensor that stays from step to step: states, their constants, lost parts, a companion's."""
     states = [value for state in optimizer.inner.state.values() for value in state.values()]
     lost = optimizer.lost.values() if isinstance(optimizer, CompensatedAdamW) else ()
-    return [*lost, *(value for value in states if isinstance(value, Tensor))]
+    held = [value for value in states if isinstance(value, Tensor)]
+    return [*lost, *held, *optimizer.companion.held()]
 
 
 def make_optimizer(

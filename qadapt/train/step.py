@@ -26,6 +26,8 @@ from qadapt.train.optimizer import AdapterOptimizer
 class StepResult:
     """Mean loss before the update, norm of the gradient before clipping, and what went in.
 
+    The loss is that of the tokens alone; in the gradient is what a method adds to it (`companion.py`).
+
     `is_applied` is False where loss or norm is not finite: then the update is left out.
     """
 
@@ -93,6 +95,7 @@ def find_gradient(
             loss += part.detach()
     if scaler is not None:
         scaler.unscale_(optimizer.inner)
+    optimizer.companion.add_gradients()
     parameters = list(optimizer.parameters.values())
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     # the one time that a card is waited for; the norm is there by then
@@ -110,8 +113,14 @@ def apply_gradient(
     scaler: torch.amp.GradScaler | None,
 ) -> None:
     """The second half of `train_step`: the update, and no gradients after it."""
+    companion = optimizer.companion
     if result.is_applied:
+        companion.begin_update()
         optimizer.step(learning_rate)
+        for name, where in companion.end_update():
+            optimizer.clear(name, where)
+    else:
+        companion.skip_update()
     if scaler is not None:  # after an overflow the scale falls
         scaler.update()
     drop_gradients(optimizer)
