@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qadapt import proving
 from qadapt.cli.main import run
-from qadapt.cli.verify import _shown
+from qadapt.cli.stages import drawn as drawn_on
 from qadapt.data.prepared import identify, prepare_part
 from qadapt.data.prompt import load_contract, saved_contract
 from qadapt.errors import BadExport, BadRun
@@ -116,7 +116,7 @@ def test_verify_repeats_the_whole_proof(runs, capsys):
 
 def test_verify_draws_its_stages_on_a_terminal(runs):
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    shown = _shown(verify_export(runs / "first/export/merged-fp16"), console)
+    shown = drawn_on(verify_export(runs / "first/export/merged-fp16"), console)
     assert shown.proof is not None
     drawn = [line for line in console.file.getvalue().splitlines() if "━" in line]
     for stage in ("hashing the export", "finding the base", "proving the tensors", "layer by layer"):
