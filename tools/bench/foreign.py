@@ -94,10 +94,11 @@ def runtime() -> Path:
     return folder
 
 
-def ask(folder: Path, gguf: Path, task: Task) -> Heard:
-    """What llama.cpp makes of a GGUF file; ends the program where it fails."""
+def ask(folder: Path, gguf: Path, task: Task, *, lora: Path | None = None) -> Heard:
+    """What llama.cpp makes of a GGUF file, with a LoRA file on it or not; ends the program where it fails."""
     given = {
-        "model": str(gguf.resolve()), "endIds": task.end_ids, "prompts": task.prompts, "scored": task.scored,
+        "model": str(gguf.resolve()), "lora": lora and str(lora.resolve()),
+        "endIds": task.end_ids, "prompts": task.prompts, "scored": task.scored,
         "texts": task.texts, "maxNewTokens": task.max_new_tokens, "contextTokens": task.context_tokens,
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
     }  # fmt: skip

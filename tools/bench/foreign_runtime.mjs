@@ -12,7 +12,10 @@ const llama = await getLlama({
     maxThreads: task.threads
 });
 const model = await llama.loadModel({modelPath: task.model});
-const context = await model.createContext({contextSize: task.contextTokens, sequences: 1});
+const context = await model.createContext({
+    contextSize: task.contextTokens, sequences: 1,
+    ...(task.lora ? {lora: {adapters: [{filePath: task.lora}]}} : {})
+});
 const sequence = context.getSequence();
 
 async function greedyAnswer(prompt) {

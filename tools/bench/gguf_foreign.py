@@ -1,6 +1,6 @@
 """A GGUF export in a program that nobody here wrote: llama.cpp, out of npm's node-llama-cpp, on the CPU.
 
-    python tools/bench/gguf_foreign.py                         the demo's run, in Q8_0 and F16
+    python tools/bench/gguf_foreign.py       the demo's run, in Q8_0 and F16, and its adapter on an F16 base
     python tools/bench/gguf_foreign.py --run runs/mine --forms gguf-q4_0 --prompts 20
 
 Exports the run (`python tools/demo` trains the demo's) as merged fp16 and as each GGUF form, what is there
@@ -8,8 +8,9 @@ already aside. Held-out prompts of the demo's task go as token ids through plain
 merged fp16 weights) and through llama.cpp, both greedy; their answers are compared token for token. The same
 prompts as the Modelfile's template writes them, and texts of all kinds, are cut into tokens by the GGUF
 file's own tokenizer and by ours, and what the file says of first and end tokens is compared with the prompt
-contract. Exits with 1 if fewer than 95 % of the answers of a form of 8 bits or more are equal, any text
-becomes other tokens, or first or end tokens are not the contract's.
+contract. The adapter alone (gguf-lora) goes onto a GGUF of its base in F16, made for it. Exits with 1 if
+fewer than 95 % of the answers of a form of 8 bits or more are equal, any text becomes other tokens, or first
+or end tokens are not the contract's.
 
 Needs node and npm. Forms of fewer bits are shown without a bar: their numbers are others on purpose.
 """
@@ -21,7 +22,10 @@ import itertools
 import operator
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +38,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import demo_task
 
+from qadapt.adapters.facts import read_facts
 from qadapt.data.prompt import PromptContract, load_contract
+from qadapt.export.gguf import About, write_gguf
+from qadapt.export.gguf_lora import FORM as GGUF_LORA
+from qadapt.export.merged_model import open_merged
 from qadapt.export.ollama import adds_bos, modelfile
 from qadapt.export.ollama import prompt as ollama_prompt
+from qadapt.export.proof import read_proof
 from qadapt.quiet import quiet_libraries
+from qadapt.run_parts import find_same_base
 
 MAX_NEW_TOKENS = 48
 EQUAL_SHARE = 0.95
-EIGHT_BITS = ("gguf-q8_0", "gguf-f16", "gguf-bf16")
+EIGHT_BITS = ("gguf-q8_0", "gguf-f16", "gguf-bf16", GGUF_LORA)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,29 @@ def exported(run: Path, form: str) -> Path:
     return folder
 
 
+@contextmanager
+def base_file(run: Path, merged: Path) -> Iterator[Path]:
+    """The base in F16 as a GGUF file, for a while: the weights that the merged model was merged on."""
+    adapter, base = run / "adapter", read_proof(merged)["made_of"]["base"]
+    model = find_same_base(read_facts(adapter)).folder
+    with (
+        tempfile.TemporaryDirectory() as place,
+        open_merged(model, [(adapter, 0.0)], base=base, dtype="F32") as bare,
+    ):
+        file = Path(place) / "base.gguf"
+        deque(write_gguf(bare, file, described=merged, kind="F16", about=About("base")), maxlen=0)
+        yield file
+
+
+def heard_of(form: str, task: Task, *, folder: Path, run: Path, merged: Path) -> Heard:
+    """What llama.cpp makes of a form of a run."""
+    (gguf,) = exported(run, form).glob("*.gguf")
+    if form != GGUF_LORA:
+        return ask(folder, gguf, task)
+    with base_file(run, merged) as base:
+        return ask(folder, base, task, lora=gguf)
+
+
 def is_enough(form: str, heard: Heard, right: Expected, *, contract: PromptContract) -> bool:
     """Prints what is equal, and says whether it is enough."""
     answers = sum(map(operator.eq, heard.answers, right.answers))
@@ -134,7 +167,7 @@ def show_differences(heard: Heard, right: Expected, *, contract: PromptContract)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of a finished run")
-    parser.add_argument("--forms", nargs="+", default=["gguf-q8_0", "gguf-f16"])
+    parser.add_argument("--forms", nargs="+", default=["gguf-q8_0", "gguf-f16", GGUF_LORA])
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--texts", type=int, default=200)
     options = parser.parse_args()
@@ -151,8 +184,7 @@ def main() -> int:
     task = Task(sorted(contract.end_ids), right.prompts, texts=right.texts, max_new_tokens=MAX_NEW_TOKENS)
     results = []
     for form in options.forms:
-        (gguf,) = exported(options.run, form).glob("*.gguf")
-        heard = ask(folder, gguf, task)
+        heard = heard_of(form, task, folder=folder, run=options.run, merged=merged)
         results.append(is_enough(form, heard, right, contract=contract))
         show_differences(heard, right, contract=contract)
     print(f"node-llama-cpp {VERSION} with llama.cpp {heard.release}")

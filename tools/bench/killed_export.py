@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from export_7b import Widths, make_adapter, make_model
@@ -29,6 +30,10 @@ from qadapt.events import Event
 from qadapt.quiet import quiet_libraries
 from qadapt.units import KIB
 
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+PROCESSES: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+"""Processes that begin with their imports done, if the system can fork: these take longer than the export."""
+PROCESSES.set_forkserver_preload(["qadapt.export.merge"])
 SMALL = Widths(layers=8, width=512, mlp=1408, kv=256, vocabulary=4000)
 MOST_KILLS = 6
 
@@ -57,13 +62,19 @@ class Place:
         return {path.name: path.read_bytes() for path in sorted(self.target.iterdir())}
 
 
-def export(place: Place, **options: str) -> Iterator[Event]:
-    """The export itself; `options` are form and base."""
+def export(place: Place, *, form: str = "merged-fp16", base: str = "dequantized") -> Iterator[Event]:
+    """The export itself."""
     from qadapt.export.merge import Writing, merge
 
     writing = Writing(shard_bytes=place.shard_bytes, chunk_bytes=256 * KIB)
-    parts = {"model_folder": place.model, "adapter_folder": place.adapter, "target": place.target}
-    yield from merge(**parts, writing=writing, **options)
+    yield from merge(
+        model_folder=place.model,
+        adapter_folder=place.adapter,
+        target=place.target,
+        form=form,
+        base=base,
+        writing=writing,
+    )
 
 
 def exhaust(events: Iterable[Event]) -> None:
@@ -71,19 +82,29 @@ def exhaust(events: Iterable[Event]) -> None:
 
 
 def killed_export(place: Place, after_seconds: float) -> bool:
-    """Starts an export, to be killed so long after its imports; whether it was."""
-    facts = (place.model, place.adapter, place.target, place.shard_bytes, torch.get_num_threads())
-    command = [sys.executable, __file__, "--child", *map(str, facts)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n", "the child could not begin"
-        killer = threading.Timer(after_seconds, child.kill)
-        killer.start()
-        is_finished = child.wait() == 0
-        is_early = killer.is_alive()
-        killer.cancel()
+    """Starts an export in a process of its own, to be killed so long after its beginning; whether it was."""
+    heard, says = PROCESSES.Pipe(duplex=False)
+    child = PROCESSES.Process(target=_export_alone, args=(place, torch.get_num_threads(), says))
+    child.start()
+    says.close()
+    assert heard.recv() == "ready", "the child could not begin"
+    killer = threading.Timer(after_seconds, child.kill)
+    killer.start()
+    child.join()
+    is_early = killer.is_alive()
+    killer.cancel()
+    is_finished = child.exitcode == 0
     assert is_finished or not is_early, "the export failed by itself"
     return not is_finished
+
+
+def _export_alone(place: Place, threads: int, says: Connection) -> None:
+    import qadapt.export.merge  # noqa: F401 (what takes seconds, before anything is timed)
+
+    torch.set_num_threads(threads)
+    quiet_libraries()
+    says.send("ready")
+    exhaust(export(place))
 
 
 def trial(
@@ -117,17 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        *folders, shard_bytes, threads = options.child
-        torch.set_num_threads(int(threads))
-        quiet_libraries()
-        import qadapt.export.merge  # noqa: F401 (what takes seconds, before anything is timed)
-
-        print("ready", flush=True)
-        exhaust(export(Place(*map(Path, folders), shard_bytes=int(shard_bytes))))
-        return
     quiet_libraries()
     draw, kills, kept = random.Random(options.seed), 0, 0
     with tempfile.TemporaryDirectory() as name:
