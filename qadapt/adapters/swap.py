@@ -124,8 +124,9 @@ class Swap(AdaptedBase):
         """Switches to several at once, for all rows; where order matters, from the first to the last.
 
         Updates of LoRA add up and factors of IA3 multiply. A bottleneck works on what the one before it gave,
-        as on a base that has that one; MAD-X (arXiv:2005.00052), whose pairs are trained as such, lets it see
-        the first's output alone and adds only what comes out last.
+        as on a base that has that one, and as the library `adapters` 1.3 stacks a language and a task
+        (`tools/bench/parity_adapters.py`); as MAD-X is written (arXiv:2005.00052) it would see the first's
+        output alone, and only what comes out last would be added.
 
         Raises:
             BadAdapter: There is none of a name.

@@ -110,6 +110,7 @@ for name, configs in PAIRS.items():
     model.eval()
     with torch.no_grad():
         logits[name] = model(input_ids=ids).logits.contiguous()
+    (place / name).mkdir()
     for each in ("one", "two"):
         model.save_adapter(str(place / name / each), each, use_safetensors=True)
     fused = {key: each.clone() for key, each in model.state_dict().items() if "adapter_fusion" in key}
