@@ -69,7 +69,8 @@ def require_free(
     if needed_bytes + _SPARE_BYTES > free:
         raise NoRoom(
             f"{purpose} needs {format_bytes(needed_bytes)} in {folder}; {format_bytes(free)} are free there.",
-            cure=f"Free {format_bytes(needed_bytes + _SPARE_BYTES - free)} on that disk, or {or_else}.",
+            cure=f"Free {format_bytes(needed_bytes + _SPARE_BYTES - free)} on that disk, "
+            f"{format_bytes(_SPARE_BYTES)} of which stay spare; or {or_else}.",
         )
 
 
