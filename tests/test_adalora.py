@@ -11,11 +11,22 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from own_layers import (
+    BF16,
+    FP32,
+    adapted_block,
+    assert_near_fp32_in_bf16,
+    assert_plain_pefts,
+    assert_would_be_seen,
+    kept_for_backward,
+)
+from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import RankAllocator, SVDLinear, SVDLinear4bit
 from safetensors.torch import load_file, save_file
 from test_estimate import CPU, build, folders, shape_of
-from test_linear import BASES, TOLERANCE, Block, errors, frozen, inputs_of, outcome
+from test_gguf_adapters import proof_of
+from test_gguf_export import ABOUT
+from test_linear import BASES, inputs_of
 from test_method_runs import drawn, logits
 from test_methods import base_of
 from test_packing import assert_close, rows
@@ -34,12 +45,12 @@ from qadapt.adapters.swap import Swap
 from qadapt.adapters.triplets import TripletLinear, triplets_of, use_triplet_layers
 from qadapt.data.batches import packed_batches
 from qadapt.data.tokens import Tokens
-from qadapt.engine.linear import dense_weight
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadAdapter, BadExport, BadRecipe, BadRun, QadaptError
 from qadapt.events import Event, RunFinished, StepDone, Warned
 from qadapt.export.adapter import Adapter as OnDisk
 from qadapt.export.combine import combine
+from qadapt.export.gguf_lora import write_gguf_lora
 from qadapt.export.merge import merge
 from qadapt.model.skeleton import skeleton_base
 from qadapt.plan.adapters import adapter_bytes, saved_bytes
@@ -58,7 +69,6 @@ if TYPE_CHECKING:
     from conftest import TinyModel
 
 __all__ = ["folders"]  # a fixture
-FP32, BF16 = torch.float32, torch.bfloat16
 START, TARGET = 6, 4
 LAYERS = 2 * 7
 
@@ -68,10 +78,8 @@ LAYERS = 2 * 7
 
 def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = True) -> PeftModel:
     """A block with AdaLoRA, with layers as here or of stock PEFT, its triplets random."""
-    block = Block(frozen(base, dtype, bias=bias))
-    block.is_loaded_in_4bit, block.is_loaded_in_8bit = "nf4" in base, base == "int8"
     config = AdaLoraConfig(init_r=5, target_r=3, lora_alpha=7, total_step=9, target_modules=["projection"])
-    made = get_peft_model(block, config)
+    made = adapted_block(config, base, dtype, bias=bias)
     torch.manual_seed(2)
     for name, parameter in sorted(trainable(made).items()):
         parameter.data = (1.0 if "lora_E" in name else 0.2) * torch.randn(parameter.shape)
@@ -83,28 +91,26 @@ def adapted(base: str, dtype: torch.dtype, *, bias: bool = False, ours: bool = T
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_in_fp32_output_and_gradients_are_those_of_plain_peft(base: str, bias: bool) -> None:
-    ours, plain = (adapted(base, FP32, bias=bias, ours=each) for each in (True, False))
-    assert any(isinstance(module, TripletLinear) for module in ours.modules())
-    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
-    assert max(off.values()) < 2 * TOLERANCE[FP32], off
+    assert_plain_pefts(adapted, base, TripletLinear, bias=bias)
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_in_bf16_it_is_near_fp32_and_stays_in_bf16(base: str) -> None:
-    ours, exact = adapted(base, BF16), adapted("plain", FP32)
-    source, target = (each.get_submodule("base_model.model.projection") for each in (ours, exact))
-    target.base_layer.weight.data = dense_weight(source.base_layer, FP32)
-    found = outcome(ours, inputs_of(BF16))
-    assert found["output"].dtype is BF16
-    off = errors(found, outcome(exact, inputs_of(BF16).detach().float().requires_grad_()))
-    assert max(off.values()) < TOLERANCE[BF16], off
+    assert_near_fp32_in_bf16(adapted, base)
 
 
 def test_a_wrong_value_would_be_seen() -> None:
-    ours, plain = (adapted("nf4", FP32, ours=each) for each in (True, False))
-    trainable(ours)["base_model.model.projection.lora_E.default"].data *= 1.001
-    off = errors(outcome(ours, inputs_of(FP32)), outcome(plain, inputs_of(FP32)))
-    assert off["output"] > 10 * TOLERANCE[FP32]
+    assert_would_be_seen(adapted, "lora_E.default")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_of_a_layer_little_is_kept_but_its_inputs(base: str) -> None:
+    model, inputs = adapted(base, BF16), inputs_of(BF16)
+    own = {each.untyped_storage().data_ptr() for each in [inputs, *model.parameters()]}
+    kept = kept_for_backward(model, inputs)
+    others = [each.numel() for each in kept if each.untyped_storage().data_ptr() not in own]
+    between, scaled = inputs.shape[:-1].numel() * 5, 5 * inputs.shape[-1]
+    assert sorted(others) == sorted((between, scaled))
 
 
 # --- what a step computes ---------------------------------------------------------------------------------
@@ -490,6 +496,16 @@ def test_sums_with_other_adapters_are_exact_and_are_lora(tmp_path: Path, tiny_mo
 def delta(adapter: OnDisk, name: str) -> Tensor:
     update = adapter.update(name)
     return update.scale * (update.b.double() @ update.a.double())
+
+
+def test_a_lora_file_for_llama_cpp_with_ranks_that_differ_is_proven(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    folder, file = tiny_model("llama"), tmp_path / "lora.gguf"
+    adapter = saved(pruned(folder), folder, tmp_path / "adapter")
+    list(write_gguf_lora(adapter, file, model_folder=folder, about=ABOUT))
+    proof = proof_of(file, folder, adapter)
+    assert proof.holds, proof.sentence()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
