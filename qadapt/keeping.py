@@ -67,6 +67,7 @@ def add(
 
     Raises:
         BadAdapter: It is none, does not fit its base, has absurd numbers, or the name cannot be one.
+        BadModel: Its base is not here.
         BadRun: There is no such run, it has no adapter yet, or its base changed.
         HubRefused: The hub said no.
         BadOutput: The store is read-only or full.
@@ -200,7 +201,7 @@ def _elsewhere(facts: AdapterFacts) -> Path:
     except BadModel as error:
         if facts.revision is not None:
             raise
-        raise BadAdapter(
+        raise BadModel(
             f"The adapter's base is not here. {error.problem}", cure="Say where it is: --base PLACE."
         ) from None
 

@@ -19,7 +19,7 @@ from qadapt.adapters.store import Store
 from qadapt.adoption import Said
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE
-from qadapt.errors import BadAdapter, HubRefused
+from qadapt.errors import BadAdapter, BadModel, HubRefused
 from qadapt.export.hub import HubTarget
 from qadapt.export.peft_folder import copy_adapter
 from qadapt.keeping import add
@@ -94,7 +94,7 @@ def test_no_folder_of_this_machine_is_pushed_and_its_base_is_known_by_its_files(
     assert not [name for name, content in files.items() if any(place in content for place in places)]
     for name, field in (("adapter_config.json", "base_model_name_or_path"), ("qadapt.json", "base")):
         assert json.loads(files[name])[field] == base.name
-    with pytest.raises(BadAdapter, match=rf"No model '{base.name}'") as refused:
+    with pytest.raises(BadModel, match=rf"No model '{base.name}'") as refused:
         add(f"hub:{NAME}", other)
     assert "--base" in refused.value.cure
     with pytest.raises(BadAdapter, match="is not the base of the adapter"):
