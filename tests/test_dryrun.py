@@ -79,6 +79,8 @@ def counted(folder: Path, setting: Setting, *, alpha: float = 16) -> Ledger:
         ("llama", {"quantization": "int8", "compute_dtype": "bf16", "targets": ("q_proj", "down_proj")}),
         ("mistral", {"rows": 1, "length": 311}),
         ("qwen2", {"recompute": "none"}),
+        ("qwen2", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
+        ("qwen2", {"quantization": "int8", "compute_dtype": "bf16", "targets": ("q_proj", "down_proj")}),
         ("qwen3", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
         ("gemma2", {}),
         ("phi3", {"recompute": 1}),

@@ -59,7 +59,7 @@ def skeleton_base(
     if quantization == "nf4":
         _quantize(model, double_quant=double_quant, dtype=dtype)
     elif quantization == "int8":
-        _quantize_rows(model)
+        _quantize_rows(model, dtype=dtype)
     model.requires_grad_(False)
     model.train()
     return model
@@ -106,10 +106,17 @@ def _quantize(model: PreTrainedModel, *, double_quant: bool, dtype: torch.dtype)
                 packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
             )
             module.quant_state = state
+            _set_bias(module, dtype)
     quantizer.postprocess_model(model)  # PEFT looks for the mark it leaves
 
 
-def _quantize_rows(model: PreTrainedModel) -> None:
+def _set_bias(module: torch.nn.Linear, dtype: torch.dtype) -> None:
+    """Gives a layer's bias the type of products, in which the loaded one has it."""
+    if module.bias is not None:
+        module.bias.data = module.bias.data.to(dtype)
+
+
+def _quantize_rows(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
     """Puts 8-bit layers in place, as bitsandbytes leaves them: a byte per weight, an fp32 scale per row."""
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0))
     quantizer.preprocess_model(model, device_map=None)
@@ -118,5 +125,6 @@ def _quantize_rows(model: PreTrainedModel) -> None:
             values = torch.empty(module.weight.shape, dtype=torch.int8, device="meta")
             scales = torch.empty(module.out_features, dtype=torch.float32, device="meta")
             module.weight = bitsandbytes.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scales)
+            _set_bias(module, dtype)
     quantizer.postprocess_model(model)
     use_dense_products(model)
