@@ -24,6 +24,7 @@ from qadapt.adapters import thinning
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
 from qadapt.adapters.facts import COMBINATION_FILE, write_facts
 from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
+from qadapt.adapters.versions import sha256_of
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, QadaptError, Unsupported
 from qadapt.events import Event, StageAdvanced, Warned
 from qadapt.export.adapter import Adapter
@@ -381,8 +382,6 @@ def dense(value: Tensor) -> Matrix:
 
 
 def drop(value: Tensor, density: float, folder: Path, weight: str) -> Tensor:
-    from qadapt.export.staging import sha256_of
-
     return whole(dropped(dense(value), density, key=f"0 {sha256_of(folder / WEIGHTS)} {weight}"))
 
 

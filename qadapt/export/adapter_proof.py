@@ -14,8 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qadapt.adapters.facts import FACTS_FILE, PEFT_FILES, own_files
+from qadapt.adapters.versions import sha256_of
 from qadapt.errors import BadModel
-from qadapt.export.staging import sha256_of
 from qadapt.export.stored_tensors import StoredTensors
 from qadapt.export.tensor_fault import MISSING, OTHER_FILE, Fault
 from qadapt.export.tensor_proof import TensorProof

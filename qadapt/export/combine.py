@@ -34,7 +34,7 @@ from qadapt.adapters.facts import (
 )
 from qadapt.adapters.side_car_files import VERSION
 from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
-from qadapt.adapters.versions import copy_adapter_files
+from qadapt.adapters.versions import copy_adapter_files, sha256_of
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRecipe, Unsupported
 from qadapt.events import Event, StageAdvanced, StageStarted, Warned
@@ -45,7 +45,7 @@ from qadapt.export.merge import OTHER_FILES_BYTES
 from qadapt.export.merged_model import weighted
 from qadapt.export.one_base import check_one_base
 from qadapt.export.peft_folder import check_numbers
-from qadapt.export.staging import new_folder, refuse_existing, sha256_of
+from qadapt.export.staging import new_folder, refuse_existing
 
 UPPER = "upper"
 WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties", UPPER)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qadapt.export.staging import sha256_of
+from qadapt.adapters.versions import sha256_of
 from qadapt.model.folder import weight_files
 
 _LIBRARIES = ("qadapt", "torch", "bitsandbytes")

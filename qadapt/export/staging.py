@@ -15,7 +15,6 @@ sha256, and are kept if the next call makes the same thing; the rest is cleared 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,10 +25,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from qadapt.adapters.versions import sha256_of
 from qadapt.cache import output_errors, require_free
 from qadapt.durable import make_folder, publish, write_whole
 from qadapt.errors import BadOutput
-from qadapt.units import MIB
 
 _VERSION = 1
 
@@ -159,15 +158,6 @@ def _require_free(target: Path, needed_bytes: int) -> None:
         purpose=f"An export to {target.name}",
         or_else="give a folder on a larger one with --to",
     )
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(MIB):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def refuse_existing(target: Path) -> None:
