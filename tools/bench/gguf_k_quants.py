@@ -51,7 +51,7 @@ def quantized(rows: Rows, kind: str, ggml: ctypes.CDLL) -> npt.NDArray[np.uint8]
     return stored
 
 
-def kinds_of_numbers(draw: np.random.Generator) -> Iterator[Rows]:
+def kinds_of_numbers(draw: np.random.Generator) -> Iterator[npt.NDArray[np.float64]]:
     normal = draw.standard_normal(SHAPE)
     yield normal * 0.02
     yield np.clip(draw.standard_t(1, SHAPE), -3e4, 3e4) * 0.02
@@ -79,8 +79,8 @@ def main() -> int:
     ggml, beyond = library(runtime()), 0
     for kind in KINDS:
         nearest, part = 0.0, 0.0
-        for rows in kinds_of_numbers(np.random.default_rng(0)):
-            rows = rows.astype(np.float32)
+        for numbers in kinds_of_numbers(np.random.default_rng(0)):
+            rows = numbers.astype(np.float32)
             stored = quantized(rows, kind, ggml)
             lost = np.abs(gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind]) - rows)
             bound, allowed = nearest_step_error(rows, stored, kind), allowed_error(rows, kind)
