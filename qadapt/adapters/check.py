@@ -59,6 +59,7 @@ def check_adapter(folder: Path, base: PreTrainedModel) -> None:
         _check_side_car(folder, base)
         return
     config, new_tokens = _config(folder)
+    config.base_model_name_or_path = None  # the skeleton has no name, and PEFT warns where they differ
     left = take_rank_pattern(config)
     rows = _row_shapes(new_tokens, base, folder)
     try:
