@@ -372,7 +372,7 @@ def test_a_name_is_refused_before_anything_is_looked_at(store: Store) -> None:
         (
             Said(held="none"),
             {"peft_type": "LOHA"},
-            r"is of the method LOHA; of PEFT.s, LORA, IA3\b.* are loaded here",
+            r"is of the method LOHA; of PEFT.s, LORA, ADALORA, IA3\b.* are loaded here",
         ),
         (Said(held="none"), {"init_lora_weights": "pissa"}, "'pissa', which rewrites the base it starts on"),
     ],

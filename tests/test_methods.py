@@ -265,7 +265,8 @@ def test_a_field_that_means_nothing_to_a_method_is_refused_by_name() -> None:
 def test_a_recipe_with_new_tokens_and_a_method_without_them_is_refused_before_anything_is_loaded() -> None:
     values = {"model": "m", "data": {"sources": [{"path": "p"}], "new_tokens": ["<a>"]}, "run": {"name": "n"}}
     for method, facts in METHODS.items():
-        recipe = {**values, "adapter": {"method": method}}
+        adapter = {"method": method} | ({"targets": ["one", "two"]} if facts.attends else {})
+        recipe = {**values, "adapter": adapter}
         if facts.has_new_tokens:
             assert check_recipe(recipe, origin="the test").data.new_tokens == ("<a>",)
             continue
