@@ -114,8 +114,11 @@ def test_killed_export_in_4_bits_goes_on_to_the_same_bytes(place, tmp_path):
 
 def test_killed_at_drawn_moments_it_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
     monkeypatch.setattr(killed_export, "MOST_KILLS", 1)
-    killed = replace(place, target=tmp_path / "out")
-    kills, _ = killed_export.trial(killed, expected=place.files, seconds=0.2, draw=random.Random(5))
+    draw, kills, seconds = random.Random(5), 0, 0.2
+    while not kills and seconds > 1e-4:  # the faster the machine, the earlier it must be killed
+        killed = replace(place, target=tmp_path / f"out-{seconds}")
+        kills, _ = killed_export.trial(killed, expected=place.files, seconds=seconds, draw=draw)
+        seconds /= 2
     assert kills
 
 
