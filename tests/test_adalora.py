@@ -240,8 +240,13 @@ def test_averages_and_masks_are_those_of_pefts_allocator() -> None:
             seen.add(sum(sum(flags) for flags in expected.values()))
         if is_final:
             assert sum(sum(flags) for flags in left_of(model).values()) == TARGET * LAYERS
+        else:
+            assert_averages(optimizer.companion.tensors(), theirs)
     assert seen == {73, 66, 61, 58, 56}, "the cube of what is left of seven steps, from 84"
-    kept = optimizer.companion.tensors()
+
+
+def assert_averages(kept: dict[str, Tensor], theirs: RankAllocator) -> None:
+    assert len(theirs.exp_avg_ipt) == 3 * LAYERS
     for name, average in theirs.exp_avg_ipt.items():
         place = f"base_model.model.{name}"
         assert torch.allclose(kept[f"importance/{place}"], average, rtol=1e-5, atol=0)
@@ -273,7 +278,7 @@ def test_of_equally_important_triplets_as_many_are_left_as_the_budget_has() -> N
 def test_an_update_that_memory_ran_out_in_is_gone_on_with(dtype: torch.dtype) -> None:
     ends = []
     for fails in (False, True):
-        model = small(dtype=dtype)
+        model, averages = small(dtype=dtype), dict[str, Tensor]()
         optimizer = with_budget(model)
         for step in range(1, 13):
             gradients_at(model, step)
@@ -282,7 +287,9 @@ def test_an_update_that_memory_ran_out_in_is_gone_on_with(dtype: torch.dtype) ->
                 with pytest.raises(torch.OutOfMemoryError):
                     stepped(optimizer)
             stepped(optimizer)
-        ends.append({name: value.clone() for name, value in (trainable(model) | optimizer.tensors()).items()})
+            averages |= optimizer.tensors() if step == 9 else {}  # the last ones
+        ends.append({name: value.clone() for name, value in (trainable(model) | averages).items()})
+        ends[-1] |= optimizer.tensors()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert ends[0]["budget/steps"].tolist() == [12, 1]
 
@@ -336,13 +343,40 @@ def test_a_step_whose_update_is_left_out_counts_in_no_average_and_its_time_passe
 def test_what_rounding_lost_of_a_value_is_given_up_with_it() -> None:
     model = small(dtype=BF16)
     optimizer = with_budget(model)
+    averages = [tensor for name, tensor in optimizer.tensors().items() if name.startswith("importance/")]
+    assert {tensor.dtype for tensor in averages} == {BF16}
     for step in range(1, 12):
         gradients_at(model, step)
         stepped(optimizer)
     lost = optimizer.tensors()
     for path, parts in triplets_of(model):
         assert not lost[f"lost/{path}.lora_E.default"][parts["lora_E"] == 0].any()
-    assert {value.dtype for name, value in lost.items() if name.startswith("importance/")} == {BF16}
+
+
+def test_the_averages_are_gone_with_the_last_rank_and_are_there_again_at_an_earlier_step() -> None:
+    model = small()
+    optimizer = with_budget(model)
+    whole = sum(tensor.nbytes for tensor in optimizer.companion.held())
+    saved: dict[int, dict[str, Tensor]] = {}
+    ends = []
+    for begin in (0, 9, 10):  # the last rank is given up in step 10
+        if begin:
+            optimizer.load(saved[begin])
+            with torch.no_grad():
+                for name, value in trainable(model).items():
+                    value.copy_(saved[begin][f"trained/{name}"])
+        for step in range(begin + 1, 13):
+            gradients_at(model, step)
+            stepped(optimizer)
+            held = sum(tensor.nbytes for tensor in optimizer.companion.held())
+            assert held == (whole if step < 10 else START * LAYERS), "which ones are given up, a byte each"
+            trained = {f"trained/{name}": value for name, value in trainable(model).items()}
+            saved[step] = {name: each.clone() for name, each in (trained | optimizer.tensors()).items()}
+        ends.append(saved[12])
+    assert not [name for name in ends[0] if name.startswith(("importance/", "uncertainty/"))]
+    for end in ends[1:]:
+        assert end.keys() == ends[0].keys()
+        assert all(torch.equal(end[name], value) for name, value in ends[0].items())
 
 
 def test_the_schedule_is_a_tenth_and_a_half() -> None:

@@ -15,7 +15,8 @@ Of PEFT's `RankAllocator` the budget of a step is taken. Its averages are not: t
 step, three for each number where two are needed, all anew in every step, so that memory could run out in the
 middle and nobody would know which were done; of triplets that are equally important at the threshold it gives
 up all, and it waits for the card. Here all is there before the first step, in the type of the adapter, and
-`begin_update` can be called again where memory ran out. `tests/test_adalora.py` compares both.
+`begin_update` can be called again where memory ran out; once nothing is given up any more, the averages are
+let go of. `tests/test_adalora.py` compares both.
 
 Legend: I inputs, O outputs, R triplets of a layer.
 """
@@ -61,6 +62,10 @@ class RankBudget:
         self._is_final = self._is_begun = self._is_due = False
 
     @property
+    def _averages(self) -> dict[str, dict[str, Tensor]]:
+        return {"importance": self._importance, "uncertainty": self._uncertainty}
+
+    @property
     def progress(self) -> int:
         """How far an update that memory ran out in has come; only for comparison."""
         return self._followed
@@ -92,7 +97,8 @@ class RankBudget:
             is_last = step >= config.total_step - config.tfinal
             if self._is_due or is_last:
                 self._give_up(budget)
-                self._is_final = is_last
+            if is_last:
+                self._let_go()
         self._steps, self._followed, self._is_begun = step, 0, True
 
     def end_update(self) -> Iterator[tuple[str, Tensor]]:
@@ -116,19 +122,32 @@ class RankBudget:
         """Everything to save, by name."""
         averages = {
             f"{kind}/{name}": value
-            for kind, values in (("importance", self._importance), ("uncertainty", self._uncertainty))
+            for kind, values in self._averages.items()
             for name, value in values.items()
         }
         steps = torch.tensor([self._steps, self._is_final])
         return averages | {"budget/given_up": self._given_up, "budget/steps": steps}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over what `tensors` gave."""
-        for name, value in self.tensors().items():
-            value.copy_(tensors[name])
+        """Takes over what `tensors` gave, of a later or an earlier step."""
         steps, is_final = tensors["budget/steps"].tolist()
         self._steps, self._is_final = int(steps), bool(is_final)
         self._followed, self._is_begun, self._is_due = 0, False, False
+        self._given_up.copy_(tensors["budget/given_up"])
+        if self._is_final:
+            self._let_go()
+            return
+        for kind, averages in self._averages.items():
+            for name, parameter in self._parameters.items():
+                if name not in averages:
+                    averages[name] = torch.empty_like(parameter)
+                averages[name].copy_(tensors[f"{kind}/{name}"])
+
+    def _let_go(self) -> None:
+        """Gives up no more: what decided it is freed."""
+        self._is_final = True
+        for averages in self._averages.values():
+            averages.clear()
 
     def _follow(self) -> None:
         """Brings the averages up to this step, tensor by tensor; what allocates comes before what changes."""
