@@ -17,6 +17,7 @@ from torch.nn import functional
 from two_adapters import PAIRS, fused_pair, members_of, redrawn
 
 from qadapt.adapters.average import average
+from qadapt.adapters.check import check_adapter
 from qadapt.adapters.fusion import (
     FusionPart,
     Member,
@@ -33,6 +34,7 @@ from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.methods import Fused, check_fused
+from qadapt.model.skeleton import skeleton_base
 
 HELD = [("sum", "nf4"), ("sum", "none"), ("output", "nf4"), ("stream", "none")]
 """What enters the adapters, and how their base is held."""
@@ -274,6 +276,7 @@ def test_adapters_that_are_described_wrongly_are_refused(tiny_model: TinyModel, 
             ({"width": 6}, r"does not fit its settings: layers.0.feed_forward.adapters.0.down"),
             ({"kind": "lora"}, "describe no bottleneck"),
             ({"kind": "parallel", "first_layer": 1}, "describe no attention over adapters"),
+            ({"kind": "parallel"}, "describe no attention over adapters"),
             ({"name": 3}, "describe no attention over adapters"),
         )
     ):
@@ -284,6 +287,24 @@ def test_adapters_that_are_described_wrongly_are_refused(tiny_model: TinyModel, 
         (place / "side_car.json").write_text(json.dumps(settings), "utf-8")
         with pytest.raises(BadAdapter, match=problem):
             load_adapter(base_of(tiny_model, "llama"), place)
+
+
+def test_an_adapter_that_would_drown_its_base_is_found_within_a_fusion(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    save_side_car(fused(tiny_model), tmp_path)
+    values = json.loads((tiny_model("llama") / "config.json").read_text("utf-8"))
+
+    def base() -> Any:
+        return skeleton_base(values, quantization="none", double_quant=False, dtype=torch.float32)
+
+    check_adapter(tmp_path, base())
+    path = tmp_path / "side_car.json"
+    settings = json.loads(path.read_text("utf-8"))
+    settings["adapters"][1]["scale"] = -3e6
+    path.write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(BadAdapter, match=r"would drown its base: its scale is -3e\+06, more than 10000"):
+        check_adapter(tmp_path, base())
 
 
 def test_fusions_have_no_mean(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from qadapt.adapters.facts import PEFT_FILES, is_side_car
+from qadapt.adapters.facts import BELOW, PEFT_FILES, is_side_car
+from qadapt.adapters.fusion import FUSION
 from qadapt.adapters.peft_config import read_peft_config
 from qadapt.adapters.side_car_files import TYPES, read_settings, read_tensors
 from qadapt.adapters.side_cars import load_side_car, side_car_shapes
@@ -87,9 +88,11 @@ def _check_side_car(folder: Path, base: PreTrainedModel) -> None:
     load_side_car(base, folder)  # it refuses what is of another base
     settings = read_settings(folder)
     _check_sizes(read_tensors(folder, side_car_shapes(settings, folder)), folder)
-    scale = float(settings.get("scale", 1))
-    if not abs(scale) <= MOST:
-        raise _absurd(folder, f"its scale is {scale:.3g}, more than {MOST:g}")
+    members = settings["adapters"] if settings["kind"] == FUSION else ()
+    for part in (settings, settings.get(BELOW, {}), *members):
+        scale = float(part.get("scale", 1))
+        if not abs(scale) <= MOST:
+            raise _absurd(folder, f"its scale is {scale:.3g}, more than {MOST:g}")
 
 
 def _config(folder: Path) -> tuple[PeftConfig, Any]:

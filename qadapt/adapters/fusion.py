@@ -51,7 +51,7 @@ from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.adapters.versions import sha256_of
 from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter
-from qadapt.methods import Fused, check_fused
+from qadapt.methods import METHODS, Fused, check_fused
 
 FUSION = "fusion"
 KEY_SPREAD = 0.02
@@ -324,7 +324,10 @@ def _members(settings: Mapping[str, Any], folder: Path) -> list[Member]:
         for each in described
         if isinstance(each.get("name"), str) and isinstance(each.get("sha256"), str)
     ]
-    places = {(places_of(each.bottleneck.kind), each.bottleneck.first_layer) for each in members}
+    places = {
+        (METHODS[mine.kind].sees, places_of(mine.kind), mine.first_layer)
+        for mine in (each.bottleneck for each in members)
+    }
     if settings.get("kind") != FUSION or len(members) < 2 or listed is None or len(places) != 1:
         raise _no_fusion(folder, listed)
     if len(members) != len(listed):
