@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TinyModel
 from test_bottleneck import IDS, TWO_NORMS, base_of, close, gradients, trained
+from test_packing import rows
 from torch import Tensor
 from torch.nn import functional
 from two_adapters import PAIRS, fused_pair, members_of, redrawn
@@ -35,6 +36,7 @@ from qadapt.engine.documents import documents_of, isolating
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.methods import Fused, check_fused
 from qadapt.model.skeleton import skeleton_base
+from qadapt.train.attended import attended
 
 HELD = [("sum", "nf4"), ("sum", "none"), ("output", "nf4"), ("stream", "none")]
 """What enters the adapters, and how their base is held."""
@@ -305,6 +307,22 @@ def test_an_adapter_that_would_drown_its_base_is_found_within_a_fusion(
     path.write_text(json.dumps(settings), "utf-8")
     with pytest.raises(BadAdapter, match=r"would drown its base: its scale is -3e\+06, more than 10000"):
         check_adapter(tmp_path, base())
+
+
+def test_what_is_attended_to_is_the_mean_over_all_tokens_and_takes_no_logits(tiny_model: TinyModel) -> None:
+    model, chosen = fused(tiny_model), rows((5, 40, 1))
+    with watching_weights(model.parts) as seen, torch.no_grad():
+        for row in chosen:
+            model(input_ids=torch.from_numpy(row.ids).long()[None])
+    wanted = {name: torch.cat(passes, 1)[0].mean(0).tolist() for name, passes in seen.items()}
+    made: list[int] = []
+    model.base.get_output_embeddings().register_forward_hook(lambda _, __, out: made.append(out.shape[1]))
+    found = attended(model, chosen)
+    assert made == [1, 1, 1]
+    assert [f"layers.{each.layer}.{each.place}" for each in found] == list(wanted)
+    for each, mean in zip(found, wanted.values(), strict=True):
+        assert list(each.weights) == ["one", "two"]
+        assert list(each.weights.values()) == pytest.approx(mean, abs=1e-6)
 
 
 def test_fusions_have_no_mean(tiny_model: TinyModel, tmp_path: Path) -> None:

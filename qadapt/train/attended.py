@@ -48,7 +48,7 @@ def attended(model: PeftModel, rows: Sequence[Tokens]) -> tuple[Attended, ...]:
     for row in (rows[number] for number in range(min(MOST_ROWS, len(rows)))):
         ids = torch.tensor([list(row.ids)], device=device)
         with torch.no_grad(), watching_weights(model.parts) as seen:
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)  # all of them would be the most there is
         for place, passes in seen.items():
             summed = torch.cat(passes, 1).double().sum((0, 1)).cpu()  # (N,)
             sums[place] = sums.get(place, 0) + summed
