@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -315,6 +316,34 @@ def test_a_language_and_a_task_stand_on_each_other_whatever_their_methods(
     swap.stack(["lora", "houlsby"])
     naive = load_bottleneck(load_adapter(base_of(folder), saved("lora")).get_base_model(), saved("houlsby"))
     assert_near(logits(swap), logits(naive))
+
+
+def test_random_stacks_with_a_fusion_in_them_are_adapters_loaded_one_on_the_other(
+    tiny_model: TinyModel, saved: Saved
+) -> None:
+    """Rows of one batch, each with a stack of its own; what stands on disk is attached in that order."""
+    folder, draw = tiny_model("qwen2"), random.Random(5)
+    in_layers: tuple[Method, ...] = ("lora", "adalora", "dora", "ia3")
+    beside_parts: tuple[Method, ...] = ("houlsby", "parallel", "compacter", "pfeiffer", "prefix")
+    swap = several(saved, folder, (*in_layers, *beside_parts, "fusion"))
+    stacks: list[tuple[Method, ...]] = []
+    for first in in_layers:
+        others: list[Method] = [*draw.sample(beside_parts, draw.randint(0, 3)), "fusion"]
+        stacks.append((first, *draw.sample(others, len(others))))
+    ids = torch.randint(3, 300, (len(stacks) + 2, 13))
+    with torch.no_grad(), swap.rows([*stacks, "fusion", None]):
+        together = swap(input_ids=ids).logits
+    for row, names in enumerate([*stacks, ("fusion",)]):
+        model: Any = base_of(folder)
+        for name in names:
+            model = load_adapter(model, saved(name)).get_base_model()
+        with torch.no_grad():
+            alone = model.eval()(input_ids=ids[row : row + 1]).logits[0]
+        assert_near(together[row], alone)
+    with torch.no_grad():
+        plain = swap(input_ids=ids).logits
+    assert torch.equal(together[-1], plain[-1])
+    assert all(not torch.allclose(together[row], plain[row], atol=1e-2) for row in range(len(ids) - 1))
 
 
 def test_a_prefix_stands_within_what_others_change(tiny_model: TinyModel, saved: Saved) -> None:

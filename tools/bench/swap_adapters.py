@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qadapt.adapters.facts import AdapterFacts, own_files
+from qadapt.adapters.fusion import read_member
 from qadapt.adapters.lora import save_adapter, trainable
 from qadapt.adapters.method import Adapter, attach, load_adapter
 from qadapt.adapters.swap import Swap
-from qadapt.methods import METHODS, Method, activation_of
+from qadapt.methods import METHODS, Method
 from qadapt.model.load import load_base
 from qadapt.model.original import original_weights
 from qadapt.model.source import find_model
@@ -40,6 +41,7 @@ from qadapt.quiet import quiet_libraries
 SWITCH_SECONDS, TOLERANCE = 0.010, 1e-4
 SWITCHES = 50
 IDS = torch.arange(3, 43).view(2, 20)
+FUSED = "pfeiffer", "compacterplus"
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,17 @@ def main() -> int:
         folders = {
             method: made(method, model, Path(name), quantization=given.quantization, rank=given.rank)
             for method in METHODS
-            if (given.quantization != "none" or not METHODS[method].mends_base)
-            and not METHODS[method].attends  # over others, which it would bring with it
+            if given.quantization != "none" or not METHODS[method].mends_base
         }
         return measure(model, folders, quantization=given.quantization)
 
 
 def made(method: Method, model: Path, place: Path, *, quantization: str, rank: int) -> Path:
-    """The folder of an adapter with random numbers."""
+    """The folder of an adapter with random numbers; of a fusion over two that were made before."""
     print(f"making {method} ...", flush=True)
-    adapter = Adapter(method, rank, 2 * rank, activation=activation_of(method))
     base = base_of(model, quantization)
+    members = [read_member(base, place / each, each) for each in FUSED] if METHODS[method].attends else []
+    adapter = Adapter(method, rank, 2 * rank, members=members)
     with original_weights(model) as originals:
         adapted = attach(base, adapter, dtype=torch.float32, seed=0, originals=originals)
     draw = torch.Generator().manual_seed(1)
