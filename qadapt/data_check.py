@@ -50,7 +50,7 @@ from qadapt.plan.fit import Plan
 from qadapt.plan.setting import Setting
 from qadapt.plan.speed import micro_batch_seconds
 from qadapt.recipe import Recipe
-from qadapt.run_parts import padded_question, plan_rows, step_sample
+from qadapt.run_plan import padded_question, plan_rows, step_sample
 from qadapt.shape import ModelShape
 from qadapt.stage import passing, with_progress
 

@@ -3,7 +3,7 @@
 The same `Answer` as the closed form's, so that screens and `--json` show both alike; beside it the trace,
 from which the picture is drawn. What stays and what comes and goes is counted, to the byte, as a CPU run
 counts it; what CUDA kernels take inside an operation comes from a table (`plan/workspace.py`), so that `±`
-keeps a share for it. Imports torch and transformers: some seconds. `planning.py` is the door.
+keeps a share for it. Imports torch and transformers: some seconds. `question.py` asks it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ from qadapt.model.precision import choose_device
 from qadapt.model.source import quantized_type_of
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import ExportSection
-from qadapt.run_parts import find_same_base
+from qadapt.same_base import find_same_base
 from qadapt.stage import passing, with_progress
 from qadapt.trained import Trained, find_trained
 from qadapt.units import parse_bytes

@@ -27,7 +27,7 @@ from qadapt.model.skeleton import skeleton_base
 from qadapt.model.source import find_model, is_here
 from qadapt.quiet import quiet_libraries
 from qadapt.run_folder import RunFolder, find_run
-from qadapt.run_parts import find_same_base
+from qadapt.same_base import find_same_base
 from qadapt.train.stored_plan import read_plan
 from qadapt.trained import method_of, of_run
 

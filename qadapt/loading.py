@@ -32,7 +32,7 @@ from qadapt.model.precision import DTYPES, choose_compute_dtype, choose_device
 from qadapt.model.source import find_model
 from qadapt.quiet import quiet_libraries
 from qadapt.run_folder import RunFolder
-from qadapt.run_parts import find_same_base
+from qadapt.same_base import find_same_base
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report
 from qadapt.together import Company, Together

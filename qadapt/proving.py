@@ -49,7 +49,7 @@ from qadapt.model.source import ModelFiles
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder, find_run
-from qadapt.run_parts import find_same_base
+from qadapt.same_base import find_same_base
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report, with_progress
 from qadapt.trained import Trained, trained_of

@@ -20,7 +20,7 @@ from qadapt.model.precision import choose_adapter_dtype, choose_compute_dtype, c
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder
-from qadapt.run_parts import make_plan
+from qadapt.run_plan import make_plan
 from qadapt.stage import passing
 from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.environment import environment

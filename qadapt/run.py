@@ -3,8 +3,8 @@
     recipe ─► base files ─► rows ─► plan ─► 4-bit base ─► adapter ─► steps ─► adapter folder
 
 `train` and `resume` are generators of events; whoever iterates shows or keeps them. The recipe stops at
-`run_parts.py`: what is called below takes flat arguments. The functions here are qadapt's Python surface, too
-(`qadapt.train`, ...). What becomes of the adapter is in `exporting.py`.
+`material.py`, `run_plan.py` and `run_model.py`: what they call takes flat arguments. The functions here are
+qadapt's Python surface, too (`qadapt.train`, ...). What becomes of the adapter is in `exporting.py`.
 """
 
 from __future__ import annotations
@@ -42,19 +42,11 @@ from qadapt.resumption import (
     recipe_never_begun,
     take_up,
 )
+from qadapt.run_card import holding_card
 from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
-from qadapt.run_parts import (
-    adapt,
-    adapter_facts,
-    holding_card,
-    loop_settings,
-    make_plan,
-    optimizer_of,
-    place_base,
-    remember_peak,
-    started,
-    store,
-)
+from qadapt.run_model import adapt, loop_settings, optimizer_of, place_base
+from qadapt.run_plan import make_plan
+from qadapt.run_records import adapter_facts, remember_peak, started, store
 from qadapt.saved_states import go_to_best, restore
 from qadapt.train.attended import attended
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows

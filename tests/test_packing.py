@@ -35,11 +35,12 @@ from qadapt.model.load import load_base
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.packing import PACKABLE, check_packable
 from qadapt.plan.setting import Recompute, Setting
-from qadapt.planning import Question, ask_recipe
+from qadapt.planning import ask_recipe
+from qadapt.question import Question
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import resume, train
-from qadapt.run_parts import plan_rows
+from qadapt.run_plan import plan_rows
 from qadapt.shape import FAMILIES, find_shape
 from qadapt.train import loop
 from qadapt.train.dryrun import dry_run

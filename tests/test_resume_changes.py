@@ -17,7 +17,7 @@ import pytest
 from test_resume import copied, counted, until
 from test_train import adapter_of, assert_same, changed, make_recipe, only
 
-from qadapt import resumption, run_parts
+from qadapt import resumption, run_card
 from qadapt.data import row_cache
 from qadapt.data.prepared import changed_files, gone_files
 from qadapt.errors import BadData, BadOutput, BadRun
@@ -406,8 +406,8 @@ def test_a_second_run_on_a_card_is_refused_before_it_is_planned(
     run: RunFolder, tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = SharedCard("GPU-made-up", "Made-up RTX 9010", 8 * GIB)
-    monkeypatch.setattr(run_parts, "shared_card", lambda device: card)
-    monkeypatch.setattr(run_parts, "cache_folder", lambda: tmp_path / "user-cache")
+    monkeypatch.setattr(run_card, "shared_card", lambda device: card)
+    monkeypatch.setattr(run_card, "cache_folder", lambda: tmp_path / "user-cache")
     first = resume("renamed", folder=str(run.path.parent))
     next(event for event in first if isinstance(event, StepDone))
     second = make_recipe(tmp_path, tiny_model("llama"), steps=1)

@@ -29,7 +29,7 @@ from qadapt.proving import Verified, verify_export
 from qadapt.recipe_file import check_recipe, read_recipe
 from qadapt.run import train
 from qadapt.run_folder import RunFolder
-from qadapt.run_parts import find_same_base
+from qadapt.same_base import find_same_base
 from qadapt.trained import of_run
 
 if TYPE_CHECKING:

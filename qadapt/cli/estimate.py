@@ -20,7 +20,8 @@ from qadapt.plan.answer import CardAnswer
 from qadapt.plan.inverse import What
 from qadapt.plan.record import cards_record, estimate_record, models_record, most_record, plan_record
 from qadapt.plan.setting import Recompute
-from qadapt.planning import Question, ask, ask_models, ask_recipe
+from qadapt.planning import ask, ask_models, ask_recipe
+from qadapt.question import Question
 from qadapt.shape import find_config, known_models, known_shapes
 
 if TYPE_CHECKING:
