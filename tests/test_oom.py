@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from qadapt import run as run_module
 from qadapt.adapters import lora
+from qadapt.adapters.bottleneck import Bottleneck, attach_bottleneck
 from qadapt.data.batches import Division
 from qadapt.data.tokens import tokens_of
 from qadapt.engine import boundaries
@@ -47,6 +48,7 @@ from qadapt.events import (
     StepDone,
 )
 from qadapt.model.generate import generate
+from qadapt.model.load import load_base
 from qadapt.plan.knobs import LIVE
 from qadapt.run import load, resume, train
 from qadapt.train import evaluation, loop, oom, pauses, turns
@@ -207,6 +209,23 @@ def test_rows_are_not_split_where_a_configuration_names_noise_that_no_module_sho
     assert ladder.is_drawing
     monkeypatch.setattr(made.model.get_base_model().config, field, 0.0)
     assert not Ladder(made.model, made.optimizer, division=made.division, run_folder=made.folder).is_drawing
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_rows_are_split_where_a_bottleneck_draws_no_masks(
+    dropout: float, stage: Callable[[Case], Stage], tiny_model: TinyModel
+) -> None:
+    made = stage(CASES[0])
+    base = load_base(
+        tiny_model("llama", layers=1),
+        quantization="none",
+        double_quant=True,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    model = attach_bottleneck(base, Bottleneck("pfeiffer", 4, "relu", dropout=dropout))
+    ladder = Ladder(model, made.optimizer, division=made.division, run_folder=made.folder)
+    assert ladder.is_drawing == (dropout > 0)
 
 
 def test_an_update_that_never_fits_is_an_error_with_a_cure(stage: Callable[[Case], Stage]) -> None:

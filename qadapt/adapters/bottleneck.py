@@ -87,6 +87,7 @@ class BottleneckPart(Beside):
         self.down = _projection(width, bottleneck.width, shared)
         self.up = _projection(bottleneck.width, width, shared)
         self.norm = nn.LayerNorm(width) if bottleneck.norm else None
+        self.dropout = nn.Dropout(bottleneck.dropout)
         self.activation = _FUNCTIONS[bottleneck.activation]
 
     def start(self, draw: torch.Generator) -> None:
@@ -105,8 +106,7 @@ class BottleneckPart(Beside):
             dtype = values.dtype
             weight, bias = self.norm.weight.to(dtype), self.norm.bias.to(dtype)
             values = functional.layer_norm(values, self.norm.normalized_shape, weight, bias, self.norm.eps)
-        values = functional.dropout(values, self.bottleneck.dropout, training=self.training)
-        inner = self.activation(self.down(values))  # (B, T, R)
+        inner = self.activation(self.down(self.dropout(values)))  # (B, T, R)
         return cast(Tensor, self.up(inner, scale=self.bottleneck.scale))
 
 
