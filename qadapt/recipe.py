@@ -178,10 +178,8 @@ class TrainSection(Section):
     """The last learning rate as a share of the highest (cosine and linear)."""
     optimizer: Literal["auto", "adamw", "adamw-8bit"] = "auto"
     """AdamW (arXiv:1711.05101) with fp32 or 8-bit states; auto: 8-bit paged on CUDA, fp32 elsewhere."""
-    beta1: Share = 0.9
-    """Decay of the mean of the gradients."""
-    beta2: Share = 0.999
-    """Decay of the mean of their squares."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the mean of the gradients, and of the mean of their squares."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay; it spares IA3's factors, DoRA's magnitudes, biases and norms."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -202,6 +200,15 @@ class TrainSection(Section):
     """Put the rows that take the most memory through everything once before step 1; takes a step's time."""
     seed: int = 0
     """Seed of the row order, the held-out draw, the adapter's start and dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_apart(cls, values: Any) -> Any:
+        """Recipes that earlier releases stored have `beta1` and `beta2`."""
+        if not isinstance(values, dict) or "betas" in values or not {"beta1", "beta2"} & values.keys():
+            return values
+        rest = {name: value for name, value in values.items() if name not in ("beta1", "beta2")}
+        return {**rest, "betas": (values.get("beta1", 0.9), values.get("beta2", 0.999))}
 
 
 class MemorySection(Section):

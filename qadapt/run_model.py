@@ -127,7 +127,7 @@ def optimizer_of(recipe: Recipe, plan: StoredPlan, model: PeftModel) -> AdapterO
     optimizer = make_optimizer(
         parameters,
         kind=plan.optimizer,
-        betas=(section.beta1, section.beta2),
+        betas=section.betas,
         weight_decay=section.weight_decay,
         ratios=rate_ratios(recipe.adapter.method, parameters),
         undecayed=undecayed(parameters),

@@ -50,6 +50,13 @@ def test_an_unknown_key_without_a_likeness_lists_the_known_ones() -> None:
     assert "run.zzzz: unknown key; known here: name, folder" in problem_of(run={"name": "x", "zzzz": 1})
 
 
+def test_betas_that_an_earlier_release_stored_apart_are_read() -> None:
+    assert checked(train={"beta1": 0.8, "beta2": 0.95}).train.betas == (0.8, 0.95)
+    assert checked(train={"beta2": 0.95}).train.betas == (0.9, 0.95)
+    assert "train.beta1: unknown key" in problem_of(train={"beta1": 0.8, "betas": [0.9, 0.99]})
+    assert "train.betas" in problem_of(train={"beta1": 1.0})
+
+
 def test_an_unknown_section_is_refused() -> None:
     assert "trian: unknown key; did you mean `train`?" in problem_of(trian={})
 
