@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from qadapt.errors import BadRecipe
 
@@ -19,6 +19,11 @@ Method = Literal[
     "prefix", "prefix-flat",
 ]  # fmt: skip
 Activation = Literal["relu", "gelu", "silu", "tanh"]
+Nonlinearity = Literal[
+    "auto", "relu", "gelu", "silu", "tanh",
+    "layernorm-relu", "layernorm-gelu", "layernorm-silu", "layernorm-tanh",
+]  # fmt: skip
+"""Of a bottleneck adapter, with a layer norm on what enters or without; auto: its method's, without."""
 Sees = Literal["output", "sum", "stream"]
 """What enters a bottleneck adapter: what its part adds, that and the stream it is added to, or the stream."""
 NEUMANN_TERMS = 5
@@ -28,6 +33,7 @@ SCALED_INPUTS = ("down_proj",)
 ENCODER_WIDTH = 512
 """Of the network that makes a prefix or the vectors of P-tuning while they are trained. P-tuning's authors
 take the width of the model, on a 7B 34 million values for a few vectors; prefix tuning's take this."""
+_NORMED = "layernorm-"
 _FROM_LAYER = re.compile(r"layers\.(\d{1,4})-")
 SUMMANDS = 4
 """Kronecker products in a projection of Compacter, as many as in its paper; they divide its widths."""
@@ -91,6 +97,7 @@ def _lora(
     is_near_one: bool = False,
     mends_base: bool = False,
 ) -> MethodFacts:
+    unused = (*unused, "nonlinearity")
     return MethodFacts(
         title, source, unused, has_new_tokens=True, is_near_one=is_near_one, mends_base=mends_base
     )
@@ -123,12 +130,12 @@ def _compacter(title: str, sees: Sees, *, after_attention: bool = False) -> Meth
 
 
 def _prompt(title: str, source: str) -> MethodFacts:
-    unused = ("alpha", "dropout", "targets")
+    unused = ("alpha", "dropout", "targets", "nonlinearity")
     return MethodFacts(title, source, unused, size="tokens", is_beside=True, has_virtual_tokens=True)
 
 
 def _prefix(title: str) -> MethodFacts:
-    unused = ("alpha", "dropout", "targets")
+    unused = ("alpha", "dropout", "targets", "nonlinearity")
     return MethodFacts(title, "arXiv:2101.00190", unused, size="length", is_beside=True)
 
 
@@ -139,10 +146,16 @@ METHODS: Mapping[Method, MethodFacts] = {
     "dora": _lora("DoRA", "arXiv:2402.09353", ("dropout",), is_near_one=True),
     "pissa": _lora("PiSSA", "arXiv:2404.02948"),
     "loftq": _lora("LoftQ", "arXiv:2310.08659", mends_base=True),
-    "adalora": MethodFacts("AdaLoRA", "arXiv:2303.10512", starts_wider=True),
-    "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
-    "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout"), size="block"),
-    "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
+    "adalora": MethodFacts("AdaLoRA", "arXiv:2303.10512", ("nonlinearity",), starts_wider=True),
+    "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout", "nonlinearity")),
+    "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout", "nonlinearity"), size="block"),
+    "ia3": MethodFacts(
+        "IA3",
+        "arXiv:2205.05638",
+        ("rank", "alpha", "dropout", "nonlinearity"),
+        size="",
+        is_near_one=True,
+    ),
     "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu", "output", after_attention=True),
     "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu", "sum"),
     "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu", "stream"),
@@ -151,7 +164,7 @@ METHODS: Mapping[Method, MethodFacts] = {
     "fusion": MethodFacts(
         "AdapterFusion",
         "arXiv:2005.00247",
-        ("rank", "alpha", "dropout"),
+        ("rank", "alpha", "dropout", "nonlinearity"),
         size="",
         is_beside=True,
         attends=True,
@@ -332,9 +345,15 @@ def check_dropped(dropped: int, layers: int) -> None:
         )
 
 
-def activation_of(method: Method) -> Activation:
-    """The nonlinearity of a method, which only bottleneck adapters have."""
-    return METHODS[method].usual_activation or "relu"
+def activation_of(method: Method, nonlinearity: Nonlinearity = "auto") -> Activation:
+    """The function of a method with a nonlinearity, which only bottleneck adapters have."""
+    usual = METHODS[method].usual_activation or "relu"
+    return usual if nonlinearity == "auto" else cast(Activation, nonlinearity.removeprefix(_NORMED))
+
+
+def has_norm(nonlinearity: Nonlinearity) -> bool:
+    """Whether a layer norm is on what enters a bottleneck adapter with this nonlinearity."""
+    return nonlinearity.startswith(_NORMED)
 
 
 def virtual_tokens(method: Method, rank: int) -> int:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qadapt.errors import BadRecipe
-from qadapt.methods import METHODS, Method, check_targets, dropped_layers, virtual_tokens
+from qadapt.methods import METHODS, Method, Nonlinearity, check_targets, dropped_layers, virtual_tokens
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.shape import Part
 from qadapt.units import parse_bytes
@@ -66,12 +66,16 @@ class AdapterSection(Section):
     or what stands in front of the text: prefix, prefix-flat (2101.00190), virtual tokens: prompt
     (2104.08691), ptuning (2103.10385)."""
     rank: Positive = 16
-    """Inner width of the low-rank update, or of a bottleneck; the length of a prefix; the width of
-    OFT's blocks; how many virtual tokens; of AdaLoRA what layers have on average in the end."""
+    """Inner width of the low-rank update, or of a bottleneck (the model's width over the reduction
+    factor); the length of a prefix; the width of OFT's blocks; how many virtual tokens; of AdaLoRA what
+    layers have on average in the end."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Scale: the update is multiplied by alpha / rank, in rsLoRA by alpha / the root of rank."""
     dropout: Share = 0.0
     """Dropout on the adapter's input."""
+    nonlinearity: Nonlinearity = "auto"
+    """Of bottleneck adapters, with a layer norm on what enters (`layernorm-gelu`) or without; auto: silu in
+    houlsby, gelu in compacter and compacterplus, relu in the others, without."""
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head. Bottleneck
     adapters: `layers.12-`, for none below layer 12, counted from 0 (AdapterDrop, arXiv:2010.11918). Fusion:

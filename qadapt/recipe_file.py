@@ -19,6 +19,13 @@ from ruamel.yaml.error import YAMLError
 from qadapt.errors import BadRecipe
 from qadapt.recipe import Column, Recipe
 
+_OTHER_WORDS = {
+    "reduction_factor": "`rank`, which is the model's width over that factor",
+    "layer_norm": "`nonlinearity` with it, such as layernorm-gelu",
+    "ln_before": "`nonlinearity` with it, such as layernorm-gelu",
+}
+"""What others call something of an adapter → its name here."""
+
 
 def recipe_folder() -> Path:
     """The folder of shipped recipes: inside the installed package, or beside it in a checkout."""
@@ -171,6 +178,8 @@ def _problem(details: ErrorDetails) -> str:
 
 
 def _did_you_mean(place: tuple[int | str, ...]) -> str:
+    if place[0] == "adapter" and (meant := _OTHER_WORDS.get(str(place[-1]))):
+        return f"; give {meant}"
     elsewhere = [path for path in field_paths() if path.rpartition(".")[2] == place[-1]]
     return _closest(str(place[-1]), list(_fields_at(place[:-1])), elsewhere=elsewhere)
 

@@ -96,6 +96,7 @@ def adapt(
         section.alpha,
         section.dropout,
         section.targets,
+        section.nonlinearity,
         members=[read_member(base, each.folder, each.fused.name) for each in material.fused],
         steps=plan.steps,
     )

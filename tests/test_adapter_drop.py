@@ -26,7 +26,7 @@ from qadapt.adapters.side_car_files import save_side_car
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, StepDone
-from qadapt.methods import METHODS, Method, activation_of
+from qadapt.methods import METHODS, Method
 from qadapt.plan.adapters import trainable
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
@@ -162,7 +162,7 @@ def test_leaving_out_every_layer_is_refused(tiny_model: TinyModel) -> None:
 def step(method: Method, **changes: Any) -> Setting:
     rank = 8 if METHODS[method].is_hypercomplex else 6
     values: dict[str, Any] = {"targets": ("layers.1-",), "accumulates": False} | changes
-    return dataclasses.replace(CPU, method=method, rank=rank, activation=activation_of(method), **values)
+    return dataclasses.replace(CPU, method=method, rank=rank, **values)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ def test_the_first_forward_pass_is_the_base_to_the_bit(
 ) -> None:
     base = base_of(tiny_model, family)
     before = base(input_ids=IDS).logits
-    model = attach_bottleneck(base, Bottleneck(kind, width_of(kind), "gelu", scale=2.0))
+    has_norm = family != "llama"
+    model = attach_bottleneck(base, Bottleneck(kind, width_of(kind), "gelu", scale=2.0, norm=has_norm))
     assert torch.equal(model(input_ids=IDS).logits, before)
     drawn(model)
     assert not torch.allclose(model(input_ids=IDS).logits, before, atol=1e-2)
@@ -235,7 +236,7 @@ def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_a
     documents, ids = documents_of((23, 22)), torch.cat((IDS[0], IDS[1]))[None]
     base = base_of(tiny_model, "llama", quantization=quantization)
     arrange(base, recompute="all", tiles=1, offload=())
-    model = adapted(base, kind).train()
+    model = adapted(base, kind, activation="gelu", norm=True).train()
     targets = ids[0, 1:].clone()
     targets[22] = -100  # the second document's first token is not the first one's next
     with isolating(cast(Any, model)):
@@ -244,7 +245,8 @@ def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_a
         ).logits
         functional.cross_entropy(logits[0], targets, reduction="sum").backward()
     packed = {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
-    naive = adapted(base_of(tiny_model, "llama", quantization=quantization), kind)
+    base = base_of(tiny_model, "llama", quantization=quantization)
+    naive = adapted(base, kind, activation="gelu", norm=True)
     naive_layers(naive, kind, has_two_norms=False)
     for first, last in ((0, 23), (23, 46)):
         alone = naive(input_ids=ids[:, first : last - 1], use_cache=False).logits[0]

@@ -20,11 +20,13 @@ from test_estimate import CPU, folders, shape_of, values_of
 from test_train import assert_same, changed, make_recipe, only
 
 from qadapt import control
+from qadapt.adapters.average import average
 from qadapt.adapters.bottleneck import Bottleneck, attach_bottleneck
+from qadapt.adapters.difference import Change, difference_of
 from qadapt.adapters.facts import read_facts
 from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.side_car import SideCar
-from qadapt.adapters.side_car_files import save_side_car
+from qadapt.adapters.side_car_files import read_settings, save_side_car
 from qadapt.adapters.store import Store
 from qadapt.adoption import Said
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
@@ -34,13 +36,13 @@ from qadapt.export.tensor_fault import OTHER_FILE, Fault
 from qadapt.exporting import export
 from qadapt.keeping import add
 from qadapt.loading import load_partner
-from qadapt.methods import METHODS, Method, activation_of
+from qadapt.methods import METHODS, Method, Nonlinearity
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.plan.adapters import trainable as trainable_count
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
-from qadapt.recipe import Recipe
+from qadapt.recipe import AdapterSection, Recipe
 from qadapt.run import evaluate, load, resume, train
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.train.dryrun import dry_run
@@ -61,9 +63,9 @@ save_file(found, sys.argv[2])
 """
 
 
-def bottleneck_recipe(folder: Path, model: Path, method: str) -> Recipe:
+def bottleneck_recipe(folder: Path, model: Path, method: str, **options: Any) -> Recipe:
     recipe = make_recipe(folder, model)
-    adapter = type(recipe.adapter)(method=method, rank=4, alpha=4)  # type: ignore[arg-type]
+    adapter = type(recipe.adapter)(method=method, rank=4, alpha=4, **options)  # type: ignore[arg-type]
     return recipe.model_copy(update={"adapter": adapter})
 
 
@@ -75,7 +77,8 @@ def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_m
     logits = {}
     for method in KINDS:
         (tmp_path / method).mkdir()
-        recipe = bottleneck_recipe(tmp_path / method, tiny_model("qwen2"), method)
+        options = {"nonlinearity": "layernorm-gelu"} if method == "parallel" else {}
+        recipe = bottleneck_recipe(tmp_path / method, tiny_model("qwen2"), method, **options)
         events = list(train(recipe))
         (attached,), (finished,) = only(AdapterAttached, events), only(RunFinished, events)
         assert attached.adapted_layers == (4 if method in ("houlsby", "compacter") else 2)
@@ -93,6 +96,32 @@ def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_m
     place = tmp_path / "logits.safetensors"
     subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), str(place), *KINDS], check=True)
     assert_same(load_file(place), logits)
+
+
+def test_a_nonlinearity_is_what_the_recipe_says_and_the_store_tells_it(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    store, versions = Store(tmp_path / "store"), []
+    for nonlinearity, settings in (("auto", ("relu", False)), ("layernorm-tanh", ("tanh", True))):
+        folder = tmp_path / nonlinearity
+        folder.mkdir()
+        recipe = bottleneck_recipe(folder, tiny_model("llama"), "pfeiffer", nonlinearity=nonlinearity)
+        list(train(recipe))
+        found = read_settings(folder / "runs" / "first" / "adapter")
+        assert (found["activation"], found["norm"]) == settings
+        versions.append(add("first", store, folder=recipe.run.folder).version.id)
+    changes = difference_of(store, *versions).changes
+    assert Change("recipe.adapter.nonlinearity", "auto", "layernorm-tanh") in changes
+    with pytest.raises(Unsupported, match="have no mean"):
+        average([(store.folder_of(each), 0.5) for each in versions])
+
+
+def test_methods_without_a_bottleneck_refuse_a_nonlinearity() -> None:
+    for method in METHODS.keys() - {*KINDS}:
+        with pytest.raises(ValueError, match="nonlinearity = layernorm-gelu means nothing to"):
+            AdapterSection(method=method, nonlinearity="layernorm-gelu")
+    with pytest.raises(ValueError, match="'relu', 'gelu', 'silu', 'tanh', 'layernorm-relu'"):
+        AdapterSection(method="houlsby", nonlinearity="mish")  # type: ignore[arg-type]
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, tiny_model: TinyModel) -> None:
@@ -149,7 +178,7 @@ def pfeiffer_of(folder: Path, dtype: torch.dtype) -> SideCar:
 
 def beside(method: Method, **changes: Any) -> Setting:
     rank = 8 if METHODS[method].is_hypercomplex else 6
-    return dataclasses.replace(CPU, method=method, rank=rank, activation=activation_of(method), **changes)
+    return dataclasses.replace(CPU, method=method, rank=rank, **changes)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +192,8 @@ def beside(method: Method, **changes: Any) -> Setting:
         ("qwen3", "pfeiffer", {"compute_dtype": "bf16"}),
         ("llama", "compacter", {"recompute": 2, "dropout": 0.1}),
         ("gemma2", "compacterplus", {"compute_dtype": "bf16", "adapter_dtype": "bf16"}),
+        ("llama", "houlsby", {"nonlinearity": "layernorm-gelu", "compute_dtype": "bf16"}),
+        ("qwen2", "compacterplus", {"nonlinearity": "layernorm-tanh", "recompute": "none", "dropout": 0.1}),
     ],
 )
 def test_the_dry_run_is_the_real_step_to_the_byte_whatever_the_scale(
@@ -186,6 +217,8 @@ def test_the_dry_run_is_the_real_step_to_the_byte_whatever_the_scale(
         ("gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none", "supervised_share": 0.05}),
         ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "supervised_share": 0.02}),
         ("Qwen3-0.6B", "RTX 4060 8GB", {"rows": 2, "length": 777, "supervised_share": 0.02, "mlp_tiles": 4}),
+        ("SmolLM2-360M", None, {"length": 300, "recompute": 2, "nonlinearity": "layernorm-relu", **FULL}),
+        ("gemma-2-2b", "T4", {"length": 900, "nonlinearity": "layernorm-silu", "dropout": 0.1, **HALF}),
     ],
 )
 def test_the_closed_form_is_the_dry_run_within_three_percent(
@@ -200,7 +233,8 @@ def test_the_closed_form_is_the_dry_run_within_three_percent(
 def test_the_adapters_size_on_disk_is_known_to_the_byte(
     method: Method, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    setting = beside(method, adapter_dtype="bf16")
+    nonlinearity: Nonlinearity = "layernorm-tanh"
+    setting = beside(method, adapter_dtype="bf16", nonlinearity=nonlinearity)
     base = load_base(
         folders["qwen2"],
         quantization="nf4",
@@ -208,7 +242,8 @@ def test_the_adapters_size_on_disk_is_known_to_the_byte(
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    model = attach(base, Adapter(method, setting.rank, 6.0), dtype=torch.bfloat16, seed=0)
+    adapter = Adapter(method, setting.rank, 6.0, nonlinearity=nonlinearity)
+    model = attach(base, adapter, dtype=torch.bfloat16, seed=0)
     assert isinstance(model, SideCar)
     save_side_car(model, tmp_path)
     stored = load_file(tmp_path / "side_car.safetensors").values()
@@ -221,7 +256,7 @@ def test_the_adapters_size_on_disk_is_known_to_the_byte(
 
 def test_a_bottleneck_as_wide_as_the_model_is_refused_by_the_plan() -> None:
     setting = dataclasses.replace(beside("houlsby"), rank=shape_of("llama").width)
-    with pytest.raises(BadRecipe, match=r"a bottleneck is narrower than .*\n.*a 16th, is usual"):
+    with pytest.raises(BadRecipe, match=r"a bottleneck is narrower than .*\n.*; 12, a reduction factor"):
         estimate_step(shape_of("llama"), setting)
 
 

@@ -81,7 +81,7 @@ def build(folder: Path, setting: Setting, *, alpha: float = 16) -> PeftModel:
         device=torch.device("cpu"),
     )
     arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
-    what = setting.method, setting.rank, alpha, setting.dropout, setting.targets, setting.activation
+    what = setting.method, setting.rank, alpha, setting.dropout, setting.targets, setting.nonlinearity
     adapter = Adapter(*what, members=[Member.of(each) for each in setting.fused])
     rows = base.get_input_embeddings().num_embeddings
     new_ids = range(rows - setting.new_tokens, rows)

@@ -229,9 +229,6 @@ def test_the_dry_run_is_the_real_step_to_the_byte(
     family: str, sees: str, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     setting = fused(PAIRS[sees], **changes)
-    if setting.compute_dtype == "bf16":  # in which norms keep less on a CPU than anywhere else
-        plain = tuple(dataclasses.replace(each, norm=False) for each in setting.fused)
-        setting = dataclasses.replace(setting, fused=plain)
     dry = dry_run({"model_type": family, **values_of(family)}, setting)
     ledger = counted(folders[family], setting)
     assert dry.peak == ledger.peak

@@ -50,6 +50,13 @@ def test_an_unknown_key_without_a_likeness_lists_the_known_ones() -> None:
     assert "run.zzzz: unknown key; known here: name, folder" in problem_of(run={"name": "x", "zzzz": 1})
 
 
+def test_other_libraries_words_are_told_apart_from_typing_errors() -> None:
+    problem = problem_of(adapter={"method": "houlsby", "reduction_factor": 16})
+    assert "adapter.reduction_factor: unknown key; give `rank`, which is the model's width over" in problem
+    problem = problem_of(adapter={"method": "houlsby", "layer_norm": True})
+    assert "adapter.layer_norm: unknown key; give `nonlinearity` with it, such as layernorm-gelu" in problem
+
+
 def test_betas_that_an_earlier_release_stored_apart_are_read() -> None:
     assert checked(train={"beta1": 0.8, "beta2": 0.95}).train.betas == (0.8, 0.95)
     assert checked(train={"beta2": 0.95}).train.betas == (0.9, 0.95)

@@ -62,6 +62,7 @@ FIELDS = [
     "adapter.rank",
     "adapter.alpha",
     "adapter.dropout",
+    "adapter.nonlinearity",
     "adapter.targets",
     "adapter.dtype",
     "data.sources.path",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qadapt.hardware.cards import Card
-from qadapt.methods import METHODS, Fused, activation_of, dropped_layers
+from qadapt.methods import METHODS, Fused, activation_of, dropped_layers, has_norm
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.setting import setting_of
 from qadapt.recipe import Recipe
@@ -71,7 +71,8 @@ def fused_of(recipe: Recipe) -> tuple[Fused, ...]:
             name,
             section.method,
             section.rank,
-            activation_of(section.method),
+            activation_of(section.method, section.nonlinearity),
+            norm=has_norm(section.nonlinearity),
             first_layer=dropped_layers(section.method, section.targets),
         )
         for name, section in stages

@@ -7,9 +7,10 @@
   of Kronecker products, of very few numbers (arXiv:2106.04647, `hypercomplex.py`).
 
 o is what a part adds to the residual stream (after Gemma's second norm), h the stream it is added to, f the
-bottleneck times alpha / width. The places are those of the library `adapters` 1.3 on Llama, and the numbers,
-too (`tools/bench/parity_adapters.py`). The projection up starts at zero: the first forward pass is the base's
-to the bit. Every token is treated by itself, so packed rows and a KV cache change nothing.
+bottleneck times alpha / width, of what enters or of a layer norm of it. The places are those of the library
+`adapters` 1.3 on Llama, and the numbers, too (`tools/bench/parity_adapters.py`). The projection up starts at
+zero: the first forward pass is the base's to the bit. Every token is treated by itself, so packed rows and a
+KV cache change nothing.
 
 Legend: B rows, T tokens, D width of the model, R width of the bottleneck.
 """
@@ -150,7 +151,8 @@ def attach_bottleneck(
     if bottleneck.width >= width:
         raise BadRecipe(
             f"adapter.rank is {bottleneck.width}; a bottleneck is narrower than the model, {width} here.",
-            cure=f"Set adapter.rank to less than {width}; {max(1, width // 16)}, a 16th, is usual.",
+            cure=f"Set adapter.rank to less than {width}; {max(1, width // 16)}, a reduction factor of 16, "
+            "is usual.",
         )
     check_step(bottleneck.kind, bottleneck.width, width=width)
     check_dropped(bottleneck.first_layer, len(decoder_layers(model)))

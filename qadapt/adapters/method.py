@@ -30,15 +30,14 @@ from qadapt.adapters.side_cars import load_side_car
 from qadapt.adapters.triplets import use_triplet_layers
 from qadapt.adapters.vera import attach_vera, use_projected_layers
 from qadapt.errors import Unsupported
-from qadapt.methods import METHODS, Activation, Method, activation_of, dropped_layers
+from qadapt.methods import METHODS, Method, Nonlinearity, activation_of, dropped_layers, has_norm
 
 
 @dataclass(frozen=True)
 class Adapter:
     """What is trained, as a recipe's adapter section has it.
 
-    `activation` is the method's usual one unless another is given; `members` is what a fusion attends over,
-    `steps` how many the run has, over which AdaLoRA gives ranks up.
+    `members` is what a fusion attends over, `steps` how many the run has, over which AdaLoRA gives ranks up.
     """
 
     method: Method
@@ -46,7 +45,7 @@ class Adapter:
     alpha: float
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
-    activation: Activation | None = None
+    nonlinearity: Nonlinearity = "auto"
     members: Sequence[Member] = ()
     steps: int = 1000
 
@@ -111,8 +110,9 @@ def _attach_beside(model: PreTrainedModel, adapter: Adapter, *, dtype: torch.dty
         bottleneck = Bottleneck(
             method,
             adapter.rank,
-            adapter.activation or activation_of(method),
+            activation_of(method, adapter.nonlinearity),
             scale=scale,
+            norm=has_norm(adapter.nonlinearity),
             dropout=dropout,
             first_layer=dropped_layers(method, adapter.targets),
         )

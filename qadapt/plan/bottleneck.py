@@ -4,7 +4,7 @@ Each place has a projection down (R, D) and up (D, R) with their biases; for the
 enters, the R values before and after their nonlinearity, and where it is trained in another type than is
 computed in, the cast projections. A projection of Compacter has a number for each input and each output, a
 bias, and N³ that all of a model share; it keeps N² values of each token, and N² for each input, made of its
-own.
+own. A layer norm has two numbers for each of D, and keeps what enters it, too.
 
 Legend: D width of the model, R width of the bottleneck, N `SUMMANDS`.
 """
@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from qadapt.methods import METHODS, SUMMANDS
-from qadapt.plan.fusion import attends, fusion_bytes, fusion_tensors
+from qadapt.methods import METHODS, SUMMANDS, activation_of, has_norm
+from qadapt.plan.fusion import attends, fusion_bytes, fusion_tensors, is_cast, layer_norm_bytes
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
 Half = Literal["attention", "mlp"]
 FP32 = 4
+_KNOWN_FROM_RESULT = ("relu", "tanh")
+"""Nonlinearities whose slopes are known from what comes out of them."""
 
 
 def stands_beside(setting: Setting) -> bool:
@@ -34,7 +36,8 @@ def bottleneck_tensors(shape: ModelShape, setting: Setting) -> tuple[int, ...]:
         return fusion_tensors(shape, setting)
     inner, width, facts = setting.rank, shape.width, METHODS[setting.method]
     each = (width, inner, inner, inner, width, width) if facts.is_hypercomplex else _dense(inner, width)
-    return each * (2 if facts.after_attention else 1)
+    norm = (width, width) if has_norm(setting.nonlinearity) else ()
+    return (*each, *norm) * (2 if facts.after_attention else 1)
 
 
 def reached(shape: ModelShape, setting: Setting) -> tuple[ModelShape, Setting]:
@@ -66,12 +69,25 @@ def bottleneck_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
     if attends(setting):
         return fusion_bytes(shape, setting) - shared_stream_bytes(shape, setting)
     c, width, inner = setting.compute_bytes, shape.width, setting.rank
-    is_cast = setting.adapter_value_bytes != c or _is_other_half(setting)
-    weights, between = is_cast * 2 * width * inner, 0
+    weights, values = is_cast(setting) * 2 * width * inner, width + 2 * inner
     if facts.is_hypercomplex:
-        weights, between = (SUMMANDS**2 + is_cast) * (width + inner), 2 * SUMMANDS**2
-    kept = (width + 2 * inner + between) * c * setting.tokens + weights * c + mask_bytes(shape, setting)
+        weights = (SUMMANDS**2 + is_cast(setting)) * (width + inner)
+        values += 2 * SUMMANDS**2
+        if activation_of(setting.method, setting.nonlinearity) in _KNOWN_FROM_RESULT:
+            values -= inner  # elsewhere it is scaled before it goes on, and kept twice
+    kept = values * c * setting.tokens + weights * c + mask_bytes(shape, setting)
+    if has_norm(setting.nonlinearity):
+        kept += width * c * setting.tokens + layer_norm_bytes(shape, setting)
     return kept - shared_stream_bytes(shape, setting)
+
+
+def bottleneck_passing_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What comes on top of what is kept while an adapter goes backward, after what its layer gave it.
+
+    Two gradients; with a layer norm what came out of it is gone by then.
+    """
+    one = shape.width * setting.compute_bytes * setting.tokens
+    return one if has_norm(setting.nonlinearity) else 2 * one
 
 
 def is_after_attention(setting: Setting) -> bool:
@@ -88,14 +104,10 @@ def mask_bytes(shape: ModelShape, setting: Setting) -> int:
 def shared_stream_bytes(shape: ModelShape, setting: Setting) -> int:
     """What a parallel adapter need not keep itself: the stream that enters, which a norm keeps in fp32."""
     first = setting.fused[0].method if setting.fused else setting.method
-    is_shared = first == "parallel" and setting.compute_bytes == FP32 and setting.dropout == 0
+    is_kept_as_it_is = setting.dropout == 0 or has_norm(setting.nonlinearity)
+    is_shared = first == "parallel" and setting.compute_bytes == FP32 and is_kept_as_it_is
     return shape.width * FP32 * setting.tokens if is_shared else 0
 
 
 def _dense(inner: int, width: int) -> tuple[int, ...]:
     return inner * width, inner, width * inner, width
-
-
-def _is_other_half(setting: Setting) -> bool:
-    """Whether adapters in bf16 are computed in fp16."""
-    return setting.adapter_dtype == "bf16" and setting.compute_dtype == "fp16"

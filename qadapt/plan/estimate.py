@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
+from qadapt.methods import has_norm
 from qadapt.plan.activations import (
     attention_bytes,
     boundaries_there,
@@ -293,7 +294,8 @@ def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
     """What comes before the first trained value: its norm (`first_input_bytes`), or all but the adapters."""
     if not stands_beside(setting):
         return first_input_bytes(shape, setting)
-    before = half - bottleneck_bytes(shape, setting, "attention") + mask_bytes(shape, setting)
+    before = half - bottleneck_bytes(shape, setting, "attention")
+    before += 0 if has_norm(setting.nonlinearity) else mask_bytes(shape, setting)
     before += idle_bytes(shape, setting) if attends(setting) else 0
     if is_after_attention(setting):
         return before

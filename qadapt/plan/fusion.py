@@ -80,30 +80,39 @@ def fusion_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     """
     c, square = setting.compute_bytes, shape.width**2
     one = shape.width * c * setting.tokens
-    cast = square * setting.adapter_value_bytes if _is_cast(setting) else 0
+    cast = square * setting.adapter_value_bytes if is_cast(setting) else 0
     return max((2 + len(setting.fused)) * one, 2 * one + square * c + cast)
 
 
 def _inner_bytes(shape: ModelShape, setting: Setting) -> int:
     """What the frozen adapters at one place keep: their nonlinearities' values, and cast weights."""
     c, width = setting.compute_bytes, shape.width
-    is_cast = _is_cast(setting)
     kept = 0
     for fused in setting.fused:
         kept += fused.width * c * setting.tokens
         if METHODS[fused.method].is_hypercomplex:  # the factors of each input, which are made anew
             kept += SUMMANDS**2 * (width + fused.width) * c
-            kept += is_cast * (width + fused.width) * c
+            kept += is_cast(setting) * (width + fused.width) * c
         else:
-            kept += is_cast * 2 * width * fused.width * c
+            kept += is_cast(setting) * 2 * width * fused.width * c
         if fused.norm:
-            kept += 2 * FP32 * setting.tokens + is_cast * width * c
+            kept += layer_norm_bytes(shape, setting)
     return kept
 
 
+def layer_norm_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What a layer norm keeps besides what enters it: two numbers of each token, cast weights and biases.
+
+    Those numbers are fp32; on a CPU they have the type of what enters (`layer_norm_kernel.cpp`).
+    """
+    each = FP32 if setting.device == "cuda" else setting.compute_bytes
+    return 2 * each * setting.tokens + is_cast(setting) * 2 * shape.width * setting.compute_bytes
+
+
 def _casts(shape: ModelShape, setting: Setting, matrices: int) -> int:
-    return matrices * shape.width**2 * setting.compute_bytes if _is_cast(setting) else 0
+    return matrices * shape.width**2 * setting.compute_bytes if is_cast(setting) else 0
 
 
-def _is_cast(setting: Setting) -> bool:
+def is_cast(setting: Setting) -> bool:
+    """Whether numbers are held in another type than is computed in."""
     return setting.adapter_dtype != setting.compute_dtype

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from qadapt.errors import BadRecipe
 from qadapt.methods import (
     METHODS,
-    Activation,
     Fused,
     Method,
-    activation_of,
+    Nonlinearity,
     check_base,
     check_block,
     check_dropped,
@@ -84,7 +83,7 @@ class Setting:
     rank: int = 16
     dropout: float = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    activation: Activation = "relu"
+    nonlinearity: Nonlinearity = "auto"
     fused: tuple[Fused, ...] = ()
     adapter_dtype: Literal["bf16", "fp32"] = "bf16"
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -297,7 +296,8 @@ def _check_targets(shape: ModelShape, setting: Setting) -> None:
     if facts.usual_activation is not None and setting.rank >= shape.width:
         raise BadRecipe(
             f"rank = {setting.rank}: a bottleneck is narrower than {shape.name}, {shape.width} wide.",
-            cure=f"Give a rank of less than {shape.width}; {max(1, shape.width // 16)}, a 16th, is usual.",
+            cure=f"Give a rank below {shape.width}; {max(1, shape.width // 16)}, a reduction factor of 16, "
+            "is usual.",
         )
     if setting.method == "oft":
         check_block(setting.rank, {each.name: each.inputs for each in shape.linears if setting.adapts(each)})
@@ -376,7 +376,7 @@ def setting_of(
         rank=adapter.rank,
         dropout=adapter.dropout,
         targets=adapter.targets,
-        activation=activation_of(adapter.method),
+        nonlinearity=adapter.nonlinearity,
         adapter_dtype=_adapter_dtype(adapter, usual=adapter_dtype),
         compute_dtype=compute_dtype if memory.compute_dtype == "auto" else memory.compute_dtype,
         optimizer=optimizer,

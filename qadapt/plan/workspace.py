@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes, scales_output
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
-from qadapt.plan.bottleneck import bottleneck_bytes, stands_beside
+from qadapt.plan.bottleneck import bottleneck_bytes, bottleneck_passing_bytes, stands_beside
 from qadapt.plan.fusion import attends, fusion_passing_bytes
 from qadapt.plan.host import BLOCK_TOKENS, slice_rows
 from qadapt.plan.prefix import as_attended
@@ -82,7 +82,7 @@ def _beside_moments(shape: ModelShape, setting: Setting, moments: Sequence[int])
     kept = bottleneck_bytes(shape, setting, "mlp")
     first, *others = (moment - kept for moment in moments)
     is_norm_between = shape.family == "gemma2" and setting.mlp_tiles > 1
-    own = fusion_passing_bytes(shape, setting) if attends(setting) else 2 * gradient
+    own = (fusion_passing_bytes if attends(setting) else bottleneck_passing_bytes)(shape, setting)
     return [own, first + (0 if is_norm_between else gradient), *others]
 
 

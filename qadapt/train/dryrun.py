@@ -133,7 +133,7 @@ def skeleton_model(
         setting.rank,
         setting.dropout,
         setting.targets,
-        setting.activation,
+        setting.nonlinearity,
         [Member.of(each) for each in setting.fused],
     )
     rows = base.get_output_embeddings().out_features
