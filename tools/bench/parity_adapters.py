@@ -51,13 +51,27 @@ KINDS = {
     "houlsby-tanh": adapters.DoubleSeqBnConfig(reduction_factor=8, non_linearity="tanh", scaling=2.0),
     "pfeiffer": adapters.SeqBnConfig(reduction_factor=16),
     "pfeiffer-gelu": adapters.SeqBnConfig(reduction_factor=4, non_linearity="gelu"),
+    "pfeiffer-norm": adapters.SeqBnConfig(reduction_factor=4, non_linearity="swish", ln_before=True),
     "parallel": adapters.ParBnConfig(reduction_factor=2),
     "parallel-norm": adapters.ParBnConfig(reduction_factor=4, ln_before=True, scaling=1.5),
     "pfeiffer-drop": adapters.SeqBnConfig(reduction_factor=4, leave_out=[0]),
     "compacter": adapters.CompacterConfig(reduction_factor=4),
     "compacter-norm": adapters.CompacterConfig(reduction_factor=8, ln_before=True, scaling=1.5),
     "compacter++": adapters.CompacterPlusPlusConfig(reduction_factor=2),
+    "compacter++-norm": adapters.CompacterPlusPlusConfig(
+        reduction_factor=4, non_linearity="tanh", ln_before=True
+    ),
 }
+
+
+def save(model, config, name, folder):
+    has_norm = config.ln_before  # which their safetensors writing refuses: two names of one tensor
+    model.save_adapter(str(folder), name, use_safetensors=not has_norm)
+    if has_norm:
+        mine = {key: each.clone() for key, each in model.state_dict().items() if f".{name}." in key}
+        save_file(mine, folder / "adapter.safetensors")
+
+
 ids = torch.arange(3, 3 + 46).view(2, 23)
 logits = {"ids": ids}
 for name, config in KINDS.items():
@@ -76,17 +90,15 @@ for name, config in KINDS.items():
         logits[name] = model(input_ids=ids).logits.contiguous()
         model.set_active_adapters(None)
         logits["base"] = model(input_ids=ids).logits.contiguous()
-    has_norm = config.ln_before  # which their safetensors writing refuses: two names of one tensor
-    model.save_adapter(str(place / name), name, use_safetensors=not has_norm)
-    if has_norm:
-        mine = {key: each.clone() for key, each in model.state_dict().items() if f".{name}." in key}
-        save_file(mine, place / name / "adapter.safetensors")
+    save(model, config, name, place / name)
+
 PAIRS = {
     "stack": (KINDS["pfeiffer"], KINDS["pfeiffer-gelu"]),
     "stack-houlsby": (KINDS["houlsby"], KINDS["houlsby-tanh"]),
     "fusion": (KINDS["pfeiffer"], KINDS["pfeiffer-gelu"]),
     "fusion-houlsby": (KINDS["houlsby"], KINDS["houlsby-tanh"]),
     "fusion-compacter": (KINDS["pfeiffer"], KINDS["compacter++"]),
+    "fusion-norm": (KINDS["pfeiffer-norm"], KINDS["compacter++-norm"]),
     "fusion-drop": (KINDS["pfeiffer-drop"], KINDS["pfeiffer-drop"]),
 }
 for name, configs in PAIRS.items():
@@ -111,8 +123,8 @@ for name, configs in PAIRS.items():
     with torch.no_grad():
         logits[name] = model(input_ids=ids).logits.contiguous()
     (place / name).mkdir()
-    for each in ("one", "two"):
-        model.save_adapter(str(place / name / each), each, use_safetensors=True)
+    for each, config in zip(("one", "two"), configs):
+        save(model, config, each, place / name / each)
     fused = {key: each.clone() for key, each in model.state_dict().items() if "adapter_fusion" in key}
     if fused:
         save_file(fused, place / name / "fusion.safetensors")
