@@ -33,7 +33,7 @@ from qadapt.export.gguf_types import GGUF_FORMS
 from qadapt.export.llama_quantize import K_FORMS, find_llama_quantize, quantize_gguf
 from qadapt.export.merge import BASES as MERGED_BASES
 from qadapt.export.merge import FORMS as MERGED_FORMS
-from qadapt.export.merge import OTHER_FILES_BYTES, Writing, merge
+from qadapt.export.merge import merge
 from qadapt.export.merged_model import MergedModel, open_merged
 from qadapt.export.ollama import adds_bos, modelfile
 from qadapt.export.peft_folder import FORM as ADAPTER
@@ -44,6 +44,7 @@ from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.quantized import quantize
 from qadapt.export.room import folder_bytes
 from qadapt.export.staging import new_folder, refuse_existing, refuse_full
+from qadapt.export.writing import OTHER_FILES_BYTES, Writing
 from qadapt.export_finish import Finish
 from qadapt.export_job import Job
 from qadapt.measuring import rows_to_evaluate

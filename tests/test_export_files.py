@@ -25,7 +25,8 @@ from qadapt.errors import BadModel, BadOutput, NoRoom
 from qadapt.events import Evaluated, Event, Exported, StageAdvanced, StageStarted, StepDone
 from qadapt.export import merged_rows
 from qadapt.export.card import CardFacts, Made, card_facts, card_text, licence_of
-from qadapt.export.merge import Writing, merge
+from qadapt.export.merge import merge
+from qadapt.export.writing import Writing
 from qadapt.model.tensor_files import TensorReader, open_model
 from qadapt.model.tensor_values import bytes_of, tensor_of
 

@@ -40,12 +40,13 @@ from qadapt.export.adapter_proof import prove_copied
 from qadapt.export.card import CardFacts, Made, card_text, licence_of, served_rank
 from qadapt.export.exported_tensors import open_written
 from qadapt.export.llama_quantize import K_FORMS
-from qadapt.export.merge import OTHER_FILES_BYTES, Writing, merge
+from qadapt.export.merge import merge
 from qadapt.export.merged_model import open_merged
 from qadapt.export.quantized import quantize
 from qadapt.export.reference import open_reference
 from qadapt.export.room import folder_bytes
 from qadapt.export.tensor_proof import TensorProof, prove_written
+from qadapt.export.writing import OTHER_FILES_BYTES, Writing
 from qadapt.exporting import FORMS, UNMERGED, export
 from qadapt.model.source import find_model, quantized_type_of
 from qadapt.proving import verify_export

@@ -17,10 +17,10 @@ from qadapt import cache
 from qadapt.errors import BadOutput, NoRoom
 from qadapt.events import Event, StageAdvanced
 from qadapt.export import staging
-from qadapt.export.merge import Writing
 from qadapt.export.quantized import quantize
 from qadapt.export.staging import new_folder, refuse_existing, refuse_full
 from qadapt.export.threads import in_order
+from qadapt.export.writing import Writing
 
 KEPT = "model-00001-of-"
 

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.errors import BadExport, BadRecipe, BadRun, Unsupported
 from qadapt.events import Exported, StageAdvanced, StageStarted
-from qadapt.export.merge import FORMS, Writing, merge
+from qadapt.export.merge import FORMS, merge
 from qadapt.export.nf4 import dequantized_rows, row_grid
+from qadapt.export.writing import Writing
 from qadapt.model.load import load_base
 
 CPU = torch.device("cpu")

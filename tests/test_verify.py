@@ -20,7 +20,7 @@ from qadapt.data.prepared import identify, prepare_part
 from qadapt.data.prompt import load_contract, saved_contract
 from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, Exported, Warned
-from qadapt.export import merge
+from qadapt.export import writing
 from qadapt.export.gguf_prompt_proof import prove_gguf_prompt
 from qadapt.exporting import export
 from qadapt.material import divided, reading_of, training_sources
@@ -195,7 +195,7 @@ def test_a_failed_proof_leaves_nothing_at_the_target(runs, monkeypatch):
         path = folder / "generation_config.json"
         path.write_text(json.dumps({"eos_token_id": []}), encoding="utf-8")
 
-    monkeypatch.setattr(merge, "write_prompt_files", without_end_tokens)
+    monkeypatch.setattr(writing, "write_prompt_files", without_end_tokens)
     target = runs / "first/export/merged-bf16"
     with pytest.raises(BadExport, match="is not the model that was trained: the end token"):
         list(export("first", form="merged-bf16", folder=str(runs)))

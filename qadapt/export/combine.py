@@ -41,11 +41,11 @@ from qadapt.events import Event, StageAdvanced, StageStarted, Warned
 from qadapt.export.adapter import Adapter, refuse_in_a_mix
 from qadapt.export.combined_config import WEIGHTS, Scaled, combined_config, narrowest, smallest, tensors_of
 from qadapt.export.folder import copy_files
-from qadapt.export.merge import OTHER_FILES_BYTES
 from qadapt.export.merged_model import weighted
 from qadapt.export.one_base import check_one_base
 from qadapt.export.peft_folder import check_numbers
 from qadapt.export.staging import new_folder, refuse_existing
+from qadapt.export.writing import OTHER_FILES_BYTES
 
 UPPER = "upper"
 WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties", UPPER)

@@ -30,9 +30,9 @@ from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, StageStarted
 from qadapt.export.folder import TOKENIZER, copy_files, copy_licence, copy_tokenizer, exported
-from qadapt.export.merge import OTHER_FILES_BYTES, Writing
 from qadapt.export.prompt_files import write_prompt_files
 from qadapt.export.staging import new_folder
+from qadapt.export.writing import OTHER_FILES_BYTES, Writing
 from qadapt.model.folder import read_config
 from qadapt.model.skeleton import skeleton_base
 from qadapt.model.tensor_files import TensorReader

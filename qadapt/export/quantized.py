@@ -24,14 +24,11 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from transformers import BitsAndBytesConfig
 
-from qadapt.events import Event, StageAdvanced, StageStarted
-from qadapt.export.folder import exported, write_other_files
-from qadapt.export.identity import identity_of
-from qadapt.export.merge import OTHER_FILES_BYTES, Writing
+from qadapt.events import Event, StageStarted
+from qadapt.export.folder import exported
 from qadapt.export.merged_model import Adapters, MergedModel, open_merged, weighted
-from qadapt.export.prompt_files import write_prompt_files
-from qadapt.export.staging import new_folder
-from qadapt.model.shards import TensorEntry, write_shards
+from qadapt.export.writing import Merging, Writing, write_model
+from qadapt.model.shards import TensorEntry
 from qadapt.model.tensor_values import bytes_of, tensor_of
 
 FORM = "bnb-4bit"
@@ -72,42 +69,24 @@ def quantize(
     Raises:
         QadaptError: As `merge`.
     """
-    started, writing, dtype = time.monotonic(), writing or Writing(), DTYPES[load_dtype]
+    started = time.monotonic()
+    writing = writing or Writing()
+    dtype = DTYPES[load_dtype]
     yield StageStarted(stage=STAGE)
-    chosen = weighted(adapter_folder)
-    with open_merged(model_folder, chosen, base=base, dtype=dtype, chunk_bytes=writing.chunk_bytes) as merged:
+    merging = Merging(
+        model_folder,
+        weighted(adapter_folder),
+        base=base,
+        form=FORM,
+        dtype=dtype,
+        stage=STAGE,
+        config={"quantization_config": quantization_config(dtype)},
+    )
+    with open_merged(
+        model_folder, merging.adapters, base=base, dtype=dtype, chunk_bytes=writing.chunk_bytes
+    ) as merged:
         tensors = QuantizedTensors(merged)
-        total, done = sum(entry.size_bytes for entry in tensors.entries), 0
-        identity = identity_of(
-            model_folder,
-            [folder for folder, _ in chosen],
-            choices={
-                "form": FORM,
-                "base": base,
-                "dtype": dtype,
-                "shard": writing.shard_bytes,
-                "weights": ",".join(str(weight) for _, weight in chosen),
-            },
-        )
-        with new_folder(target, needed_bytes=total + OTHER_FILES_BYTES, identity=identity) as building:
-            for entry in write_shards(
-                building.path,
-                tensors.entries,
-                values=tensors.values,
-                shard_bytes=writing.shard_bytes,
-                finished=building,
-            ):
-                done += entry.size_bytes
-                yield StageAdvanced(stage=STAGE, done=done, total=total)
-            write_other_files(
-                model_folder,
-                building.path,
-                dtype=dtype,
-                changed_config=merged.changed_config | {"quantization_config": quantization_config(dtype)},
-                vocabulary=merged.vocabulary,
-            )
-            write_prompt_files(chosen[0][0], building.path)
-            yield from writing.finish(building.path)
+        yield from write_model(target, merging, merged=merged, tensors=tensors, writing=writing)
     yield exported(target, form=FORM, base=base, started=started)
 
 

@@ -10,10 +10,10 @@ import math
 from qadapt.export.gguf import stored_kind
 from qadapt.export.gguf_types import GGUF_FORMS, stored_bytes
 from qadapt.export.llama_quantize import K_FORMS
-from qadapt.export.merge import OTHER_FILES_BYTES
 from qadapt.export.merged_model import MergedModel
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.quantized import QuantizedTensors
+from qadapt.export.writing import OTHER_FILES_BYTES
 
 _WITH_K_QUANT = 4
 """Bytes for each weight: a file in 16 bits, and at most as much again for what is made of it."""

@@ -64,7 +64,8 @@ class Place:
 
 def export(place: Place, *, form: str = "merged-fp16", base: str = "dequantized") -> Iterator[Event]:
     """The export itself."""
-    from qadapt.export.merge import Writing, merge
+    from qadapt.export.merge import merge
+    from qadapt.export.writing import Writing
 
     writing = Writing(shard_bytes=place.shard_bytes, chunk_bytes=256 * KIB)
     yield from merge(

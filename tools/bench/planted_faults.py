@@ -23,7 +23,7 @@ from qadapt.adapters.facts import AdapterFacts, write_facts
 from qadapt.data.prompt import load_contract
 from qadapt.events import Event, StageAdvanced
 from qadapt.export.exported_tensors import dtype_of, open_written
-from qadapt.export.merge import Writing, merge
+from qadapt.export.merge import merge
 from qadapt.export.prompt_proof import prove_prompt
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.quantized import quantize
@@ -46,6 +46,7 @@ from qadapt.export.tensor_fault import (
     WRONG_FILE,
 )
 from qadapt.export.tensor_proof import TensorProof, prove_tensors, prove_written
+from qadapt.export.writing import Writing
 
 INDEX = "model.safetensors.index.json"
 Q, K = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
