@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from qadapt.adapters.facts import is_side_car
 from qadapt.data.prompt import saved_contract
-from qadapt.data.tokens import Tokens
-from qadapt.engine.out_of_memory import free_memory
-from qadapt.errors import BadData, BadExport, BadRecipe, BadRun, Unsupported
+from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import Event, Exported, Warned
-from qadapt.export.choose_base import AUTO, choose_base
+from qadapt.export.choose_base import AUTO
 from qadapt.export.folder import copy_files, copy_licence, exported, write_other_files
 from qadapt.export.gguf import About, write_gguf
 from qadapt.export.gguf_lora import FORM as GGUF_LORA
@@ -39,18 +35,15 @@ from qadapt.export.ollama import adds_bos, modelfile
 from qadapt.export.peft_folder import FORM as ADAPTER
 from qadapt.export.peft_folder import copy_adapter
 from qadapt.export.prompt_files import write_prompt_files
-from qadapt.export.quantized import DTYPES as QUANTIZED_DTYPES
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.quantized import quantize
 from qadapt.export.room import folder_bytes
-from qadapt.export.staging import new_folder, refuse_existing, refuse_full
+from qadapt.export.staging import new_folder, refuse_existing
 from qadapt.export.writing import OTHER_FILES_BYTES, Writing
+from qadapt.export_base import base_of
 from qadapt.export_finish import Finish
 from qadapt.export_job import Job
-from qadapt.measuring import rows_to_evaluate
 from qadapt.model.folder import read_config
-from qadapt.model.precision import choose_device
-from qadapt.model.source import quantized_type_of
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import ExportSection
 from qadapt.same_base import find_same_base
@@ -104,28 +97,39 @@ def export(
     """
     quiet_libraries()
     parts = tuple(_chosen({name: 1.0} if isinstance(name, str) else name, folder, store))
-    trained, is_mix = parts[0][0], [weight for _, weight in parts] != [1]
+    trained = parts[0][0]
     wanted = ExportSection() if trained.recipe is None else trained.recipe.export
     chosen = form or wanted.form
-    _check_choices(chosen, base)
-    _check_side_cars(parts, chosen)
-    if is_mix:
-        _check_mix(chosen)
-    target = to or _own_folder(trained, chosen, is_mix=is_mix)
-    refuse_existing(target)
-    if chosen in K_FORMS:
-        find_llama_quantize()  # before anything is measured
-    find = partial(find_same_base, trained.facts)
-    files = yield from with_progress("finding the base", find)
+    target = _checked_target(parts, chosen, base=base, to=to)
+    files = yield from with_progress("finding the base", partial(find_same_base, trained.facts))
     job = Job(parts, files, saved_contract(trained.adapter, files.folder), chosen, target, is_shared)
     finish = Finish(job, is_proven=proof)
     if chosen not in UNMERGED:
-        _check_room(job, base or wanted.base)
-        base_of = _base_of(job, base or wanted.base, is_measured=proof)
-        finish.base = yield from passing(base_of, finish.notes)
+        found = base_of(job, base or wanted.base, is_measured=proof)
+        finish.base = yield from passing(found, finish.notes)
     writing = Writing(shard_bytes=parse_bytes(wanted.shard), finish=finish)
     for event in WAYS[chosen](job, finish.base, writing):
         yield replace(event, notes=tuple(finish.findings)) if isinstance(event, Exported) else event
+
+
+def _checked_target(
+    parts: Sequence[tuple[Trained, float]], form: str, *, base: str | None, to: Path | None
+) -> Path:
+    """The folder to be, if what is asked goes together; all that can be refused before the base is found.
+
+    Raises:
+        QadaptError: As `export`.
+    """
+    is_mix = [weight for _, weight in parts] != [1]
+    _check_choices(form, base)
+    _check_side_cars(parts, form)
+    if is_mix:
+        _check_mix(form)
+    target = to or _own_folder(parts[0][0], form, is_mix=is_mix)
+    refuse_existing(target)
+    if form in K_FORMS:
+        find_llama_quantize()
+    return target
 
 
 def _chosen(weights: Mapping[str, float], folder: str, store: str) -> Iterator[tuple[Trained, float]]:
@@ -197,81 +201,6 @@ def _check_known(what: str, choice: str, choices: Sequence[str]) -> None:
         raise BadRecipe(
             f"The {what} {choice!r} of an export is not known.", cure=f"Choose from: {', '.join(choices)}."
         )
-
-
-def _check_room(job: Job, asked: str) -> None:
-    """Checks the disk, and that adapters and base go together, before anything is measured.
-
-    Raises:
-        NoRoom: The disk is too full.
-        QadaptError: As `open_merged`.
-    """
-    base = MERGED_BASES[0] if asked == AUTO else asked
-    with open_merged(job.files.folder, job.adapters, base=base, dtype=_dtype_of(job)) as merged:
-        refuse_full(job.target, needed_bytes=folder_bytes(merged, job.form))
-
-
-def _base_of(job: Job, asked: str, *, is_measured: bool) -> Generator[Event, None, str]:
-    """The weights to merge on; if that is to be measured, or must be, both are compared.
-
-    Raises:
-        BadExport: The original ones are asked for, and there are none.
-    """
-    if (stored := quantized_type_of(job.facts.base)) is not None:
-        known = f"The base {job.facts.base} is itself quantized ({stored})"
-        cure = "train on the 16-bit model to have the choice."
-        if asked == "original":
-            raise BadExport(
-                f"{known}: there are no original weights to merge on.", cure=f"Leave --base out, or {cure}"
-            )
-        if asked == AUTO:
-            yield Warned(message=f"{known}: it is merged as it was trained on.", cure=cure.capitalize())
-        return "dequantized"
-    if asked != AUTO and not is_measured:
-        return asked
-    compared = partial(
-        choose_base,
-        job.files.folder,
-        job.adapters,
-        asked=asked,
-        dtype=_dtype_of(job),
-        rows=(yield from _held_out(job)),
-    )
-    is_on_cpu = job.recipe is not None and job.recipe.memory.device == "cpu"
-    device = choose_device("cpu" if is_on_cpu else "auto")
-    try:
-        return (yield from compared(device=device))
-    except torch.OutOfMemoryError:
-        if device.type == "cpu":
-            raise
-    free_memory(device)
-    yield Warned(
-        message="The card's memory ran out while the two bases were compared; that begins anew without it.",
-        cure="Close what else uses the card; the numbers are the same.",
-    )
-    return (yield from compared(device=torch.device("cpu")))
-
-
-def _held_out(job: Job) -> Generator[Event, None, Sequence[Tokens]]:
-    """The rows that were held out; a warning if they cannot be had again."""
-    recipe = job.recipe
-    if recipe is None or (recipe.data.held_out is None and not recipe.data.held_out_fraction):
-        return ()
-    try:
-        chosen = rows_to_evaluate(
-            recipe, job.contract, data=None, fingerprint=job.trained.rows, conversations=0
-        )
-    except (BadRun, BadData) as error:
-        yield Warned(message=f"The two bases cannot be compared: {error.problem}", cure=error.cure)
-        return ()
-    return chosen.rows
-
-
-def _dtype_of(job: Job) -> str:
-    """What merged weights are rounded to in a form, before it quantizes them itself."""
-    if job.form == QUANTIZED:
-        return QUANTIZED_DTYPES[job.facts.load_dtype]
-    return MERGED_FORMS.get(job.form, "F32")
 
 
 def _merged(job: Job, base: str, writing: Writing) -> Iterator[Event]:

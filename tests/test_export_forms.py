@@ -21,7 +21,7 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from qadapt import cache, export_finish, export_job, exporting
+from qadapt import cache, export_base, export_finish, export_job, exporting
 from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
@@ -361,7 +361,7 @@ def test_full_disk_is_found_before_the_bases_are_compared(runs, tmp_path, monkey
     def compared(*_: object, **__: object) -> Generator[Event, None, str]:
         raise AssertionError("the long work began")
 
-    monkeypatch.setattr(exporting, "choose_base", compared)
+    monkeypatch.setattr(export_base, "choose_base", compared)
     monkeypatch.setattr(cache, "free_bytes", lambda _: 70_000_000)
     with pytest.raises(NoRoom, match="are free there"):
         exported(runs, tmp_path / "exports" / "out", form=form, base="auto")
@@ -469,7 +469,7 @@ def test_a_gguf_source_is_known_as_quantized_or_not(runs, tmp_path, quantization
 
 
 def test_quantized_source_has_no_original_to_merge_on(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "quantized_type_of", lambda _: "Q8_0")
+    monkeypatch.setattr(export_base, "quantized_type_of", lambda _: "Q8_0")
     with pytest.raises(BadExport, match=r"is itself quantized \(Q8_0\)"):
         exported(runs, tmp_path / "out", base="original")
     assert list(tmp_path.iterdir()) == []
@@ -698,8 +698,8 @@ def test_bases_are_compared_where_the_run_computes_and_without_the_card_if_that_
         yield Warned(message="compared", cure="")
         return "original"
 
-    monkeypatch.setattr(exporting, "choose_device", choose_device)
-    monkeypatch.setattr(exporting, "choose_base", choose_base)
+    monkeypatch.setattr(export_base, "choose_device", choose_device)
+    monkeypatch.setattr(export_base, "choose_base", choose_base)
     *events, last = exported(runs, tmp_path / "out", base="auto", **QUICK)
     assert (asked, tried, last.base) == (["cpu"], ["cuda", "cpu"], "original")
     assert any("memory ran out" in event.message for event in events if isinstance(event, Warned))

@@ -34,6 +34,7 @@ RUNGS = (
         "measuring",
         "bisecting",
         "exporting",
+        "export_base",
         "export_job",
         "export_finish",
         "proving",
