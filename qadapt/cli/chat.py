@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     from qadapt.serve.partner import Partner
     from qadapt.together import Company
 
+WhatArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a run, the path of a run, adapter or exported model, a .gguf file, or a name, tag "
+        "or version of the store."
+    ),
+]
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="Ask this and leave; can be given again: one conversation."),
+]
+
 
 def chat(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="Name of a run, the path of a run, adapter or exported model, a .gguf file, or a name, tag "
-            "or version of the store."
-        ),
-    ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", help="Ask this and leave; can be given again: one conversation."),
-    ] = None,
+    what: WhatArgument,
+    prompt: PromptOption = None,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     beside: Annotated[
         bool, typer.Option("--beside", help="Answer twice, side by side: with the adapter and without.")

@@ -35,12 +35,13 @@ SupervisedOption = Annotated[
     float | None,
     typer.Option(help="Share of the tokens that the loss counts, such as 0.4. Default: all, the worst case."),
 ]
+RecomputeOption = Annotated[
+    str | None, typer.Option(help="Activation checkpointing: all, none, or how many of the first layers.")
+]
 RECOMPUTE_WORDS: tuple[Literal["all", "none"], ...] = ("all", "none")
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the values as JSON (schemas/estimate.schema.json).")
 ]
-
-
 MaxOption = Annotated[
     str | None,
     typer.Option("--max", help="The most that fits of: length, rows, rank; or the largest model."),
@@ -69,9 +70,7 @@ def estimate(
     length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows in one forward pass.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    recompute: Annotated[
-        str | None, typer.Option(help="Activation checkpointing: all, none, or how many of the first layers.")
-    ] = None,
+    recompute: RecomputeOption = None,
     supervised: SupervisedOption = None,
     max_: MaxOption = None,
     is_on_all: AllCardsOption = False,

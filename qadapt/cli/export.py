@@ -14,27 +14,30 @@ if TYPE_CHECKING:
     from qadapt.events import Event, Exported
     from qadapt.export.hub import HubTarget
 
+FormOption = Annotated[
+    str | None,
+    typer.Option(
+        help="merged-fp16, -bf16, -fp32: a whole model; bnb-4bit: one in 4 bits; gguf-q8_0, -f16, -bf16, "
+        "-q4_0, -q4_1, -q5_0, -q5_1, and -q4_k_m with llama.cpp installed; adapter or gguf-lora: the "
+        "adapter alone. Default: the recipe's export.form."
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights to merge on: dequantized (what was trained on), original, or auto (what answers "
+        "held-out rows better)."
+    ),
+]
+
 
 def export(
     run: Annotated[
         str,
         typer.Argument(help="A run, an adapter's folder, or a name, tag or version of the store."),
     ],
-    form: Annotated[
-        str | None,
-        typer.Option(
-            help="merged-fp16, -bf16, -fp32: a whole model; bnb-4bit: one in 4 bits; gguf-q8_0, -f16, -bf16, "
-            "-q4_0, -q4_1, -q5_0, -q5_1, and -q4_k_m with llama.cpp installed; adapter or gguf-lora: the "
-            "adapter alone. Default: the recipe's export.form."
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights to merge on: dequantized (what was trained on), original, or auto (what answers "
-            "held-out rows better)."
-        ),
-    ] = None,
+    form: FormOption = None,
+    base: BaseOption = None,
     weight: Annotated[
         float, typer.Option(help="How much of its update is merged: 1, as it was trained.")
     ] = 1.0,
@@ -74,9 +77,15 @@ def export(
     screen = console(is_quiet=json)
     target = _hub_target(push, is_private=private)
     runs = _weighted({run: weight}, add or [])
-    proof = not no_proof
     events = export_run(
-        runs, form=form, base=base, to=to, folder=folder, store=store, proof=proof, is_shared=bool(push)
+        runs,
+        form=form,
+        base=base,
+        to=to,
+        folder=folder,
+        store=store,
+        proof=not no_proof,
+        is_shared=target is not None,
     )
     exported = show_export(events, console=screen)
     pushed = None if target is None else _push(exported, target, console=screen)
