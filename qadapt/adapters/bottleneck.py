@@ -32,7 +32,7 @@ from qadapt.adapters.beside import Beside, Place, effects_beside, find_places
 from qadapt.adapters.effect import Effect, connect
 from qadapt.adapters.hypercomplex import HypercomplexProjection, SharedFactors
 from qadapt.adapters.side_car import Part, SideCar, decoder_layers
-from qadapt.adapters.side_car_files import read_settings, read_tensors
+from qadapt.adapters.side_car_files import check_base, read_settings, read_tensors
 from qadapt.engine.host import device_of
 from qadapt.errors import BadAdapter, BadRecipe
 from qadapt.methods import METHODS, SUMMANDS, Activation, check_dropped, check_step
@@ -171,8 +171,7 @@ def attach_bottleneck(
                 connect(effect)
             mine[place] = parts[f"layers.{number}.{place}"] = part
         layer.add_module("bottleneck", mine)
-    settings = {**asdict(bottleneck), "layers": len(decoder_layers(model)), "model_width": width}
-    return SideCar(model, parts, settings={**settings, "model_type": model.config.model_type})
+    return SideCar(model, parts, settings={**asdict(bottleneck), **of_base(model)})
 
 
 def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> SideCar:
@@ -228,14 +227,16 @@ def check_same_base(model: PreTrainedModel, settings: Mapping[str, Any], folder:
     Raises:
         BadAdapter: It is.
     """
-    ours = {"layers": len(decoder_layers(model)), "model_width": int(model.config.hidden_size)}
-    for name, value in {**ours, "model_type": model.config.model_type}.items():
-        if settings.get(name) != value:
-            raise BadAdapter(
-                f"The adapter in {folder} is for a base whose {name} is {settings.get(name)}; this base's is "
-                f"{value}.",
-                cure="Load it on the base that it was trained on.",
-            )
+    check_base(settings, of_base(model), folder)
+
+
+def of_base(model: PreTrainedModel) -> dict[str, Any]:
+    """What a base must have for bottleneck adapters to be its own."""
+    return {
+        "layers": len(decoder_layers(model)),
+        "model_width": int(model.config.hidden_size),
+        "model_type": model.config.model_type,
+    }
 
 
 def bottleneck_of(settings: Mapping[str, Any], folder: Path) -> Bottleneck:

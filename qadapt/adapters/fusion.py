@@ -40,13 +40,14 @@ from qadapt.adapters.bottleneck import (
     bottleneck_shapes,
     check_same_base,
     layers_with_one,
+    of_base,
     places_of,
     read_bottleneck,
     shared_of,
 )
 from qadapt.adapters.effect import Effect, connect
 from qadapt.adapters.facts import SIDE_CAR_FILES
-from qadapt.adapters.side_car import Part, SideCar, decoder_layers
+from qadapt.adapters.side_car import Part, SideCar
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.adapters.versions import sha256_of
 from qadapt.engine.host import device_of
@@ -295,9 +296,7 @@ def _attached(model: PreTrainedModel, members: Sequence[Member], fused: Mapping[
         "adapters": [
             {"name": each.name, "sha256": each.sha256, **asdict(each.bottleneck)} for each in members
         ],
-        "layers": len(decoder_layers(model)),
-        "model_width": int(model.config.hidden_size),
-        "model_type": model.config.model_type,
+        **of_base(model),
     }
     return SideCar(model, fused, settings=settings)
 
