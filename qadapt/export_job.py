@@ -9,6 +9,7 @@ from pathlib import Path
 from qadapt.adapters.facts import AdapterFacts
 from qadapt.data.prompt import PromptContract
 from qadapt.export.card import CardFacts, card_facts
+from qadapt.fusing import shown_target
 from qadapt.model.source import ModelFiles
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml
@@ -99,9 +100,9 @@ def _shareable(recipe: Recipe, *, is_hub_model: bool) -> Recipe:
     held_out = None if data.held_out is None else _shown(data.held_out)
     shown = {"sources": sources, "held_out": held_out, "template": Path(data.template).name}
     source = model.source if is_hub_model else Path(model.source).name
-    targets = recipe.adapter.targets  # of a fusion they may be folders
+    targets = recipe.adapter.targets  # they may name adapters by their folders
     if not isinstance(targets, str):
-        targets = tuple(Path(target).name for target in targets)
+        targets = tuple(map(shown_target, targets))
     return recipe.model_copy(
         update={
             "adapter": recipe.adapter.model_copy(update={"targets": targets}),

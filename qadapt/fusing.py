@@ -1,7 +1,7 @@
-"""The trained adapters that a recipe's fusion attends over: found, and held against each other and the base.
+"""The trained adapters that a recipe's one attends over or stands on: found, and held against the base.
 
 Looks at small files only and imports no torch: estimates ask, too. What is made of them is in
-`adapters/fusion.py`.
+`adapters/fusion.py` and `adapters/stack.py`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from qadapt.adapters.facts import PEFT_FILES, SIDE_CAR_FILES, is_side_car, read_facts
+from qadapt.adapters.facts import BELOW, PEFT_FILES, SIDE_CAR_FILES, is_side_car, read_facts
 from qadapt.adapters.store import SHOWN, Store
 from qadapt.adapters.versions import sha256_of
 from qadapt.errors import BadRecipe
-from qadapt.methods import METHODS, Activation, Fused, check_fused
+from qadapt.methods import METHODS, ON, Activation, Fused, check_fused
 from qadapt.run_folder import RunFolder
 from qadapt.serve.partner import find_partner
+from qadapt.stacking import BOTTLENECKS, stands_on
 
 if TYPE_CHECKING:
     from qadapt.recipe import Recipe
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A trained adapter that is attended over.
+    """A trained adapter that is attended over, or stood on.
 
     Attributes:
         folder: The adapter's.
@@ -42,16 +43,20 @@ class Source:
 
 
 def find_sources(recipe: Recipe) -> tuple[Source, ...]:
-    """The adapters that `adapter.targets` names; none for a method that attends to none.
+    """The adapters that `adapter.targets` names: those attended over, the one stood on, or none.
 
     Raises:
         BadAdapter: A version of the store is damaged, or a name stands for more than one adapter.
         BadRecipe: One is no bottleneck adapter, two have one name, or they are at different places.
         BadRun: There is nothing of a name, or a run has no adapter yet.
     """
-    if not METHODS[recipe.adapter.method].attends:
+    adapter, runs = recipe.adapter, recipe.run.folder
+    if name := stands_on(adapter.targets):
+        return (_source(name, runs, use="an adapter stands on a bottleneck adapter"),)
+    if not METHODS[adapter.method].attends:
         return ()
-    sources = tuple(_source(name, recipe.run.folder) for name in recipe.adapter.targets)
+    use = "attention is over bottleneck adapters"
+    sources = tuple(_source(name, runs, use=use) for name in adapter.targets)
     check_fused([source.fused for source in sources])
     return sources
 
@@ -104,17 +109,47 @@ def hash_of(sources: Sequence[Source]) -> str:
     return hashlib.sha256(whole.encode()).hexdigest() if files else ""
 
 
-def _source(target: str, runs: str) -> Source:
+def found_targets(recipe: Recipe) -> str | tuple[str, ...]:
+    """`adapter.targets` with the folders of the adapters that it names: the same from anywhere.
+
+    Raises:
+        QadaptError: As `find_sources`.
+    """
+    targets, sources = recipe.adapter.targets, find_sources(recipe)
+    if not sources:
+        return targets
+    folders = [str(source.folder) for source in sources]
+    if not stands_on(targets):
+        return tuple(folders)
+    return tuple(f"{ON}{folders[0]}" if target.startswith(ON) else target for target in targets)
+
+
+def name_below(recipe: Recipe) -> str:
+    """What the adapter is called on which a recipe's stands; empty if on none."""
+    return _name(Path(place)) if (place := stands_on(recipe.adapter.targets)) else ""
+
+
+def shown_target(target: str) -> str:
+    """A target without the folders that an adapter it names lies in."""
+    start = ON if target.startswith(ON) else ""
+    return f"{start}{_name(Path(target.removeprefix(start)))}"
+
+
+def _source(target: str, runs: str, *, use: str) -> Source:
     partner = find_partner(target, runs)
     folder = RunFolder(partner.path).adapter if partner.kind == "run" else partner.path
     settings = _settings(folder, target)
     method: Any = str(settings.get("kind", ""))
-    if method not in METHODS or METHODS[method].usual_activation is None:
+    if method not in BOTTLENECKS:
         title = METHODS[method].title if method in METHODS else method or "a model"
-        known = ", ".join(name for name, facts in METHODS.items() if facts.usual_activation is not None)
         raise BadRecipe(
-            f"adapter.targets: {target} is {title}, and attention is over bottleneck adapters.",
-            cure=f"Give adapters of {known}.",
+            f"adapter.targets: {target} is {title}, and {use}.",
+            cure=f"Give adapters of {', '.join(BOTTLENECKS)}.",
+        )
+    if isinstance(below := settings.get(BELOW), dict):
+        raise BadRecipe(
+            f"adapter.targets: {target} stands on {below.get('name')} itself, and {use} of the base alone.",
+            cure="Give adapters that were trained without `on:`.",
         )
     width, first, activation = (settings.get(name, 0) for name in ("width", "first_layer", "activation"))
     if type(width) is not int or type(first) is not int or activation not in get_args(Activation):

@@ -31,7 +31,7 @@ from qadapt.data.split import Split, split_rows
 from qadapt.errors import BadData
 from qadapt.events import DataReady, Event, Warned
 from qadapt.fusing import Source as Fused
-from qadapt.fusing import check_trained_on, find_sources, hash_of
+from qadapt.fusing import check_trained_on, find_sources, found_targets, hash_of
 from qadapt.methods import virtual_tokens
 from qadapt.model.source import ModelFiles, find_model, is_here
 from qadapt.plan.ranks import check_steps
@@ -49,7 +49,7 @@ class Material:
     """What a run is made of.
 
     `parts` are the prepared training rows, then held-out ones of their own; `fused` the trained adapters that
-    are attended over.
+    are attended over, or the one that another stands on.
     """
 
     files: ModelFiles
@@ -120,8 +120,7 @@ def resolved(recipe: Recipe) -> Recipe:
         data["date"] = date.today().isoformat()
     if Path(recipe.model.source).exists():
         values["model"]["source"] = str(Path(recipe.model.source).absolute())
-    if fused := find_sources(recipe):
-        values["adapter"]["targets"] = [str(source.folder) for source in fused]
+    values["adapter"]["targets"] = found_targets(recipe)
     return Recipe.model_validate(values)
 
 

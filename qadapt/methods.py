@@ -35,6 +35,8 @@ ENCODER_WIDTH = 512
 take the width of the model, on a 7B 34 million values for a few vectors; prefix tuning's take this."""
 _NORMED = "layernorm-"
 _FROM_LAYER = re.compile(r"layers\.(\d{1,4})-")
+ON = "on:"
+"""Begins a target that names the trained adapter on which a bottleneck adapter stands."""
 SUMMANDS = 4
 """Kronecker products in a projection of Compacter, as many as in its paper; they divide its widths."""
 
@@ -178,7 +180,7 @@ METHODS: Mapping[Method, MethodFacts] = {
 
 @dataclass(frozen=True)
 class Fused:
-    """A trained adapter that others are attended over with: what a step's memory depends on.
+    """A trained adapter that others are attended over with, or that one stands on: what memory depends on.
 
     Attributes:
         name: Of the run or of the store that it comes from.
@@ -324,11 +326,15 @@ def dropped_layers(method: Method, targets: str | Sequence[str]) -> int:
     """
     if METHODS[method].usual_activation is None or targets == "all-linear":
         return 0
-    if len(targets) == 1 and (found := _FROM_LAYER.fullmatch(targets[0])):
+    layers = [target for target in targets if not target.startswith(ON)]
+    if not layers:
+        return 0
+    if len(layers) == 1 and (found := _FROM_LAYER.fullmatch(layers[0])):
         return int(found[1])
     raise BadRecipe(
-        f"adapter.targets = {', '.join(targets)}: {METHODS[method].title} stand beside whole layers.",
-        cure="Leave adapter.targets out, or give [layers.12-] for layers from 12 on, counted from 0.",
+        f"adapter.targets = {', '.join(layers)}: {METHODS[method].title} stand beside whole layers.",
+        cure="Leave adapter.targets out, or give [layers.12-] for layers from 12 on, counted from 0, or "
+        f"[{ON}language] to stand on the trained adapter `language`.",
     )
 
 
@@ -366,9 +372,10 @@ def front_ids(count: int) -> list[int]:
     return [-1 - place for place in range(count)]
 
 
-def said(method: Method, rank: int) -> str:
-    """A method in words, with its size if it has one."""
+def said(method: Method, rank: int, *, on: str = "") -> str:
+    """A method in words, with its size if it has one, and with what its adapter stands on."""
     facts = METHODS[method]
     if facts.has_virtual_tokens:
         return f"{facts.title}, {rank} virtual tokens"
-    return f"{facts.title}, {facts.size} {rank}" if facts.size else facts.title
+    sized = f"{facts.title}, {facts.size} {rank}" if facts.size else facts.title
+    return f"{sized}, on {on}" if on else sized

@@ -15,6 +15,7 @@ from qadapt.errors import BadRecipe
 from qadapt.methods import METHODS, Method, Nonlinearity, check_targets, dropped_layers, virtual_tokens
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.shape import Part
+from qadapt.stacking import check_on
 from qadapt.units import parse_bytes
 
 Positive = Annotated[int, Field(gt=0)]
@@ -79,7 +80,9 @@ class AdapterSection(Section):
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head. Bottleneck
     adapters: `layers.12-`, for none below layer 12, counted from 0 (AdapterDrop, arXiv:2010.11918). Fusion:
-    the trained adapters that are attended over, two or more: runs, names of the store, folders."""
+    the trained adapters that are attended over, two or more: runs, names of the store, folders.
+    Bottleneck adapters: `on:NAME`, on that trained bottleneck adapter, which stays as it is (a task on a
+    language, MAD-X, arXiv:2005.00052)."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Stored type of the adapter; auto: bf16 with compensated updates where bf16 is fast, else fp32, as for
     IA3 and DoRA."""
@@ -92,6 +95,7 @@ class AdapterSection(Section):
                 raise ValueError(f"{name} = {given[name]} means nothing to {facts.title}; leave it out")
         try:
             dropped_layers(self.method, self.targets)
+            check_on(self.method, self.targets)
             check_targets(self.method, self.targets)
         except BadRecipe as error:
             raise ValueError(f"{error.problem} {error.cure}") from None

@@ -11,6 +11,7 @@ from qadapt.adapters.facts import AdapterFacts
 from qadapt.cache import output_errors
 from qadapt.data.prepared import skipped_lines
 from qadapt.events import RunStarted
+from qadapt.fusing import name_below
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.material import Material
 from qadapt.methods import METHODS, said
@@ -25,7 +26,7 @@ def started(recipe: Recipe, plan: StoredPlan, run: RunFolder) -> RunStarted:
     return RunStarted(
         name=run.name,
         model=recipe.model.source,
-        method=said(recipe.adapter.method, recipe.adapter.rank),
+        method=said(recipe.adapter.method, recipe.adapter.rank, on=name_below(recipe)),
         device=plan.device,
         steps=plan.steps,
         folder=str(run.path),

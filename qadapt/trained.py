@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qadapt.adapters.facts import AdapterFacts, is_side_car, read_facts
+from qadapt.adapters.facts import AdapterFacts, below_of, is_side_car, read_facts
 from qadapt.adapters.peft_config import peft_values
 from qadapt.adapters.side_car_files import read_settings
 from qadapt.adapters.store import SHOWN, Store
@@ -73,7 +73,8 @@ class Trained:
     def said_method(self) -> str:
         """How it was trained, in words, with its size where that is known."""
         if self.recipe is not None:
-            return method_in_words(self.recipe.adapter.method, self.recipe.adapter.rank)
+            on = str(below_of(self.adapter).get("name", ""))
+            return method_in_words(self.recipe.adapter.method, self.recipe.adapter.rank, on=on)
         return next((facts.title for name, facts in METHODS.items() if name == self.method), self.method)
 
     @property

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "qadapt"
 RUNGS = (
     {"errors", "units", "quiet"},
     {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
-    | {"methods", "control", "pause_rules", "stage", "run_folder", "hardware", "measured", "licences"},
+    | {"methods", "control", "pause_rules", "stage", "run_folder", "hardware", "measured", "licences"}
+    | {"stacking"},
     {"plan"},
     {"engine"},
     {"model", "adapters", "data"},

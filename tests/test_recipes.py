@@ -18,6 +18,7 @@ from qadapt.plan.ranks import LEAST_STEPS
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import apply_override, read_recipe, shipped_recipes
 from qadapt.shape import find_shape
+from qadapt.stacking import built_on
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -51,6 +52,7 @@ NAMES = [
     "adapters/prompt",
     "adapters/ptuning",
     "adapters/rslora",
+    "adapters/stacked",
     "adapters/vera",
 ]
 DEMO = [name for name in NAMES if name.startswith(("quickstart", "adapters/"))]
@@ -151,11 +153,10 @@ def on_tiny_model(name: str, folder: Path, tiny_model: TinyModel) -> Recipe:
 
 
 def first_stages(recipe: Recipe) -> list[str]:
-    """The shipped recipes whose adapters it attends over."""
-    if not METHODS[recipe.adapter.method].attends:
-        return []
-    found = [name for name in DEMO if read_recipe(name).run.name in recipe.adapter.targets]
-    assert len(found) == len(recipe.adapter.targets)
+    """The shipped recipes whose adapters it builds on."""
+    wanted = built_on(recipe.adapter.method, recipe.adapter.targets)
+    found = [name for name in DEMO if read_recipe(name).run.name in wanted]
+    assert len(found) == len(wanted)
     return found
 
 

@@ -4,7 +4,7 @@
     python tools/demo --method all                   every one; minutes each on two CPU cores
 
 Each is trained by its recipe (`recipes/adapters/`; LoRA: the demo's own), unless its run is there already;
-so are first the adapters that a fusion attends over.
+so are first the adapters that another attends over or stands on.
 Nothing is left out of the table: what does worse stands there, too.
 """
 
@@ -61,15 +61,14 @@ def recipe_and_run(method: str) -> tuple[str, str]:
 
 
 def with_first_stages(methods: tuple[str, ...]) -> tuple[str, ...]:
-    """The methods to train, each after those whose adapters it attends over."""
-    from qadapt.methods import METHODS
+    """The methods to train, each after those whose adapters it builds on."""
     from qadapt.recipe_file import read_recipe
+    from qadapt.stacking import built_on
 
     found: list[str] = []
     for method in methods:
-        if METHODS[method].attends:  # type: ignore[index]
-            found += read_recipe(recipe_and_run(method)[0]).adapter.targets
-        found.append(method)
+        section = read_recipe(recipe_and_run(method)[0]).adapter
+        found += [*built_on(section.method, section.targets), method]
     return tuple(dict.fromkeys(found))
 
 
@@ -101,6 +100,8 @@ def learned(method: str) -> Learned:
     from qadapt.adapters.facts import own_files
     from qadapt.events import AdapterAttached, Evaluated, MemoryMeasured, StepDone
     from qadapt.methods import METHODS
+    from qadapt.recipe_file import read_recipe
+    from qadapt.stacking import stands_on
     from qadapt.view.journal import effective, read_events
 
     runs, name = environment.ROOT / "runs", recipe_and_run(method)[1]
@@ -109,9 +110,10 @@ def learned(method: str) -> Learned:
     tuned = qadapt.load(name, folder=str(runs))
     rows = demo_task.make_rows(demo_task.HELD_OUT_ROWS, 0, held_out=True)
     answers = answered(tuned, [demo_task.prompt(row) for row in rows])
-    adapter = runs / name / "adapter"
+    adapter, section = runs / name / "adapter", read_recipe(recipe_and_run(method)[0]).adapter
+    on = stands_on(section.targets)
     return Learned(
-        title=METHODS[method].title,  # type: ignore[index]
+        title=METHODS[section.method].title + (f", on {on}" if on else ""),
         trainable=attached.trainable,
         share=attached.trainable / (attached.trainable + attached.base_parameters),
         file_bytes=(adapter / own_files(adapter)[0]).stat().st_size,

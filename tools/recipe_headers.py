@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qadapt.hardware.cards import Card
-from qadapt.methods import METHODS, Fused, activation_of, dropped_layers, has_norm
+from qadapt.methods import Fused, activation_of, dropped_layers, has_norm
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.setting import setting_of
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import read_recipe, shipped_recipes
 from qadapt.shape import find_shape
+from qadapt.stacking import built_on
 from qadapt.units import GIB, format_bytes
 
 LINE = re.compile(r"^# What it needs: .*$", flags=re.MULTILINE)
@@ -61,11 +62,9 @@ def needs(name: str) -> Needs:
 
 
 def fused_of(recipe: Recipe) -> tuple[Fused, ...]:
-    """The adapters that a recipe attends over, as the shipped recipes that its targets name train them."""
-    if not METHODS[recipe.adapter.method].attends:
-        return ()
+    """The adapters that a recipe builds on, as the shipped recipes that its targets name train them."""
     by_run = {(each := read_recipe(name)).run.name: each.adapter for name in shipped_recipes()}
-    stages = [(name, by_run[name]) for name in recipe.adapter.targets]
+    stages = [(name, by_run[name]) for name in built_on(recipe.adapter.method, recipe.adapter.targets)]
     return tuple(
         Fused(
             name,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qadapt.adapters.bottleneck import KINDS, bottleneck_shapes
+from qadapt.adapters.facts import below_of
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.errors import Unsupported
 
@@ -40,6 +41,12 @@ def average(adapters: Sequence[tuple[Path, float]]) -> tuple[dict[str, Any], dic
             f"{first} is of the kind {settings.get('kind')}: only bottleneck adapters have a mean.",
             cure="Use adapters of this kind as they are.",
         )
+    for folder, _ in adapters:
+        if on := below_of(folder):
+            raise Unsupported(
+                f"{folder} stands on the adapter {on.get('name')}: only what stands on the base has a mean.",
+                cure="Use it as it is, or train the adapters that are averaged without `on:`.",
+            )
     parts: dict[str, list[Tensor]] = {}
     for folder, weight in adapters:
         own = read_settings(folder)

@@ -132,7 +132,12 @@ class Projection(nn.Module):
 
 
 def attach_bottleneck(
-    model: PreTrainedModel, bottleneck: Bottleneck, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    model: PreTrainedModel,
+    bottleneck: Bottleneck,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    child: str = "bottleneck",
 ) -> SideCar:
     """The base with new adapters, which alone are trainable.
 
@@ -141,6 +146,7 @@ def attach_bottleneck(
         bottleneck: The adapters.
         dtype: Type of what is trained.
         seed: Of what starts at random.
+        child: What they are called in their layers.
 
     Raises:
         Unsupported: It is not known where this architecture adds to its stream.
@@ -170,7 +176,7 @@ def attach_bottleneck(
             for effect in effects_beside(layer, part.to(device, dtype), places, place=place):
                 connect(effect)
             mine[place] = parts[f"layers.{number}.{place}"] = part
-        layer.add_module("bottleneck", mine)
+        layer.add_module(child, mine)
     return SideCar(model, parts, settings={**asdict(bottleneck), **of_base(model)})
 
 
@@ -182,11 +188,16 @@ def load_bottleneck(model: PreTrainedModel, folder: Path, *, is_trainable: bool 
     """
     bottleneck, tensors = read_bottleneck(model, folder)
     adapted = attach_bottleneck(model, bottleneck)
+    fill(adapted, tensors, is_trainable=is_trainable)
+    return adapted
+
+
+def fill(adapted: SideCar, tensors: Mapping[str, Tensor], *, is_trainable: bool) -> None:
+    """Gives adapters tensors by their names on disk, in the type that these have."""
     for name, part in adapted.parts.items():
         for key, parameter in part.stored().items():
             parameter.data = tensors[f"{name}.{key}"].to(parameter.device)
             parameter.requires_grad_(is_trainable)
-    return adapted
 
 
 def bottleneck_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
@@ -196,7 +207,17 @@ def bottleneck_effects(model: PreTrainedModel, folder: Path) -> list[Effect]:
         BadAdapter: The folder's files are damaged, or are of adapters for another base.
         Unsupported: It is not known where this architecture adds to its stream.
     """
-    bottleneck, tensors = read_bottleneck(model, folder)
+    return effects_with(model, *read_bottleneck(model, folder))
+
+
+def effects_with(
+    model: PreTrainedModel, bottleneck: Bottleneck, tensors: Mapping[str, Tensor]
+) -> list[Effect]:
+    """The same of adapters with tensors by their names on disk.
+
+    Raises:
+        Unsupported: As `bottleneck_effects`.
+    """
     places, device, effects = find_places(model), device_of(model), []
     if (shared := shared_of(bottleneck.kind)) is not None:
         shared.factors.data = tensors[f"{SHARED}.factors"].to(device, copy=True)

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from qadapt.adapters.facts import PEFT_FILES, is_side_car
+from qadapt.adapters.facts import BELOW, PEFT_FILES, is_side_car
 from qadapt.adapters.fusion import FUSION
 from qadapt.adapters.peft_config import read_peft_config
 from qadapt.adapters.side_car_files import TYPES, read_settings, read_tensors
@@ -89,7 +89,7 @@ def _check_side_car(folder: Path, base: PreTrainedModel) -> None:
     settings = read_settings(folder)
     _check_sizes(read_tensors(folder, side_car_shapes(settings, folder)), folder)
     members = settings["adapters"] if settings["kind"] == FUSION else ()
-    for part in (settings, *members):
+    for part in (settings, settings.get(BELOW, {}), *members):
         scale = float(part.get("scale", 1))
         if not abs(scale) <= MOST:
             raise _absurd(folder, f"its scale is {scale:.3g}, more than {MOST:g}")

@@ -14,6 +14,8 @@ COMBINATION_FILE = "combination.json"
 PEFT_FILES = "adapter_model.safetensors", "adapter_config.json"
 SIDE_CAR_FILES = "side_car.safetensors", "side_car.json"
 """Tensors and settings of an adapter that stands beside the base's weights."""
+BELOW = "below"
+"""In a side-car's settings: the trained adapter on which it stands, which lies in the same folder."""
 BASE_KEEPING_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "true")
 """Values of `init_lora_weights` that leave the base as it was; PiSSA, OLoRA and the like rewrite it."""
 _QUANTIZATIONS, _DTYPES = ("nf4", "int8", "none"), ("bf16", "fp16", "fp32")
@@ -22,6 +24,16 @@ _QUANTIZATIONS, _DTYPES = ("nf4", "int8", "none"), ("bf16", "fp16", "fp32")
 def is_side_car(folder: Path) -> bool:
     """Whether a folder holds a side-car, and not an adapter of PEFT's."""
     return (folder / SIDE_CAR_FILES[1]).is_file()
+
+
+def below_of(folder: Path) -> dict[str, object]:
+    """What the adapter of a folder stands on, with its `name` and `sha256`; nothing if on its base alone."""
+    try:
+        values = json.loads((folder / SIDE_CAR_FILES[1]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = values.get(BELOW) if isinstance(values, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def own_files(folder: Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What an adapter has that is not trained: PiSSA's start, VeRA's projections, the adapters of a fusion.
+"""What an adapter has that is not trained: PiSSA's start, VeRA's projections, the adapters that it builds on.
 
 It is part of the adapter as what is trained is: saved, resumed and counted with it.
 """
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from qadapt.adapters.fusion import attended_tensors
 from qadapt.adapters.pissa import starts_of
+from qadapt.adapters.stack import lower_tensors
 
 
 def frozen_of(model: nn.Module) -> dict[str, Tensor]:
     """The frozen tensors of an adapter by name."""
-    return starts_of(model) | projections_of(model) | attended_tensors(model)
+    return starts_of(model) | projections_of(model) | attended_tensors(model) | lower_tensors(model)
 
 
 def projections_of(model: nn.Module) -> dict[str, Tensor]:

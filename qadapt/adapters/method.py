@@ -27,6 +27,7 @@ from qadapt.adapters.prefix import PREFIX_KINDS, attach_prefix
 from qadapt.adapters.prompt import PROMPT_KINDS, attach_prompt
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_cars import load_side_car
+from qadapt.adapters.stack import attach_stack
 from qadapt.adapters.triplets import use_triplet_layers
 from qadapt.adapters.vera import attach_vera, use_projected_layers
 from qadapt.errors import Unsupported
@@ -37,7 +38,8 @@ from qadapt.methods import METHODS, Method, Nonlinearity, activation_of, dropped
 class Adapter:
     """What is trained, as a recipe's adapter section has it.
 
-    `members` is what a fusion attends over, `steps` how many the run has, over which AdaLoRA gives ranks up.
+    `members` is what a fusion attends over, or the one adapter that a bottleneck stands on; `steps` how many
+    the run has, over which AdaLoRA gives ranks up.
     """
 
     method: Method
@@ -62,7 +64,7 @@ def attach(
     """The base with a new adapter, which alone is trainable, and the rows of new tokens.
 
     The first forward pass equals the base's, but for what stands in front of the text, and for LoftQ; of a
-    fusion it is that of the mean of its adapters.
+    fusion it is that of the mean of its adapters, and of what stands on an adapter that of this one.
 
     Args:
         model: The frozen base.
@@ -116,6 +118,8 @@ def _attach_beside(model: PreTrainedModel, adapter: Adapter, *, dtype: torch.dty
             dropout=dropout,
             first_layer=dropped_layers(method, adapter.targets),
         )
+        if adapter.members:
+            return attach_stack(model, bottleneck, adapter.members[0], dtype=dtype, seed=seed)
         return attach_bottleneck(model, bottleneck, dtype=dtype, seed=seed)
     if method == FUSION:
         return attach_fusion(model, adapter.members, dtype=dtype, seed=seed)
@@ -140,5 +144,5 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool = F
 def adapted_layers(model: PeftModel) -> int:
     """How many layers of a base have an adapter, or how many adapters stand beside them."""
     if isinstance(model, SideCar):
-        return sum(not part.is_shared for part in model.parts.values())
+        return sum(not part.is_shared and not part.is_below for part in model.parts.values())
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())

@@ -23,6 +23,8 @@ class Part(nn.Module):
     is_on = True
     is_shared = False
     """Whether it is no adapter of its own, but what several have in common."""
+    is_below = False
+    """Whether it is of the trained adapter on which the model's own stands."""
     virtual_tokens = 0
     """How many virtual tokens it wants in front of every row (`engine/front.py`)."""
 

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from qadapt.adapters.bottleneck import KINDS, bottleneck_effects, bottleneck_shapes, load_bottleneck
 from qadapt.adapters.effect import Effect
+from qadapt.adapters.facts import BELOW
 from qadapt.adapters.fusion import FUSION, fusion_effects, fusion_shapes, load_fusion
 from qadapt.adapters.prefix import PREFIX_KINDS, load_prefix, prefix_effects, prefix_shapes
 from qadapt.adapters.prompt import PROMPT_KINDS, load_prompt, prompt_effects, prompt_shapes
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import read_settings
+from qadapt.adapters.stack import load_stack, stack_effects, stack_shapes
 from qadapt.errors import BadAdapter
 
 
@@ -42,6 +44,9 @@ _FAMILIES: Mapping[str, _Family] = {
     **dict.fromkeys(PREFIX_KINDS, _Family(load_prefix, prefix_shapes, prefix_effects)),
     **dict.fromkeys(PROMPT_KINDS, _Family(load_prompt, prompt_shapes, prompt_effects)),
 }
+
+_STACK = _Family(load_stack, stack_shapes, stack_effects)
+"""Of bottlenecks that stand on another adapter, whose kind is their own."""
 
 
 def load_side_car(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> SideCar:
@@ -80,4 +85,4 @@ def _family(settings: Mapping[str, Any], folder: Path) -> _Family:
             f"The adapter in {folder} is of the kind {kind!r}; known are {', '.join(_FAMILIES)}.",
             cure="Take the adapter's files from where they were made, or a newer qadapt.",
         )
-    return _FAMILIES[kind]
+    return _STACK if BELOW in settings and kind in KINDS else _FAMILIES[kind]

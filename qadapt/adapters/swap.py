@@ -11,7 +11,7 @@ are made for all rows at once, and each adapter works on its own rows. For use, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qadapt.adapters.adapted_base import AdaptedBase
+from qadapt.adapters.beside import Beside
 from qadapt.adapters.effect import Effect
 from qadapt.adapters.facts import is_side_car
 from qadapt.adapters.peft_effects import peft_effects
+from qadapt.adapters.side_car import Part
 from qadapt.adapters.side_cars import side_car_effects
 from qadapt.adapters.sites import Chosen, Group, Site
 from qadapt.engine.front import HasVirtualTokens
@@ -54,6 +56,7 @@ class Swap(AdaptedBase):
     def __init__(self, base: PreTrainedModel) -> None:
         super().__init__(base.requires_grad_(False))
         self._held: dict[str, list[Effect]] = {}
+        self._below: dict[str, str] = {}  # an adapter → what is held of the one it was trained on
         self._parts = nn.ModuleList()  # whose tensors move with this model, and are counted in it
         self._sites: dict[nn.Module, Site] = {}
         self._chosen = Chosen()
@@ -62,12 +65,12 @@ class Swap(AdaptedBase):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the adapters, in the order in which they came."""
-        return tuple(self._held)
+        return self._shown(self._held)
 
     @property
     def chosen(self) -> tuple[tuple[str, ...], ...]:
         """The stacks that are on now: one for all rows, or each that some rows have; empty without any."""
-        return tuple(group.names for group in self._chosen.groups)
+        return tuple(self._shown(group.names) for group in self._chosen.groups)
 
     @property
     def virtual_tokens(self) -> int:
@@ -93,10 +96,17 @@ class Swap(AdaptedBase):
                 cure="Give the other one another name, or remove this one first.",
             )
         effects = effects_of(self.base, folder)
+        lower = [effect for effect in effects if isinstance(effect.part, Part) and effect.part.is_below]
+        if lower:
+            self._below[name] = f"below {name}"
+            self._hold(self._below[name], lower)
+        self._hold(name, [effect for effect in effects if effect not in lower])
+        self._count_parts()
+
+    def _hold(self, name: str, effects: list[Effect]) -> None:
         self._held[name] = effects
         for effect in effects:
             self._site(effect.module).add(name, effect)
-        self._count_parts()
 
     def remove(self, name: str) -> None:
         """Takes an adapter out of memory; if it is on, none is afterwards.
@@ -107,9 +117,10 @@ class Swap(AdaptedBase):
         self._check_names((name,))
         if any(name in names for names in self.chosen):
             self.none()
-        for module in dict.fromkeys(effect.module for effect in self._held.pop(name)):
-            if not self._sites[module].remove(name):
-                del self._sites[module]
+        for each in (name, *filter(None, [self._below.pop(name, None)])):
+            for module in dict.fromkeys(effect.module for effect in self._held.pop(each)):
+                if not self._sites[module].remove(each):
+                    del self._sites[module]
         self._count_parts()
 
     def use(self, name: str) -> None:
@@ -126,7 +137,8 @@ class Swap(AdaptedBase):
         Updates of LoRA add up and factors of IA3 multiply. A bottleneck works on what the one before it gave,
         as on a base that has that one, and as the library `adapters` 1.3 stacks a language and a task
         (`tools/bench/parity_adapters.py`); as MAD-X is written (arXiv:2005.00052) it would see the first's
-        output alone, and only what comes out last would be added.
+        output alone, and only what comes out last would be added. One that was trained on another brings that
+        one with it, unless a bottleneck comes before it: that one takes its place, such as another language.
 
         Raises:
             BadAdapter: There is none of a name.
@@ -187,23 +199,36 @@ class Swap(AdaptedBase):
         each = dict.fromkeys(stacks)
         for names in each:
             self._check_names(names)
-            self._check_stack(names)
+            self._check_stack(self._whole(names))
         if len(each) == 1:
             (names,) = each
-            return (Group(names),) if names else ()
+            return (Group(self._whole(names)),) if names else ()
         device = device_of(self.base)
         groups = []
         for names in filter(None, each):
             rows = tuple(place for place, stack in enumerate(stacks) if stack == names)
-            groups.append(Group(names, rows, torch.tensor(rows, device=device), count=len(stacks)))
+            places = torch.tensor(rows, device=device)
+            groups.append(Group(self._whole(names), rows, places, count=len(stacks)))
         return tuple(groups)
+
+    def _whole(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """A stack with what its first bottleneck adapter was trained on, if that was trained on another."""
+        for place, name in enumerate(names):
+            if any(isinstance(effect.part, Beside) for effect in self._held[name]):
+                lower = filter(None, [self._below.get(name)])
+                return (*names[:place], *lower, *names[place:])
+        return names
+
+    def _shown(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those that were added by name."""
+        return tuple(name for name in names if name not in self._below.values())
 
     def _check_names(self, names: Sequence[str]) -> None:
         for name in names:
-            if name not in self._held:
+            if name not in self.names:
                 raise BadAdapter(
                     f"There is no adapter {name} in memory.",
-                    cure=f"In memory are {', '.join(self._held) or 'none'}; add it first.",
+                    cure=f"In memory are {', '.join(self.names) or 'none'}; add it first.",
                 )
 
     def _check_stack(self, names: tuple[str, ...]) -> None:

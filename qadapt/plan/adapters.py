@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from qadapt.methods import SCALED_INPUTS
 from qadapt.plan.bottleneck import bottleneck_tensors, shared_tensors, stands_beside
-from qadapt.plan.fusion import attends, frozen_tensors, shared_frozen_tensors
+from qadapt.plan.fusion import frozen_tensors, shared_frozen_tensors
 from qadapt.plan.prefix import flat_values, has_prefix, network_tensors, prefix_tensors
 from qadapt.plan.prompt import front_tensors
 from qadapt.plan.ranks import trained_rank
@@ -92,13 +92,13 @@ def start_bytes(shape: ModelShape, setting: Setting) -> int:
     """What of the adapter is frozen and takes no gradient.
 
     PiSSA's start, as large as what it trains; VeRA's two projections, once for all layers, as wide as the
-    widest needs; the adapters that are attended over.
+    widest needs; the adapters that are attended over, or the one that another stands on.
     """
     each = setting.adapter_value_bytes
-    if attends(setting):
+    if setting.fused:
         layer = sum(setting.tensor_bytes(count, each) for count in frozen_tensors(shape, setting))
         once = sum(setting.tensor_bytes(count, each) for count in shared_frozen_tensors(setting))
-        return layers_with_adapter(shape, setting) * layer + once
+        return (shape.layers - setting.fused[0].first_layer) * layer + once
     if setting.method == "vera":
         adapted = [linear for linear in shape.linears if setting.adapts(linear)]
         widest = max(linear.inputs for linear in adapted), max(linear.outputs for linear in adapted)

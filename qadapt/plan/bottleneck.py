@@ -12,14 +12,13 @@ Legend: D width of the model, R width of the bottleneck, N `SUMMANDS`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from qadapt.methods import METHODS, SUMMANDS, activation_of, has_norm
 from qadapt.plan.fusion import attends, fusion_bytes, fusion_tensors, is_cast, layer_norm_bytes
 from qadapt.plan.setting import Setting
+from qadapt.plan.stack import Half, below_bytes
 from qadapt.shape import ModelShape
 
-Half = Literal["attention", "mlp"]
 FP32 = 4
 _KNOWN_FROM_RESULT = ("relu", "tanh")
 """Nonlinearities whose slopes are known from what comes out of them."""
@@ -51,8 +50,10 @@ def reached(shape: ModelShape, setting: Setting) -> tuple[ModelShape, Setting]:
     if isinstance(recompute, int):
         recompute = max(0, recompute - dropped) or "none"
     layers = dataclasses.replace(shape, layers=shape.layers - dropped)
-    fused = tuple(dataclasses.replace(each, first_layer=0) for each in setting.fused)
-    targets = setting.targets if fused else "all-linear"
+    fused = tuple(
+        dataclasses.replace(each, first_layer=max(0, each.first_layer - dropped)) for each in setting.fused
+    )
+    targets = setting.targets if attends(setting) else "all-linear"
     return layers, dataclasses.replace(setting, recompute=recompute, targets=targets, fused=fused)
 
 
@@ -62,7 +63,11 @@ def shared_tensors(setting: Setting) -> tuple[int, ...]:
 
 
 def bottleneck_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
-    """What the adapter beside one half of a layer keeps; 0 if there is none."""
+    """What the adapter beside one half of a layer keeps, with the one it stands on; 0 if there is none."""
+    return below_bytes(shape, setting, half) + _own_bytes(shape, setting, half)
+
+
+def _own_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
     facts = METHODS[setting.method]
     if not stands_beside(setting) or (half == "attention" and not is_after_attention(setting)):
         return 0
@@ -92,7 +97,7 @@ def bottleneck_passing_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def is_after_attention(setting: Setting) -> bool:
     """Whether a layer has something after its attention, too."""
-    return METHODS[setting.fused[0].method if setting.fused else setting.method].after_attention
+    return METHODS[setting.fused[0].method if attends(setting) else setting.method].after_attention
 
 
 def mask_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -103,7 +108,7 @@ def mask_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def shared_stream_bytes(shape: ModelShape, setting: Setting) -> int:
     """What a parallel adapter need not keep itself: the stream that enters, which a norm keeps in fp32."""
-    first = setting.fused[0].method if setting.fused else setting.method
+    first = setting.fused[0].method if attends(setting) else setting.method
     is_kept_as_it_is = setting.dropout == 0 or has_norm(setting.nonlinearity)
     is_shared = first == "parallel" and setting.compute_bytes == FP32 and is_kept_as_it_is
     return shape.width * FP32 * setting.tokens if is_shared else 0

@@ -47,6 +47,7 @@ from qadapt.plan.fusion import attends, idle_bytes
 from qadapt.plan.host import filed_bytes, pinned_bytes, table_bytes
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.plan.speed import micro_batch_seconds
+from qadapt.plan.stack import below_idle_bytes
 from qadapt.plan.weights import base_weight_bytes, quantization_constant_bytes, unquantized_bytes
 from qadapt.plan.workspace import (
     attention_passing_bytes,
@@ -297,8 +298,10 @@ def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
     before = half - bottleneck_bytes(shape, setting, "attention")
     before += 0 if has_norm(setting.nonlinearity) else mask_bytes(shape, setting)
     before += idle_bytes(shape, setting) if attends(setting) else 0
+    before += below_idle_bytes(shape, setting, "attention")
     if is_after_attention(setting):
         return before
+    before += below_idle_bytes(shape, setting, "mlp")
     before += mlp_bytes(shape, setting) - bottleneck_bytes(shape, setting, "mlp")
     return before - shared_stream_bytes(shape, setting)
 

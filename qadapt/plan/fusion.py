@@ -85,19 +85,18 @@ def fusion_passing_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def _inner_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the frozen adapters at one place keep: their nonlinearities' values, and cast weights."""
+    return sum(frozen_bytes(shape, setting, fused) for fused in setting.fused)
+
+
+def frozen_bytes(shape: ModelShape, setting: Setting, fused: Fused) -> int:
+    """What a frozen adapter keeps at one place, besides what enters: values within it, cast weights."""
     c, width = setting.compute_bytes, shape.width
-    kept = 0
-    for fused in setting.fused:
-        kept += fused.width * c * setting.tokens
-        if METHODS[fused.method].is_hypercomplex:  # the factors of each input, which are made anew
-            kept += SUMMANDS**2 * (width + fused.width) * c
-            kept += is_cast(setting) * (width + fused.width) * c
-        else:
-            kept += is_cast(setting) * 2 * width * fused.width * c
-        if fused.norm:
-            kept += layer_norm_bytes(shape, setting)
-    return kept
+    kept = fused.width * c * setting.tokens
+    if METHODS[fused.method].is_hypercomplex:  # the factors of each input, which are made anew
+        kept += (SUMMANDS**2 + is_cast(setting)) * (width + fused.width) * c
+    else:
+        kept += is_cast(setting) * 2 * width * fused.width * c
+    return kept + (layer_norm_bytes(shape, setting) if fused.norm else 0)
 
 
 def layer_norm_bytes(shape: ModelShape, setting: Setting) -> int:

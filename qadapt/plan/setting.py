@@ -27,6 +27,7 @@ from qadapt.methods import (
 )
 from qadapt.plan.ranks import check_start
 from qadapt.shape import Linear, ModelShape, Part
+from qadapt.stacking import BOTTLENECKS
 
 if TYPE_CHECKING:
     from qadapt.recipe import AdapterSection, Recipe
@@ -66,7 +67,7 @@ class Setting:
     many pieces along the sequence a feed-forward part is computed; `offload` what stays on the host, on CUDA;
     on a CPU only boundaries go elsewhere, to a file.
 
-    `fused` are the trained adapters that are attended over, if any are.
+    `fused` are the trained adapters that are attended over, or the one that the trained one stands on.
 
     `packed` says that rows lie one after another, each a document that sees itself alone, in one row of at
     most `rows` times `length` tokens; `documents` is the most of them there are, 0 for `rows` of full length;
@@ -120,9 +121,14 @@ class Setting:
     @property
     def dropped_layers(self) -> int:
         """How many of the lowest layers have no bottleneck adapter, so that nothing goes back to them."""
-        if self.fused:
+        if self.fused and METHODS[self.method].attends:
             return self.fused[0].first_layer
         return dropped_layers(self.method, self.targets)
+
+    @property
+    def below(self) -> Fused | None:
+        """The frozen adapter on which the trained one stands, if it stands on one."""
+        return self.fused[0] if self.fused and self.method in BOTTLENECKS else None
 
     @property
     def trains_embeddings(self) -> bool:

@@ -19,7 +19,7 @@ from qadapt.shape import Part
 
 @dataclass(frozen=True)
 class Ingredients:
-    """SHA-256 of what a run is made of; of adapters, if it attends over some."""
+    """SHA-256 of what a run is made of; of adapters, if it builds on some."""
 
     base: str
     template: str
