@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from bench.closed_form import BAR
+from beside_runs import assert_real_step
 from conftest import TinyModel
 from safetensors.torch import load_file
 from test_bottleneck import IDS, base_of, drawn, gradients, of_the_library, trained, width_of
 from test_bottleneck_runs import bottleneck_recipe
-from test_closed_form import FULL, compared
-from test_dryrun import counted
-from test_estimate import CPU, folders, shape_of, values_of
+from test_closed_form import FULL, assert_near, compared
+from test_estimate import CPU, folders, shape_of
 from test_train import changed, only
 
 from qadapt.adapters.adapters_library import import_bottleneck
@@ -33,7 +32,6 @@ from qadapt.plan.setting import Setting
 from qadapt.plan.speed import passes
 from qadapt.recipe import AdapterSection
 from qadapt.run import evaluate, load, train
-from qadapt.train.dryrun import dry_run
 
 __all__ = ["folders"]  # a fixture
 
@@ -177,11 +175,7 @@ def step(method: Method, **changes: Any) -> Setting:
 def test_the_dry_run_is_the_real_step_to_the_byte(
     family: str, method: Method, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
-    setting = step(method, **changes)
-    dry = dry_run({"model_type": family, **values_of(family)}, setting)
-    ledger = counted(folders[family], setting)
-    assert dry.peak == ledger.peak
-    assert dry.phase_bytes == dict(ledger.phase_bytes)
+    assert_real_step(family, step(method, **changes), folders[family])
 
 
 @pytest.mark.parametrize(
@@ -209,8 +203,7 @@ def test_the_closed_form_is_the_dry_run_within_three_percent(
         **changes,
         **types,
     )
-    for part in ("peak", "working"):
-        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+    assert_near(found)
 
 
 def test_leaving_layers_out_takes_less_of_everything() -> None:

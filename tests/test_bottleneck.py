@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from two_adapters import PAIRS
+from written_layers import beside, write_out, written_adapter
 
 from qadapt.adapters.adapters_library import import_bottleneck
 from qadapt.adapters.bottleneck import (
@@ -23,7 +26,7 @@ from qadapt.adapters.bottleneck import (
     load_bottleneck,
 )
 from qadapt.adapters.method import load_adapter
-from qadapt.adapters.side_car import SideCar, decoder_layers
+from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import documents_of, isolating
@@ -33,6 +36,7 @@ from qadapt.model.load import load_base
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gemma3_text")
 TWO_NORMS = ("gemma2", "gemma3_text")
+SEES = {kind: sees for sees, kinds in PAIRS.items() for kind in kinds}
 IDS = torch.randint(3, 90, (2, 23), generator=torch.Generator().manual_seed(5))
 
 
@@ -91,56 +95,16 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
-def naive_weight(model: SideCar, name: str, side: str) -> Tensor:
-    """(outputs, inputs) of a projection; of Compacter as its paper has it, by Kronecker products."""
-    part = dict(model.parts[name].named_parameters())
-    if f"{side}.weight" in part:
-        return part[f"{side}.weight"]
-    (factors,) = model.parts["shared"].parameters()
-    pairs = zip(part[f"{side}.left"], part[f"{side}.right"], strict=True)
-    return (
-        torch.stack([torch.kron(a, torch.outer(*pair)) for a, pair in zip(factors, pairs, strict=True)])
-        .sum(0)
-        .T
-    )
-
-
 def naive_adapter(model: SideCar, name: str, values: Tensor) -> Tensor:
-    """The formula, written out with the tensors of the side-car."""
+    """The formula of one adapter, with the tensors of the side-car."""
     part = dict(model.parts[name].named_parameters())
-    if "norm.weight" in part:
-        values = functional.layer_norm(values, values.shape[-1:], part["norm.weight"], part["norm.bias"])
-    inner = values @ naive_weight(model, name, "down").T + part["down.bias"]
-    functions = {"silu": functional.silu, "relu": torch.relu, "gelu": functional.gelu, "tanh": torch.tanh}
-    inner = functions[model.settings["activation"]](inner)
-    return 1.5 * (inner @ naive_weight(model, name, "up").T + part["up.bias"])
+    shared = dict(model.parts["shared"].named_parameters()) if "shared" in model.parts else {}
+    return written_adapter(part, shared.get("factors"), model.settings["activation"], values)
 
 
 def naive_layers(model: SideCar, kind: Kind, *, has_two_norms: bool) -> None:
     """Decoder layers written out with the adapters in them; the hooks are switched off."""
-    for part in model.parts.values():
-        part.is_on = False
-
-    def layer_forward(number: int, layer: Any) -> Any:
-        def forward(stream: Tensor, **named: Any) -> Tensor:
-            out = layer.self_attn(hidden_states=layer.input_layernorm(stream), **named)[0]
-            if has_two_norms:
-                out = layer.post_attention_layernorm(out)
-            if kind in ("houlsby", "compacter"):
-                out = out + naive_adapter(model, f"layers.{number}.attention", out)
-            stream = stream + out
-            before = layer.pre_feedforward_layernorm if has_two_norms else layer.post_attention_layernorm
-            out = layer.mlp(before(stream))
-            if has_two_norms:
-                out = layer.post_feedforward_layernorm(out)
-            sees = {"pfeiffer": stream + out, "compacterplus": stream + out, "parallel": stream}
-            seen = sees.get(kind, out)
-            return stream + out + naive_adapter(model, f"layers.{number}.feed_forward", seen)
-
-        return forward
-
-    for number, layer in enumerate(decoder_layers(model.base)):
-        layer.forward = layer_forward(number, layer)  # type: ignore[method-assign]
+    write_out(model, beside(partial(naive_adapter, model), sees=SEES[kind]), has_two_norms=has_two_norms)
 
 
 def gradients(model: SideCar, *, ids: Tensor = IDS, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,6 +113,36 @@ def gradients(model: SideCar, *, ids: Tensor = IDS, **named: Any) -> tuple[Tenso
     functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     found = {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
     return logits.detach(), found
+
+
+def packed_gradients(model: SideCar) -> dict[str, Tensor]:
+    """Of both rows of `IDS`, packed as two documents."""
+    documents, ids = documents_of((23, 22)), torch.cat((IDS[0], IDS[1]))[None]
+    targets = ids[0, 1:].clone()
+    targets[22] = -100  # the second document's first token is not the first one's next
+    with isolating(cast(Any, model)):
+        logits = model(
+            input_ids=ids[:, :45], use_cache=False, documents=documents, position_ids=documents.position_ids
+        ).logits
+        functional.cross_entropy(logits[0], targets, reduction="sum").backward()
+    return {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
+
+
+def gradients_by_row(model: SideCar) -> dict[str, Tensor]:
+    """Of the same rows, one after the other."""
+    for ids in IDS:
+        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+        functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+    return {name: each.grad for name, each in trained(model).items() if each.grad is not None}
+
+
+def padded_batch() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Two prompts of different lengths; both as one batch, filled up on the left; its mask."""
+    short = IDS[1:, :9]
+    batch = torch.cat((IDS[:1, :14], torch.cat((torch.full((1, 5), 3), short), 1)))
+    mask = torch.ones_like(batch)
+    mask[1, :5] = 0
+    return [IDS[:1, :14], short], batch, mask
 
 
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor], *, within: float) -> bool:
@@ -233,38 +227,23 @@ def test_packed_documents_are_as_if_alone(kind: Kind, tiny_model: TinyModel) -> 
 def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_at_a_time(
     kind: Kind, quantization: str, tiny_model: TinyModel
 ) -> None:
-    documents, ids = documents_of((23, 22)), torch.cat((IDS[0], IDS[1]))[None]
     base = base_of(tiny_model, "llama", quantization=quantization)
     arrange(base, recompute="all", tiles=1, offload=())
-    model = adapted(base, kind, activation="gelu", norm=True).train()
-    targets = ids[0, 1:].clone()
-    targets[22] = -100  # the second document's first token is not the first one's next
-    with isolating(cast(Any, model)):
-        logits = model(
-            input_ids=ids[:, :45], use_cache=False, documents=documents, position_ids=documents.position_ids
-        ).logits
-        functional.cross_entropy(logits[0], targets, reduction="sum").backward()
-    packed = {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
+    packed = packed_gradients(adapted(base, kind, activation="gelu", norm=True).train())
     base = base_of(tiny_model, "llama", quantization=quantization)
     naive = adapted(base, kind, activation="gelu", norm=True)
     naive_layers(naive, kind, has_two_norms=False)
-    for first, last in ((0, 23), (23, 46)):
-        alone = naive(input_ids=ids[:, first : last - 1], use_cache=False).logits[0]
-        functional.cross_entropy(alone, ids[0, first + 1 : last], reduction="sum").backward()
-    wanted = {name: each.grad for name, each in trained(naive).items() if each.grad is not None}
+    wanted = gradients_by_row(naive)
     assert close(packed, wanted, within=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_of_a_batch_is_its_own_single_run(kind: Kind, tiny_model: TinyModel) -> None:
     model = adapted(base_of(tiny_model, "llama", quantization="nf4"), kind).eval()
-    short = IDS[1:, :9]
-    batch = torch.cat((IDS[:1, :14], torch.cat((torch.full((1, 5), 3), short), 1)))
-    mask = torch.ones_like(batch)
-    mask[1, :5] = 0
+    prompts, batch, mask = padded_batch()
     told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     together = model.generate(input_ids=batch, attention_mask=mask, **told)[:, 14:]
-    for row, prompt in enumerate((IDS[:1, :14], short)):
+    for row, prompt in enumerate(prompts):
         alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **told)
         assert alone[0, prompt.shape[1] :].tolist() == together[row].tolist()
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench.closed_form import BAR
+from beside_runs import assert_real_step, logits_elsewhere, logits_of
 from conftest import TinyModel
 from safetensors.torch import load_file
 from test_bottleneck import drawn, of_the_library
-from test_closed_form import FULL, HALF, compared
-from test_dryrun import counted
-from test_estimate import CPU, folders, shape_of, values_of
-from test_train import assert_same, changed, make_recipe, only
+from test_closed_form import BESIDE, FULL, HALF, assert_near, compared
+from test_estimate import CPU, folders, shape_of
+from test_train import assert_same, changed, make_recipe, only, train_in_two_runs
 
-from qadapt import control
 from qadapt.adapters.average import average
 from qadapt.adapters.bottleneck import Bottleneck, attach_bottleneck
 from qadapt.adapters.difference import Change, difference_of
@@ -43,24 +39,11 @@ from qadapt.plan.adapters import trainable as trainable_count
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.recipe import AdapterSection, Recipe
-from qadapt.run import evaluate, load, resume, train
+from qadapt.run import evaluate, load, train
 from qadapt.serve.partner import Partner, find_partner
-from qadapt.train.dryrun import dry_run
 
 __all__ = ["folders"]  # a fixture
 KINDS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterplus")
-PROGRAM = """
-import sys, torch
-from safetensors.torch import save_file
-from qadapt.run import load
-torch.set_num_threads(1)
-found = {}
-for method in sys.argv[3:]:
-    tuned = load("first", folder=f"{sys.argv[1]}/{method}/runs")
-    with torch.no_grad():
-        found[method] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits.contiguous()
-save_file(found, sys.argv[2])
-"""
 
 
 def bottleneck_recipe(folder: Path, model: Path, method: str, **options: Any) -> Recipe:
@@ -90,12 +73,8 @@ def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_m
         assert {path.name for path in adapter.iterdir()} == {
             "side_car.json", "side_car.safetensors", "qadapt.json", "prompt.json",
         }  # fmt: skip
-        tuned = load("first", folder=recipe.run.folder)
-        with torch.no_grad():
-            logits[method] = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
-    place = tmp_path / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), str(place), *KINDS], check=True)
-    assert_same(load_file(place), logits)
+        logits[method] = logits_of(Path(recipe.run.folder))
+    assert_same(logits_elsewhere(tmp_path, KINDS), logits)
 
 
 def test_a_nonlinearity_is_what_the_recipe_says_and_the_store_tells_it(
@@ -125,17 +104,14 @@ def test_methods_without_a_bottleneck_refuse_a_nonlinearity() -> None:
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, tiny_model: TinyModel) -> None:
-    adapters = []
+    recipes = []
     for name in ("straight", "broken"):
         (tmp_path / name).mkdir()
         recipe = bottleneck_recipe(tmp_path / name, tiny_model("gemma2"), "pfeiffer")
-        for event in train(changed(recipe, "adapter", dropout=0.1)):
-            if name == "broken" and isinstance(event, StepDone) and event.step == 2:
-                control.ask(Path(recipe.run.folder) / "first", "stop")
-        if name == "broken":
-            list(resume("first", folder=recipe.run.folder))
-        adapters.append(adapter_of(Path(recipe.run.folder) / "first"))
-    assert_same(*adapters)
+        recipes.append(changed(recipe, "adapter", dropout=0.1))
+    list(train(recipes[0]))
+    train_in_two_runs(recipes[1])
+    assert_same(*(adapter_of(Path(recipe.run.folder) / "first") for recipe in recipes))
 
 
 def test_a_rehearsed_run_is_evaluated_with_and_without_its_adapter(
@@ -200,11 +176,7 @@ def test_the_dry_run_is_the_real_step_to_the_byte_whatever_the_scale(
     family: str, method: Method, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     setting = beside(method, accumulates=False, **changes)
-    dry = dry_run({"model_type": family, **values_of(family)}, setting)
-    for alpha in (6, 12):
-        ledger = counted(folders[family], setting, alpha=alpha)
-        assert dry.peak == ledger.peak
-        assert dry.phase_bytes == dict(ledger.phase_bytes)
+    assert_real_step(family, setting, folders[family], alphas=(6, 12))
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -212,11 +184,7 @@ def test_the_dry_run_is_the_real_step_to_the_byte_whatever_the_scale(
     ("model", "card", "changes"),
     [
         ("SmolLM2-360M", None, {"length": 300, "recompute": "none", "dropout": 0.1, **FULL}),
-        ("Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096, "supervised_share": 0.1}),
-        ("Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, "supervised_share": 0.05, **HALF}),
-        ("gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none", "supervised_share": 0.05}),
-        ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "supervised_share": 0.02}),
-        ("Qwen3-0.6B", "RTX 4060 8GB", {"rows": 2, "length": 777, "supervised_share": 0.02, "mlp_tiles": 4}),
+        *BESIDE,
         ("SmolLM2-360M", None, {"length": 300, "recompute": 2, "nonlinearity": "layernorm-relu", **FULL}),
         ("gemma-2-2b", "T4", {"length": 900, "nonlinearity": "layernorm-silu", "dropout": 0.1, **HALF}),
     ],
@@ -225,8 +193,7 @@ def test_the_closed_form_is_the_dry_run_within_three_percent(
     model: str, card: str | None, changes: dict[str, Any], method: Method
 ) -> None:
     found = compared(model, card, method=method, rank=64, **changes)
-    for part in ("peak", "working"):
-        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+    assert_near(found)
 
 
 @pytest.mark.parametrize("method", KINDS)

@@ -6,16 +6,26 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from conftest import TinyModel
-from test_bottleneck import IDS, TWO_NORMS, base_of, close, gradients, trained
+from test_bottleneck import (
+    IDS,
+    TWO_NORMS,
+    base_of,
+    close,
+    gradients,
+    gradients_by_row,
+    packed_gradients,
+    padded_batch,
+    trained,
+)
 from test_packing import rows
 from torch import Tensor
-from torch.nn import functional
 from two_adapters import PAIRS, fused_pair, members_of, redrawn
+from written_layers import beside, write_out, written_adapter
 
 from qadapt.adapters.average import average
 from qadapt.adapters.check import check_adapter
@@ -28,11 +38,10 @@ from qadapt.adapters.fusion import (
     watching_weights,
 )
 from qadapt.adapters.method import adapted_layers, load_adapter
-from qadapt.adapters.side_car import SideCar, decoder_layers
+from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.adapters.swap import Swap
 from qadapt.engine.arrangement import arrange
-from qadapt.engine.documents import documents_of, isolating
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.methods import Fused, check_fused
 from qadapt.model.skeleton import skeleton_base
@@ -56,27 +65,14 @@ def fused(
     return model
 
 
-def naive_adapter(member: Member, model: SideCar, place: int, name: str, values: Tensor) -> Tensor:
-    """The formula of one adapter, written out with the tensors of its own side-car."""
+def naive_adapter(member: Member, name: str, values: Tensor) -> Tensor:
+    """The formula of one adapter, with the tensors of its own side-car."""
+    front = f"{name}."
     part = {
-        key.removeprefix(f"{name}."): tensor
-        for key, tensor in member.tensors.items()
-        if key.startswith(f"{name}.")
+        key.removeprefix(front): tensor for key, tensor in member.tensors.items() if key.startswith(front)
     }
-    if "norm.weight" in part:
-        values = functional.layer_norm(values, values.shape[-1:], part["norm.weight"], part["norm.bias"])
-    weights = []
-    for side in ("down", "up"):
-        if f"{side}.weight" in part:
-            weights.append(part[f"{side}.weight"])
-            continue
-        pairs = zip(
-            member.tensors["shared.factors"], part[f"{side}.left"], part[f"{side}.right"], strict=True
-        )
-        weights.append(torch.stack([torch.kron(a, torch.outer(s, t)) for a, s, t in pairs]).sum(0).T)
-    inner = values @ weights[0].T + part["down.bias"]
-    inner = torch.relu(inner) if member.bottleneck.activation == "relu" else functional.silu(inner)
-    return 1.5 * (inner @ weights[1].T + part["up.bias"])
+    factors = member.tensors.get("shared.factors")
+    return written_adapter(part, factors, member.bottleneck.activation, values)
 
 
 def naive_fusion(model: SideCar, given: list[Tensor], name: str, values: Tensor) -> Tensor:
@@ -103,32 +99,11 @@ def written_out(
     has_two_norms: bool = False,
 ) -> None:
     """Decoder layers written out with a mixture in them; the hooks are switched off."""
-    for part in model.parts.values():
-        part.is_on = False
 
     def added(name: str, values: Tensor) -> Tensor:
-        given = [naive_adapter(each, model, place, name, values) for place, each in enumerate(own)]
-        return mixed(model, given, name, values)
+        return mixed(model, [naive_adapter(each, name, values) for each in own], name, values)
 
-    def layer_forward(number: int, layer: Any) -> Any:
-        def forward(stream: Tensor, **named: Any) -> Tensor:
-            out = layer.self_attn(hidden_states=layer.input_layernorm(stream), **named)[0]
-            if has_two_norms:
-                out = layer.post_attention_layernorm(out)
-            if sees == "output":
-                out = out + added(f"layers.{number}.attention", out)
-            stream = stream + out
-            before = layer.pre_feedforward_layernorm if has_two_norms else layer.post_attention_layernorm
-            out = layer.mlp(before(stream))
-            if has_two_norms:
-                out = layer.post_feedforward_layernorm(out)
-            entering = {"sum": stream + out, "stream": stream, "output": out}[sees]
-            return stream + out + added(f"layers.{number}.feed_forward", entering)
-
-        return forward
-
-    for number, layer in enumerate(decoder_layers(model.base)):
-        layer.forward = layer_forward(number, layer)  # type: ignore[method-assign]
+    write_out(model, beside(added, sees=sees), has_two_norms=has_two_norms)
 
 
 @pytest.mark.parametrize("sees", PAIRS)
@@ -167,23 +142,12 @@ def test_logits_and_gradients_are_those_of_the_formula(family: str, sees: str, t
 def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_at_a_time(
     sees: str, quantization: str, tiny_model: TinyModel
 ) -> None:
-    documents, ids = documents_of((23, 22)), torch.cat((IDS[0], IDS[1]))[None]
     model = fused(tiny_model, sees, quantization=quantization).train()
     arrange(model.base, recompute="all", tiles=1, offload=())
-    targets = ids[0, 1:].clone()
-    targets[22] = -100  # the second document's first token is not the first one's next
-    with isolating(cast(Any, model)):
-        logits = model(
-            input_ids=ids[:, :45], use_cache=False, documents=documents, position_ids=documents.position_ids
-        ).logits
-        functional.cross_entropy(logits[0], targets, reduction="sum").backward()
-    packed = {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
+    packed = packed_gradients(model)
     naive = fused(tiny_model, sees, quantization=quantization)
     written_out(naive, members(tiny_model, sees), sees)
-    for first, last in ((0, 23), (23, 46)):
-        alone = naive(input_ids=ids[:, first : last - 1], use_cache=False).logits[0]
-        functional.cross_entropy(alone, ids[0, first + 1 : last], reduction="sum").backward()
-    wanted = {name: each.grad for name, each in trained(naive).items() if each.grad is not None}
+    wanted = gradients_by_row(naive)
     assert len(wanted) == len(trained(naive))
     assert close(packed, wanted, within=2e-4)
 
@@ -202,13 +166,10 @@ def test_tiled_and_offloaded_steps_have_the_same_gradients(tiny_model: TinyModel
 
 def test_each_row_of_a_batch_is_its_own_single_run_with_a_cache(tiny_model: TinyModel) -> None:
     model = fused(tiny_model, quantization="nf4").eval()
-    short = IDS[1:, :9]
-    batch = torch.cat((IDS[:1, :14], torch.cat((torch.full((1, 5), 3), short), 1)))
-    mask = torch.ones_like(batch)
-    mask[1, :5] = 0
+    prompts, batch, mask = padded_batch()
     told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     together = model.generate(input_ids=batch, attention_mask=mask, **told)[:, 14:]
-    for row, prompt in enumerate((IDS[:1, :14], short)):
+    for row, prompt in enumerate(prompts):
         ids = prompt
         with torch.no_grad():
             for _ in range(8):

@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from bench.closed_form import BAR
+from beside_runs import assert_real_step, logits_of
 from conftest import TinyModel
 from safetensors.torch import load_file
-from test_closed_form import FULL, HALF, compared
-from test_dryrun import counted
-from test_estimate import CPU, folders, shape_of, values_of
-from test_train import assert_same, changed, make_recipe, only
+from test_closed_form import BESIDE, FULL, assert_near, compared
+from test_estimate import CPU, folders, shape_of
+from test_train import assert_same, changed, make_recipe, only, train_in_two_runs, train_until
 from two_adapters import PAIRS, first_stages, fused_pair
 
-from qadapt import control
 from qadapt.adapters.store import Store
 from qadapt.cli.main import run as command
 from qadapt.errors import BadRecipe, BadRun, Unsupported
@@ -34,9 +32,8 @@ from qadapt.plan.adapters import trainable as trainable_count
 from qadapt.plan.setting import Setting
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
-from qadapt.run import evaluate, load, resume, train
+from qadapt.run import evaluate, resume, train
 from qadapt.shape import find_shape
-from qadapt.train.dryrun import dry_run
 
 __all__ = ["folders"]  # a fixture
 PROGRAM = """
@@ -89,9 +86,7 @@ def test_a_run_needs_its_first_stages_no_more_once_it_is_trained(
     settings = json.loads((Path(finished.adapter) / "side_car.json").read_text("utf-8"))
     assert [each["name"] for each in settings["adapters"]] == ["pfeiffer", "compacterplus"]
 
-    tuned = load("first", folder=str(runs))
-    with torch.no_grad():
-        logits = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
+    logits = logits_of(runs)
     found = evaluate("first", folder=str(runs))
     assert found.loss < found.base_loss
     assert [each.layer for each in found.attended] == [0, 1]
@@ -118,23 +113,17 @@ def test_a_run_needs_its_first_stages_no_more_once_it_is_trained(
 
 
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, tiny_model: TinyModel) -> None:
-    found = []
-    for name in ("straight", "broken"):
-        recipe = after_first_stages(tmp_path / name, tiny_model("llama"))
-        for event in train(recipe):
-            if name == "broken" and isinstance(event, StepDone) and event.step == 2:
-                control.ask(Path(recipe.run.folder) / "first", "stop")
-        if name == "broken":
-            list(resume("first", folder=recipe.run.folder))
-        found.append(adapter_of(recipe))
-    assert_same(*found)
+    straight, broken = (
+        after_first_stages(tmp_path / name, tiny_model("llama")) for name in ("straight", "broken")
+    )
+    list(train(straight))
+    train_in_two_runs(broken)
+    assert_same(adapter_of(straight), adapter_of(broken))
 
 
 def test_a_run_whose_first_stage_changed_is_not_gone_on_with(tmp_path: Path, tiny_model: TinyModel) -> None:
     recipe = after_first_stages(tmp_path, tiny_model("llama"))
-    for event in train(recipe):
-        if isinstance(event, StepDone) and event.step == 2:
-            control.ask(Path(recipe.run.folder) / "first", "stop")
+    train_until(recipe, step=2)
     path = Path(recipe.run.folder) / "pfeiffer" / "adapter" / "side_car.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -228,11 +217,7 @@ def fused(kinds: tuple[Any, Any] = PAIRS["sum"], **changes: Any) -> Setting:
 def test_the_dry_run_is_the_real_step_to_the_byte(
     family: str, sees: str, changes: dict[str, Any], folders: dict[str, Path]
 ) -> None:
-    setting = fused(PAIRS[sees], **changes)
-    dry = dry_run({"model_type": family, **values_of(family)}, setting)
-    ledger = counted(folders[family], setting)
-    assert dry.peak == ledger.peak
-    assert dry.phase_bytes == dict(ledger.phase_bytes)
+    assert_real_step(family, fused(PAIRS[sees], **changes), folders[family])
 
 
 @pytest.mark.parametrize("sees", PAIRS)
@@ -240,11 +225,7 @@ def test_the_dry_run_is_the_real_step_to_the_byte(
     ("model", "card", "changes"),
     [
         ("SmolLM2-360M", None, {"length": 300, "recompute": "none", **FULL}),
-        ("Mistral-7B-v0.1", "RTX 3060 12GB", {"length": 4096, "supervised_share": 0.1}),
-        ("Llama-3.2-1B", "T4", {"length": 3000, "recompute": 2, "supervised_share": 0.05, **HALF}),
-        ("gemma-2-2b", "A100 80GB", {"length": 777, "recompute": "none", "supervised_share": 0.05}),
-        ("Phi-3-mini-4k-instruct", "RTX 3090", {"length": 512, "supervised_share": 0.02}),
-        ("Qwen3-0.6B", "RTX 4060 8GB", {"rows": 2, "length": 777, "supervised_share": 0.02, "mlp_tiles": 4}),
+        *BESIDE,
     ],
 )
 def test_the_closed_form_is_the_dry_run_within_three_percent(
@@ -252,8 +233,7 @@ def test_the_closed_form_is_the_dry_run_within_three_percent(
 ) -> None:
     pair = tuple(dataclasses.replace(each, width=64) for each in fused_pair(PAIRS[sees]))
     found = compared(model, card, method="fusion", targets=("one", "two"), fused=pair, **changes)
-    for part in ("peak", "working"):
-        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+    assert_near(found)
 
 
 def test_the_size_on_disk_is_known_to_the_byte(folders: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bench.closed_form import BAR
-from test_closed_form import ATTENTION, FULL, HALF, compared
+from test_closed_form import ATTENTION, FULL, HALF, assert_near, compared
 from test_dryrun import SETTING, config
 from test_estimate import build, folders, shape_of
 
@@ -121,8 +121,7 @@ def test_the_closed_form_of_a_packed_micro_batch_is_the_dry_run(
     model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
     found = compared(model, card, packed=True, **changes)
-    for part in ("peak", "working"):
-        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+    assert_near(found)
 
 
 def test_a_packed_micro_batch_is_as_full_as_its_rows_and_length_allow() -> None:

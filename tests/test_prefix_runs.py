@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bench.closed_form import BAR
-from front_runs import assert_real_step, kept_and_exported, logits_elsewhere, logits_of
-from test_closed_form import FULL, HALF, compared
+from beside_runs import assert_real_step, kept_and_exported, logits_elsewhere, logits_of
+from test_closed_form import FULL, HALF, assert_near, compared
 from test_estimate import CPU, build, folders, shape_of
 from test_method_runs import recipe_of
 from test_train import assert_same, only
@@ -116,8 +115,7 @@ def test_the_closed_form_is_the_dry_run_within_three_percent(
     kind: PrefixKind, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
     found = compared(model, card, method=kind, **{"supervised_share": 0.02, **changes})
-    for part in ("peak", "working"):
-        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+    assert_near(found)
 
 
 @pytest.mark.parametrize("kind", PREFIX_KINDS)

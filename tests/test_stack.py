@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from conftest import TinyModel
-from test_bottleneck import IDS, TWO_NORMS, base_of, close, gradients, trained, width_of
+from test_bottleneck import (
+    IDS,
+    SEES,
+    TWO_NORMS,
+    base_of,
+    close,
+    gradients,
+    gradients_by_row,
+    packed_gradients,
+    padded_batch,
+    trained,
+    width_of,
+)
 from test_fusion import naive_adapter
 from torch import Tensor
-from torch.nn import functional
 from two_adapters import members_of, redrawn, trained_adapter
+from written_layers import beside, write_out
 
 from qadapt.adapters.average import average
 from qadapt.adapters.bottleneck import Bottleneck, Kind, load_bottleneck, places_of
 from qadapt.adapters.fusion import Member, read_member
 from qadapt.adapters.method import adapted_layers, load_adapter
-from qadapt.adapters.side_car import SideCar, decoder_layers
+from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.adapters.stack import attach_stack, load_stack, lower_tensors
 from qadapt.adapters.swap import Swap
 from qadapt.engine.arrangement import arrange
-from qadapt.engine.documents import documents_of, isolating
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
-from qadapt.methods import METHODS, Fused, Method, dropped_layers
+from qadapt.methods import Fused, Method, dropped_layers
 from qadapt.stacking import check_on, stands_on
 
 PAIRS: tuple[tuple[Kind, Kind], ...] = (
@@ -65,8 +77,6 @@ def stacked(
 
 def written_out(model: SideCar, lower: Member, kind: Kind, *, has_two_norms: bool = False) -> None:
     """Decoder layers written out with both adapters in them; the hooks are switched off."""
-    for part in model.parts.values():
-        part.is_on = False
     live = {
         f"{name}.{key}": each
         for name, part in model.parts.items()
@@ -75,30 +85,13 @@ def written_out(model: SideCar, lower: Member, kind: Kind, *, has_two_norms: boo
     }
     both = lower, Member("task", task(kind), "", live)
 
-    def changed(out: Tensor, stream: Tensor, number: int, place: str) -> Tensor:
+    def changed(name: str, out: Tensor, stream: Tensor) -> Tensor:
         for each in both:
-            if place in places_of(each.bottleneck.kind):
-                seen = {"output": out, "sum": stream + out, "stream": stream}
-                entering = seen[METHODS[each.bottleneck.kind].sees]
-                out = out + naive_adapter(each, model, 0, f"layers.{number}.{place}", entering)
+            one = beside(partial(naive_adapter, each), sees=SEES[each.bottleneck.kind])
+            out = one(name, out, stream)
         return out
 
-    def layer_forward(number: int, layer: Any) -> Any:
-        def forward(stream: Tensor, **named: Any) -> Tensor:
-            out = layer.self_attn(hidden_states=layer.input_layernorm(stream), **named)[0]
-            if has_two_norms:
-                out = layer.post_attention_layernorm(out)
-            stream = stream + changed(out, stream, number, "attention")
-            before = layer.pre_feedforward_layernorm if has_two_norms else layer.post_attention_layernorm
-            out = layer.mlp(before(stream))
-            if has_two_norms:
-                out = layer.post_feedforward_layernorm(out)
-            return stream + changed(out, stream, number, "feed_forward")
-
-        return forward
-
-    for number, layer in enumerate(decoder_layers(model.base)):
-        layer.forward = layer_forward(number, layer)  # type: ignore[method-assign]
+    write_out(model, changed, has_two_norms=has_two_norms)
 
 
 def saved(tiny_model: TinyModel, folder: Path, *, seed: int, kind: Kind = "pfeiffer") -> Path:
@@ -152,23 +145,12 @@ def test_logits_and_gradients_are_those_of_both_written_out(
 def test_packed_and_recomputed_gradients_are_those_of_both_one_document_at_a_time(
     pair: tuple[Kind, Kind], held: str, tiny_model: TinyModel
 ) -> None:
-    documents, ids = documents_of((23, 22)), torch.cat((IDS[0], IDS[1]))[None]
     model = stacked(tiny_model, pair, held=held).train()
     arrange(model.base, recompute="all", tiles=1, offload=())
-    targets = ids[0, 1:].clone()
-    targets[22] = -100  # the second document's first token is not the first one's next
-    with isolating(cast(Any, model)):
-        logits = model(
-            input_ids=ids[:, :45], use_cache=False, documents=documents, position_ids=documents.position_ids
-        ).logits
-        functional.cross_entropy(logits[0], targets, reduction="sum").backward()
-    packed = {name: each.grad.clone() for name, each in trained(model).items() if each.grad is not None}
+    packed = packed_gradients(model)
     naive = stacked(tiny_model, pair, held=held)
     written_out(naive, below(tiny_model, pair[0]), pair[1])
-    for first, last in ((0, 23), (23, 46)):
-        alone = naive(input_ids=ids[:, first : last - 1], use_cache=False).logits[0]
-        functional.cross_entropy(alone, ids[0, first + 1 : last], reduction="sum").backward()
-    wanted = {name: each.grad for name, each in trained(naive).items() if each.grad is not None}
+    wanted = gradients_by_row(naive)
     assert len(wanted) == len(trained(naive))
     assert close(packed, wanted, within=2e-4)
 
@@ -268,13 +250,10 @@ def test_in_a_stack_another_language_takes_the_place_of_the_one_it_was_trained_o
 
 def test_each_row_of_a_batch_is_its_own_single_run_with_a_cache(tiny_model: TinyModel) -> None:
     model = stacked(tiny_model, held="nf4").eval()
-    short = IDS[1:, :9]
-    batch = torch.cat((IDS[:1, :14], torch.cat((torch.full((1, 5), 3), short), 1)))
-    mask = torch.ones_like(batch)
-    mask[1, :5] = 0
+    prompts, batch, mask = padded_batch()
     told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
     together = model.generate(input_ids=batch, attention_mask=mask, **told)[:, 14:]
-    for row, prompt in enumerate((IDS[:1, :14], short)):
+    for row, prompt in enumerate(prompts):
         ids = prompt
         with torch.no_grad():
             for _ in range(8):

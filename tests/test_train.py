@@ -82,6 +82,22 @@ def make_recipe(folder: Path, model: Path, **train_fields: Any) -> Recipe:
     return check_recipe(values, origin="the test")
 
 
+def train_until(recipe: Recipe, *, step: int) -> list[Event]:
+    """Trains a recipe that is asked to stop at a step."""
+    events = []
+    for event in train(recipe):
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == step:
+            control.ask(Path(recipe.run.folder) / recipe.run.name, "stop")
+    return events
+
+
+def train_in_two_runs(recipe: Recipe) -> None:
+    """Trains a recipe, stopped after two steps, and goes on with it."""
+    train_until(recipe, step=2)
+    list(resume(recipe.run.name, folder=recipe.run.folder))
+
+
 def only(kind: type[Event], events: Iterable[Event]) -> list[Any]:
     return [event for event in events if isinstance(event, kind)]
 
@@ -148,11 +164,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, tiny_mode
 
 def test_a_request_to_stop_leaves_a_run_that_goes_on(tmp_path: Path, tiny_model: TinyModel) -> None:
     run = tmp_path / "runs" / "first"
-    events = []
-    for event in train(make_recipe(tmp_path, tiny_model("llama"))):
-        events.append(event)
-        if isinstance(event, StepDone) and event.step == 2:
-            control.ask(run, "stop")
+    events = train_until(make_recipe(tmp_path, tiny_model("llama")), step=2)
     assert isinstance(events[-1], Stopped)
     assert events[-1].step == 2
     assert isinstance(events[-2], CheckpointSaved)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bench.closed_form import BAR
-from front_runs import assert_real_step, kept_and_exported, logits_elsewhere, logits_of
+from beside_runs import assert_real_step, kept_and_exported, logits_elsewhere, logits_of
 from safetensors.torch import load_file
-from test_closed_form import FULL, HALF, compared
+from test_closed_form import FULL, HALF, assert_near, compared
 from test_estimate import CPU, build, folders, shape_of
 from test_method_runs import recipe_of
 from test_train import assert_same, changed, only
@@ -178,8 +177,7 @@ def test_the_closed_form_is_the_dry_run_within_three_percent(
     kind: PromptKind, model: str, card: str | None, changes: dict[str, Any]
 ) -> None:
     found = compared(model, card, method=kind, rank=20, **changes)
-    for part in ("peak", "working"):
-        assert abs(found.errors[part]) <= BAR, "\n".join(found.lines())
+    assert_near(found)
 
 
 @pytest.mark.parametrize("kind", PROMPT_KINDS)

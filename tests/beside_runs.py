@@ -1,4 +1,4 @@
-"""What runs of prefix tuning and of virtual tokens are asked alike."""
+"""What runs of adapters beside the weights are asked alike."""
 
 from __future__ import annotations
 
@@ -83,11 +83,13 @@ def kept_and_exported(recipe: Recipe, place: Path, *, title: str, said: str) -> 
     return folders
 
 
-def assert_real_step(family: str, setting: Setting, folder: Path) -> None:
+def assert_real_step(family: str, setting: Setting, folder: Path, *, alphas: Sequence[float] = (16,)) -> None:
     """The dry run and the estimate are the step of a model to the byte, as far as they say so."""
-    ledger, dry = counted(folder, setting), dry_run(config(family), setting)
-    assert dry.peak == ledger.peak
-    assert dry.phase_bytes == dict(ledger.phase_bytes)
+    dry = dry_run(config(family), setting)
+    for alpha in alphas:
+        ledger = counted(folder, setting, alpha=alpha)
+        assert dry.peak == ledger.peak
+        assert dry.phase_bytes == dict(ledger.phase_bytes)
     categories = estimate_step(shape_of(family), setting).categories
     for category in ("base_weights", "quantization_constants", "unquantized", "adapters", "optimizer"):
         assert dry.static[category] == categories[category], category
