@@ -72,10 +72,11 @@ class Trained:
     @property
     def said_method(self) -> str:
         """How it was trained, in words, with its size where that is known."""
+        on = str(below_of(self.adapter).get("name", ""))
         if self.recipe is not None:
-            on = str(below_of(self.adapter).get("name", ""))
             return method_in_words(self.recipe.adapter.method, self.recipe.adapter.rank, on=on)
-        return next((facts.title for name, facts in METHODS.items() if name == self.method), self.method)
+        title = next((facts.title for name, facts in METHODS.items() if name == self.method), self.method)
+        return f"{title}, on {on}" if on else title
 
     @property
     def in_front(self) -> int:

@@ -41,6 +41,7 @@ from qadapt.recipe_file import check_recipe
 from qadapt.run import evaluate, load, resume, train
 from qadapt.shape import find_shape
 from qadapt.train.dryrun import dry_run
+from qadapt.trained import find_trained
 
 __all__ = ["folders"]  # a fixture
 
@@ -96,6 +97,7 @@ def test_a_run_needs_what_it_stands_on_no_more_once_it_is_trained(
     assert command(["adapters", "show", "task", "--store", str(tmp_path / "store")]) == 0
     assert f"stands on      pfeiffer, {settings['below']['sha256']}\n" in capsys.readouterr().out
     list(export("first", form="adapter", folder=str(runs)))
+    assert find_trained(str(runs / "first" / "adapter")).said_method == "parallel adapters, on pfeiffer"
     card = (runs / "first" / "export" / "adapter" / "README.md").read_text("utf-8")
     assert "parallel adapters, width 6, on pfeiffer" in card
     assert "on:pfeiffer" in card
