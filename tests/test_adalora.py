@@ -282,10 +282,13 @@ def test_an_update_that_memory_ran_out_in_is_gone_on_with(dtype: torch.dtype) ->
         optimizer = with_budget(model)
         for step in range(1, 13):
             gradients_at(model, step)
+            stopped = [optimizer.progress]
             for fail in (in_the_averages, in_the_update) if fails and step < 10 else ():
                 fail(optimizer)
                 with pytest.raises(torch.OutOfMemoryError):
                     stepped(optimizer)
+                stopped.append(optimizer.progress)
+            assert sorted(set(stopped)) == stopped, "twice at one place would be for good"
             stepped(optimizer)
             averages |= optimizer.tensors() if step == 9 else {}  # the last ones
         ends.append({name: value.clone() for name, value in (trainable(model) | averages).items()})

@@ -68,7 +68,7 @@ class RankBudget:
     @property
     def progress(self) -> int:
         """How far an update that memory ran out in has come; only for comparison."""
-        return self._followed
+        return len(self._parameters) if self._is_begun else self._followed
 
     @property
     def left(self) -> int:
