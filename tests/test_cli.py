@@ -154,6 +154,11 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert left == before, "nothing is left but the empty folder of runs"
 
 
+def test_names_that_look_like_emoji_are_said_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", "smollm2-135m", "adapter.targets=[on:x]"]) == 2
+    assert "adapter.targets = on:x: LoRA stands on no other adapter" in capsys.readouterr().err
+
+
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     from qadapt.cli import recipes
 

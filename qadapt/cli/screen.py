@@ -17,14 +17,14 @@ def console(*, is_quiet: bool = False) -> Console:
     """The console of results."""
     from rich.console import Console
 
-    return Console(quiet=is_quiet, highlight=False)
+    return Console(quiet=is_quiet, highlight=False, emoji=False)
 
 
 def error_console() -> Console:
     """The console of errors and notices: results stay clean for a pipe."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, emoji=False)
 
 
 def watched(work: Generator[Event, None, Result], *, first: str) -> Result:
