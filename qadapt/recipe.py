@@ -20,6 +20,7 @@ from qadapt.units import parse_bytes
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Filled = Annotated[str, Field(min_length=1)]
 LEAST_TOKENS = 8
 """Tokens of a row at the least."""
 Column = Literal[
@@ -46,7 +47,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The frozen base."""
 
-    source: Annotated[str, Field(min_length=1)]
+    source: Filled
     """A hub id, a folder, a `.gguf` file, or the quick-start name `smollm2-135m`."""
     revision: str | None = None
     """The hub revision (branch, tag or commit) to pin; the commit found is recorded in the run."""
@@ -77,7 +78,7 @@ class AdapterSection(Section):
     nonlinearity: Nonlinearity = "auto"
     """Of bottleneck adapters, with a layer norm on what enters (`layernorm-gelu`) or without; auto: silu in
     houlsby, gelu in compacter and compacterplus, relu in the others, without."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[Filled, ...], Field(min_length=1)] = "all-linear"
     """Names of the linear layers to adapt (`q_proj`, ...), or all of them but the head. Bottleneck
     adapters: `layers.12-`, for none below layer 12, counted from 0 (AdapterDrop, arXiv:2010.11918). Fusion:
     the trained adapters that are attended over, two or more: runs, names of the store, folders.
@@ -107,7 +108,7 @@ class AdapterSection(Section):
 class SourceSection(Section):
     """Where rows come from."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Filled
     """A file or folder of rows (JSON, JSON lines, CSV, TSV, Parquet, Arrow, text), or `hub:owner/name`."""
     limit: Positive | None = None
     """Use only the first rows."""
@@ -126,7 +127,7 @@ class DataSection(Section):
     """Files of training rows."""
     format: RowFormat = "auto"
     """What a row looks like; auto recognises it from the keys of each file's first row."""
-    columns: dict[Column, Annotated[str, Field(min_length=1)]] = {}
+    columns: dict[Column, Filled] = {}
     """Name of a column in the format → its name in the files, such as {prompt: question_text}."""
     malformed: Literal["error", "skip"] = "error"
     """A row that cannot be used: stop, or leave it out, counted, and listed in the run's folder."""
@@ -143,7 +144,7 @@ class DataSection(Section):
     """The chat template: the model's own (auto), `chatml`, or a Jinja file."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
     """The day that templates which print one are given; none: the day the run starts, kept in the run."""
-    new_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    new_tokens: tuple[Filled, ...] = ()
     """Special tokens to add to the vocabulary, their embeddings trained beside the adapter."""
     packing: Literal["auto"] | bool = "auto"
     """Lay rows of a step one after another, isolated, instead of filling them up; auto: if that is faster."""
@@ -202,7 +203,7 @@ class TrainSection(Section):
     """Newest saved states to keep; the best one is kept besides."""
     keep_every: Positive | None = None
     """Keep for good those whose step is a multiple of this, too; none: no others."""
-    sample_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    sample_prompts: tuple[Filled, ...] = ()
     """What the model is asked at each evaluation and at the end, with the adapter and without it."""
     rehearse: bool = True
     """Put the rows that take the most memory through everything once before step 1; takes a step's time."""

@@ -105,6 +105,7 @@ def test_several_problems_are_reported_at_once() -> None:
         ({"memory": {"recompute": "some"}}, "has 1 problem:\n  - memory.recompute: give auto"),
         ({"data": {**LEAST["data"], "length": 4}}, "data.length"),
         ({"adapter": {"targets": []}}, "adapter.targets"),
+        ({"adapter": {"method": "fusion", "targets": ["one", ""]}}, "adapter.targets"),
         ({"data": {"sources": []}}, "has 1 problem:\n  - data.sources: give at least one"),
         (
             {"data": {**LEAST["data"], "learn": "user"}},
