@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qadapt.errors import BadModel, NoClosedForm
-from qadapt.fusing import fused_on
 from qadapt.hardware.target import Target, find_target
 from qadapt.plan.estimate import Estimate
 from qadapt.plan.fit import Plan
@@ -177,6 +176,8 @@ def ask_of(
     Raises:
         QadaptError: The model or the card is wrong.
     """
+    from qadapt.fusing import fused_on
+
     target = find_target(card, vram, device=device or recipe.memory.device)
     if recipe.memory.budget is not None and vram is None:
         free_bytes = parse_bytes(recipe.memory.budget)
