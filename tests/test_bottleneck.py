@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -152,6 +153,19 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], *, within: float)
     )
 
 
+def assert_tiled_and_offloaded_alike(make: Callable[[], SideCar]) -> None:
+    """Recomputed and offloaded steps are the kept one to the bit, tiled ones to rounding."""
+    logits, kept = gradients(make().train())
+    for recompute, tiles, offload, within in (
+        ("all", 1, (), 0.0), (1, 1, (), 0.0), ("all", 1, ("boundaries",), 0.0), ("all", 3, (), 1e-5),
+    ):  # fmt: skip
+        model = make().train()
+        arrange(model.base, recompute=recompute, tiles=tiles, offload=offload)  # type: ignore[arg-type]
+        again, found = gradients(model)
+        torch.testing.assert_close(again, logits, rtol=0, atol=1e-5 if within else 0.0)
+        assert close(found, kept, within=within)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_forward_pass_is_the_base_to_the_bit(
@@ -196,17 +210,9 @@ def test_every_nonlinearity_is_what_it_is_called(activation: Activation, tiny_mo
 def test_recomputed_and_tiled_steps_have_the_same_gradients(
     family: str, kind: Kind, quantization: str, tiny_model: TinyModel
 ) -> None:
-    base = base_of(tiny_model, family, quantization=quantization)
-    model = adapted(base, kind).train()
-    logits, kept = gradients(model)
-    for recompute, tiles, offload, within in (
-        ("all", 1, (), 0.0), (1, 1, (), 0.0), ("all", 1, ("boundaries",), 0.0), ("all", 3, (), 1e-5),
-    ):  # fmt: skip
-        base = base_of(tiny_model, family, quantization=quantization)
-        arrange(base, recompute=recompute, tiles=tiles, offload=offload)  # type: ignore[arg-type]
-        again, found = gradients(adapted(base, kind).train())
-        torch.testing.assert_close(again, logits, rtol=0, atol=1e-5 if within else 0.0)
-        assert close(found, kept, within=within)
+    assert_tiled_and_offloaded_alike(
+        lambda: adapted(base_of(tiny_model, family, quantization=quantization), kind)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ from conftest import TinyModel
 from test_bottleneck import (
     IDS,
     TWO_NORMS,
+    assert_tiled_and_offloaded_alike,
     base_of,
     close,
     gradients,
@@ -153,15 +154,7 @@ def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_a
 
 
 def test_tiled_and_offloaded_steps_have_the_same_gradients(tiny_model: TinyModel) -> None:
-    logits, kept = gradients(fused(tiny_model, quantization="nf4").train())
-    for recompute, tiles, offload, within in (
-        (1, 1, (), 0.0), ("all", 1, ("boundaries",), 0.0), ("all", 3, (), 1e-5),
-    ):  # fmt: skip
-        model = fused(tiny_model, quantization="nf4").train()
-        arrange(model.base, recompute=recompute, tiles=tiles, offload=offload)  # type: ignore[arg-type]
-        again, found = gradients(model)
-        torch.testing.assert_close(again, logits, rtol=0, atol=2e-5 if within else 0.0)
-        assert close(found, kept, within=within)
+    assert_tiled_and_offloaded_alike(lambda: fused(tiny_model, quantization="nf4"))
 
 
 def test_each_row_of_a_batch_is_its_own_single_run_with_a_cache(tiny_model: TinyModel) -> None:

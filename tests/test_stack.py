@@ -14,6 +14,7 @@ from test_bottleneck import (
     IDS,
     SEES,
     TWO_NORMS,
+    assert_tiled_and_offloaded_alike,
     base_of,
     close,
     gradients,
@@ -156,15 +157,7 @@ def test_packed_and_recomputed_gradients_are_those_of_both_one_document_at_a_tim
 
 
 def test_tiled_and_offloaded_steps_have_the_same_gradients(tiny_model: TinyModel) -> None:
-    logits, kept = gradients(stacked(tiny_model, held="nf4").train())
-    for recompute, tiles, offload, within in (
-        (1, 1, (), 0.0), ("all", 1, ("boundaries",), 0.0), ("all", 3, (), 1e-5),
-    ):  # fmt: skip
-        model = stacked(tiny_model, held="nf4").train()
-        arrange(model.base, recompute=recompute, tiles=tiles, offload=offload)  # type: ignore[arg-type]
-        again, found = gradients(model)
-        torch.testing.assert_close(again, logits, rtol=0, atol=2e-5 if within else 0.0)
-        assert close(found, kept, within=within)
+    assert_tiled_and_offloaded_alike(lambda: stacked(tiny_model, held="nf4"))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -246,6 +239,12 @@ def test_in_a_stack_another_language_takes_the_place_of_the_one_it_was_trained_o
     assert torch.equal(swap(input_ids=IDS).logits, only(input_ids=IDS).logits)
     with pytest.raises(BadAdapter, match="There is no adapter below task in memory"):
         swap.use("below task")
+    swap.add("below task", other)  # a name like that of what a stack brings with it
+    swap.add("task", whole)
+    assert torch.equal(logits("task"), alone)
+    swap.remove("task")
+    assert swap.names == ("own", "other", "below task")
+    assert torch.equal(logits("below task"), logits("other"))
 
 
 def test_each_row_of_a_batch_is_its_own_single_run_with_a_cache(tiny_model: TinyModel) -> None:

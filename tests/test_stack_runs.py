@@ -20,10 +20,10 @@ from test_dryrun import counted
 from test_estimate import CPU, build, folders, shape_of, values_of
 from test_fusion_runs import PROGRAM, adapter_of
 from test_stack import PAIRS, language
-from test_train import assert_same, changed, make_recipe, only
+from test_train import assert_same, changed, make_recipe, only, train_in_two_runs, train_until
 from two_adapters import first_stages
 
-from qadapt import control, load_together
+from qadapt import load_together
 from qadapt.adapters.lora import stored_bytes, trainable
 from qadapt.adapters.store import Store
 from qadapt.cli.main import run as command
@@ -111,11 +111,10 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path: Path, tiny_mode
     found = []
     for name in ("straight", "broken"):
         recipe = after_first_stage(tmp_path / name, tiny_model("llama"))
-        for event in train(recipe):
-            if name == "broken" and isinstance(event, StepDone) and event.step == 2:
-                control.ask(Path(recipe.run.folder) / "first", "stop")
-        if name == "broken":
-            list(resume("first", folder=recipe.run.folder))
+        if name == "straight":
+            list(train(recipe))
+        else:
+            train_in_two_runs(recipe)
         found.append(adapter_of(recipe))
     assert_same(*found)
 
@@ -124,9 +123,7 @@ def test_a_run_whose_lower_adapter_changed_or_went_is_not_gone_on_with(
     tmp_path: Path, tiny_model: TinyModel
 ) -> None:
     recipe = after_first_stage(tmp_path, tiny_model("llama"))
-    for event in train(recipe):
-        if isinstance(event, StepDone) and event.step == 2:
-            control.ask(Path(recipe.run.folder) / "first", "stop")
+    train_until(recipe, step=2)
     folder = Path(recipe.run.folder) / "pfeiffer"
     path = folder / "adapter" / "side_car.safetensors"
     content = bytearray(path.read_bytes())

@@ -98,8 +98,11 @@ class Swap(AdaptedBase):
         effects = effects_of(self.base, folder)
         lower = [effect for effect in effects if isinstance(effect.part, Part) and effect.part.is_below]
         if lower:
-            self._below[name] = f"below {name}"
-            self._hold(self._below[name], lower)
+            held = f"below {name}"
+            while held in self._held:
+                held = f"below {held}"
+            self._below[name] = held
+            self._hold(held, lower)
         self._hold(name, [effect for effect in effects if effect not in lower])
         self._count_parts()
 
