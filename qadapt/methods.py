@@ -48,7 +48,7 @@ class MethodFacts:
     Attributes:
         title: Its name in writing.
         source: Where it was published.
-        unused: Fields of the recipe's adapter section that mean nothing to it.
+        idle: Fields of the recipe's adapter section that mean nothing to it, besides a bottleneck's own.
         size: What `adapter.rank` is, in a word; empty if it means nothing to it.
         is_beside: Whether it adapts no linear layers: it stands beside a layer's parts, or before the text.
         has_new_tokens: Whether rows of new tokens are trained with it.
@@ -66,7 +66,7 @@ class MethodFacts:
 
     title: str
     source: str
-    unused: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     size: Literal["rank", "width", "tokens", "length", "block", ""] = "rank"
     is_beside: bool = False
     has_new_tokens: bool = False
@@ -79,6 +79,11 @@ class MethodFacts:
     sees: Sees = "output"
     after_attention: bool = False
     is_hypercomplex: bool = False
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """All fields of the recipe's adapter section that mean nothing to it."""
+        return self.idle if self.usual_activation is not None else (*self.idle, "nonlinearity")
 
     @property
     def has_rank(self) -> bool:
@@ -94,14 +99,13 @@ class MethodFacts:
 def _lora(
     title: str,
     source: str,
-    unused: tuple[str, ...] = (),
+    idle: tuple[str, ...] = (),
     *,
     is_near_one: bool = False,
     mends_base: bool = False,
 ) -> MethodFacts:
-    unused = (*unused, "nonlinearity")
     return MethodFacts(
-        title, source, unused, has_new_tokens=True, is_near_one=is_near_one, mends_base=mends_base
+        title, source, idle, has_new_tokens=True, is_near_one=is_near_one, mends_base=mends_base
     )
 
 
@@ -132,13 +136,13 @@ def _compacter(title: str, sees: Sees, *, after_attention: bool = False) -> Meth
 
 
 def _prompt(title: str, source: str) -> MethodFacts:
-    unused = ("alpha", "dropout", "targets", "nonlinearity")
-    return MethodFacts(title, source, unused, size="tokens", is_beside=True, has_virtual_tokens=True)
+    idle = ("alpha", "dropout", "targets")
+    return MethodFacts(title, source, idle, size="tokens", is_beside=True, has_virtual_tokens=True)
 
 
 def _prefix(title: str) -> MethodFacts:
-    unused = ("alpha", "dropout", "targets", "nonlinearity")
-    return MethodFacts(title, "arXiv:2101.00190", unused, size="length", is_beside=True)
+    idle = ("alpha", "dropout", "targets")
+    return MethodFacts(title, "arXiv:2101.00190", idle, size="length", is_beside=True)
 
 
 METHODS: Mapping[Method, MethodFacts] = {
@@ -148,16 +152,10 @@ METHODS: Mapping[Method, MethodFacts] = {
     "dora": _lora("DoRA", "arXiv:2402.09353", ("dropout",), is_near_one=True),
     "pissa": _lora("PiSSA", "arXiv:2404.02948"),
     "loftq": _lora("LoftQ", "arXiv:2310.08659", mends_base=True),
-    "adalora": MethodFacts("AdaLoRA", "arXiv:2303.10512", ("nonlinearity",), starts_wider=True),
-    "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout", "nonlinearity")),
-    "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout", "nonlinearity"), size="block"),
-    "ia3": MethodFacts(
-        "IA3",
-        "arXiv:2205.05638",
-        ("rank", "alpha", "dropout", "nonlinearity"),
-        size="",
-        is_near_one=True,
-    ),
+    "adalora": MethodFacts("AdaLoRA", "arXiv:2303.10512", starts_wider=True),
+    "vera": MethodFacts("VeRA", "arXiv:2310.11454", ("alpha", "dropout")),
+    "oft": MethodFacts("OFT", "arXiv:2306.07280", ("alpha", "dropout"), size="block"),
+    "ia3": MethodFacts("IA3", "arXiv:2205.05638", ("rank", "alpha", "dropout"), size="", is_near_one=True),
     "houlsby": _bottleneck("Houlsby adapters", "arXiv:1902.00751", "silu", "output", after_attention=True),
     "pfeiffer": _bottleneck("Pfeiffer adapters", "arXiv:2005.00247", "relu", "sum"),
     "parallel": _bottleneck("parallel adapters", "arXiv:2110.04366", "relu", "stream"),
@@ -166,7 +164,7 @@ METHODS: Mapping[Method, MethodFacts] = {
     "fusion": MethodFacts(
         "AdapterFusion",
         "arXiv:2005.00247",
-        ("rank", "alpha", "dropout", "nonlinearity"),
+        ("rank", "alpha", "dropout"),
         size="",
         is_beside=True,
         attends=True,
