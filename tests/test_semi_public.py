@@ -31,6 +31,7 @@ USED = {
     "_register_custom_module": {"adapters/fused.py"},
     "_attn_implementation": {"engine/documents.py", "engine/prefix.py"},
     "_gradient_checkpointing_func": {"engine/boundaries.py"},
+    "_softmax_backward_data": {"engine/blocks.py", "engine/target.py", "plan/workspace.py"},
     "register_quantizer": {"model/placement.py"},
     "get_quantize_ops": {"model/placement.py"},
     "Bnb4bitQuantize": {"model/placement.py"},
@@ -71,6 +72,16 @@ def test_peft_puts_a_registered_class_on_layers_and_never_writes_of_it(tmp_path:
     assert "custom" not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text()))
     again = PeftModel.from_pretrained(Block(), str(tmp_path))
     assert type(again.base_model.model.projection) is StockLinear
+
+
+def test_torch_goes_back_through_a_softmax_given_its_result_as_autograd_does() -> None:
+    torch.manual_seed(1)
+    for dtype in (torch.bfloat16, torch.float32):
+        values = torch.randn(2, 3, 5, dtype=dtype, requires_grad=True)
+        gradient = torch.randn(2, 3, 5, dtype=dtype)
+        shares = values.softmax(-1)
+        found = torch.ops.aten._softmax_backward_data(gradient, shares.detach(), -1, dtype)
+        assert torch.equal(found, *torch.autograd.grad(shares, values, gradient))
 
 
 def test_transformers_keeps_the_name_of_the_attention_that_was_chosen() -> None:

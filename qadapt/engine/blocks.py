@@ -54,8 +54,8 @@ class _Block:
         return of[self.heads, :, self.first : self.end].flatten(1, 2)
 
     def keys(self, of: Tensor) -> Tensor:
-        """(K, T, D) → (C, E, D): all that its queries see."""
-        return of[self.heads, self.start : self.end]
+        """(K, T, D) → (C, E, D): all that its queries see, laid out once for all its products."""
+        return of[self.heads, self.start : self.end].contiguous()
 
     def unfolded(self, rows: Tensor, width: int) -> Tensor:
         """(C, G x N, D) → (C, G, N, D)."""
@@ -97,24 +97,18 @@ class _Blocks(torch.autograd.Function):
             sums = keys.new_zeros(2, len(keys), end - start, keys.shape[-1], dtype=torch.float32)
             for block in _blocks((start, end), queries):
                 rows, seen = block.queries(queries), block.keys(keys)
-                scores = block.scores(rows, seen, later, scaling=context.scaling).requires_grad_()
-                given = block.queries(gradients), block.keys(values)
-                to_scores, to_values = _through_shares(scores, *given)
+                shares = block.scores(rows, seen, later, scaling=context.scaling).softmax(-1)
+                given = block.queries(gradients)
+                to_shares = torch.bmm(given, block.keys(values).mT)
+                to_scores = torch.ops.aten._softmax_backward_data(to_shares, shares, -1, shares.dtype)
                 to_rows = _product(to_scores, seen, context.scaling)
                 to_queries[block.heads, :, block.first : block.end] = block.unfolded(to_rows, rows.shape[-1])
                 to_keys = _product(to_scores.mT, rows, context.scaling)
+                to_values = torch.bmm(shares.mT, given)
                 for total, part in zip(sums, (to_keys, to_values), strict=True):
                     total[block.heads, : block.end - start] += part
             to_key[0, :, start:end], to_value[0, :, start:end] = sums
         return to_query, to_key, to_value, None, None
-
-
-def _through_shares(scores: Tensor, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of a block's scores, (C, G x N, E), and of its values, (C, E, D)."""
-    with torch.enable_grad():
-        shares = scores.softmax(-1)
-    (to_scores,) = torch.autograd.grad(shares, scores, torch.bmm(gradient, values.mT))
-    return to_scores, torch.bmm(shares.detach().mT, gradient)
 
 
 def _blocks(bounds: Sequence[int], queries: Tensor) -> Iterator[_Block]:
