@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qadapt.adapters.store import Store as Store
-    from qadapt.exporting import export as export
-    from qadapt.loading import load_together as load_together
-    from qadapt.planning import estimate as estimate
-    from qadapt.planning import plan as plan
+    from qadapt.estimating.planning import estimate as estimate
+    from qadapt.estimating.planning import plan as plan
+    from qadapt.exporting.export import export as export
     from qadapt.run import load as load
     from qadapt.run import train as train
+    from qadapt.trained.loading import load_together as load_together
 
 __all__ = ["Store", "estimate", "export", "load", "load_together", "plan", "train"]
 
 _HOMES = {
     "Store": "qadapt.adapters.store",
-    "estimate": "qadapt.planning",
-    "export": "qadapt.exporting",
+    "estimate": "qadapt.estimating.planning",
+    "export": "qadapt.exporting.export",
     "load": "qadapt.run",
-    "load_together": "qadapt.loading",
-    "plan": "qadapt.planning",
+    "load_together": "qadapt.trained.loading",
+    "plan": "qadapt.estimating.planning",
     "train": "qadapt.run",
 }
 

@@ -3,8 +3,9 @@
     recipe ─► base files ─► rows ─► plan ─► 4-bit base ─► adapter ─► steps ─► adapter folder
 
 `train` and `resume` are generators of events; whoever iterates shows or keeps them. The recipe stops at
-`material.py`, `run_plan.py` and `run_model.py`: what they call takes flat arguments. The functions here are
-qadapt's Python surface, too (`qadapt.train`, ...). What becomes of the adapter is in `exporting.py`.
+`running/material.py`, `running/plan.py` and `running/model.py`: what they call takes flat arguments. The
+functions here are qadapt's Python surface, too (`qadapt.train`, ...). What becomes of the adapter is in
+`exporting/export.py`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from qadapt.cache import output_errors
 from qadapt.data.prompt import CONTRACT_FILE, PromptContract
 from qadapt.errors import BadRun
 from qadapt.events import Event, Paused, RunFinished, StepDone, Stopped
-from qadapt.loading import Tuned
-from qadapt.material import Material, order_of, prepare, resolved
-from qadapt.measuring import rows_to_evaluate
 from qadapt.model.precision import choose_device
 from qadapt.pause_rules import parse_pause_rules
 from qadapt.plan.setting import LOSS_CHUNK
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml
-from qadapt.resumption import (
+from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
+from qadapt.running.card import holding_card
+from qadapt.running.material import Material, order_of, prepare, resolved
+from qadapt.running.model import adapt, loop_settings, optimizer_of, place_base
+from qadapt.running.plan import make_plan
+from qadapt.running.records import adapter_facts, remember_peak, started, store
+from qadapt.running.resumption import (
     Consent,
     Earlier,
     has_begun,
@@ -42,12 +46,7 @@ from qadapt.resumption import (
     recipe_never_begun,
     take_up,
 )
-from qadapt.run_card import holding_card
-from qadapt.run_folder import RunFolder, create_run, discard_run, find_run, working_on
-from qadapt.run_model import adapt, loop_settings, optimizer_of, place_base
-from qadapt.run_plan import make_plan
-from qadapt.run_records import adapter_facts, remember_peak, started, store
-from qadapt.saved_states import go_to_best, restore
+from qadapt.running.saved_states import go_to_best, restore
 from qadapt.train.attended import attended
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
 from qadapt.train.guards import guards_of
@@ -56,7 +55,9 @@ from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
-from qadapt.trained import find_trained
+from qadapt.trained.adapter import find_trained
+from qadapt.trained.loading import Tuned
+from qadapt.trained.measuring import rows_to_evaluate
 from qadapt.view.journal import Journal, effective, read_events
 
 ROWS_AT_ONCE = 4

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from qadapt.adapters.store import Store
 from qadapt.errors import Unsupported
-from qadapt.exporting import export
-from qadapt.keeping import add
-from qadapt.loading import load_partner
+from qadapt.exporting.export import export
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.setting import Setting
 from qadapt.recipe import Recipe
 from qadapt.run import load, train
 from qadapt.serve.partner import find_partner
 from qadapt.train.dryrun import dry_run
+from qadapt.trained.keeping import add
+from qadapt.trained.loading import load_partner
 
 IDS = torch.arange(3, 40)[None]
 ELSEWHERE = """

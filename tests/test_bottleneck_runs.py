@@ -24,14 +24,11 @@ from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import read_settings, save_side_car
 from qadapt.adapters.store import Store
-from qadapt.adoption import Said
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, RunFinished, StepDone
 from qadapt.export.adapter_proof import prove_copied
 from qadapt.export.tensor_fault import OTHER_FILE, Fault
-from qadapt.exporting import export
-from qadapt.keeping import add
-from qadapt.loading import load_partner
+from qadapt.exporting.export import export
 from qadapt.methods import METHODS, Method, Nonlinearity
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
@@ -41,6 +38,9 @@ from qadapt.plan.setting import Setting
 from qadapt.recipe import AdapterSection, Recipe
 from qadapt.run import evaluate, load, train
 from qadapt.serve.partner import Partner, find_partner
+from qadapt.trained.adoption import Said
+from qadapt.trained.keeping import add
+from qadapt.trained.loading import load_partner
 
 __all__ = ["folders"]  # a fixture
 KINDS: tuple[Method, ...] = ("houlsby", "pfeiffer", "parallel", "compacter", "compacterplus")

@@ -35,11 +35,11 @@ from qadapt.data.pieces import Alphabet, Gap, Piece, byte_names, row_pieces
 from qadapt.data.rows import RowSet
 from qadapt.data.step_sample import StepSample
 from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.data_check import step_seconds
 from qadapt.errors import BadOutput, BadRecipe
 from qadapt.hardware.cards import find_card
 from qadapt.plan import speed
 from qadapt.plan.setting import Setting
+from qadapt.running.data_check import step_seconds
 from qadapt.shape import find_shape
 from qadapt.view.data_page import data_page
 from qadapt.view.data_report import DataReportView, limit_place

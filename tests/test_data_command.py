@@ -133,8 +133,8 @@ def test_no_weights_are_fetched_to_look_at_rows(
         asked.append(needs_weights)
         return find_model(source, **options)
 
-    monkeypatch.setattr("qadapt.material.find_model", find)
-    monkeypatch.setattr("qadapt.data_check.find_model", find)
+    monkeypatch.setattr("qadapt.running.material.find_model", find)
+    monkeypatch.setattr("qadapt.running.data_check.find_model", find)
     assert run(["data", command, write_recipe(tmp_path, tiny_model("llama"))]) == 0
     assert asked == [False]
 

@@ -196,11 +196,12 @@ def test_a_run_says_that_the_kernel_cannot_be_used(
         asked.append((device.type, dtype))
         return "no kernel image"
 
-    for asking in ("run_plan", "run_model"):
-        monkeypatch.setattr(f"qadapt.{asking}.kernel_problem", problem)
+    for asking in ("plan", "model"):
+        monkeypatch.setattr(f"qadapt.running.{asking}.kernel_problem", problem)
     planned = []
     monkeypatch.setattr(
-        "qadapt.run_plan.packed_plan", lambda shape, way, *others, **named: planned.append(way) or way.plan
+        "qadapt.running.plan.packed_plan",
+        lambda shape, way, *others, **named: planned.append(way) or way.plan,
     )
     events = list(train(packed_recipe(tmp_path, tiny_model("llama"), packing=True, steps=1)))
     assert [way.plan.setting.one_by_one for way in planned] == [True], "the plan knows it"

@@ -19,12 +19,12 @@ import qadapt
 from qadapt.cli import main
 from qadapt.cli.estimate import estimate, plan
 from qadapt.errors import QadaptError
+from qadapt.estimating.planning import ask
 from qadapt.hardware import target as targets
 from qadapt.hardware.calibration import kind_of, remember
 from qadapt.hardware.cards import cards, this_platform
 from qadapt.hardware.probe import Machine
 from qadapt.plan.setting import Setting
-from qadapt.planning import ask
 from qadapt.units import GIB
 from qadapt.view.tables import EstimateTable, bar, setting_words
 

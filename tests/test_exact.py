@@ -14,10 +14,10 @@ from test_estimate_command import SCHEMA, problems
 import qadapt
 from qadapt.cli.main import run
 from qadapt.errors import NoClosedForm
+from qadapt.estimating.planning import ask
 from qadapt.plan.answer import Answer
 from qadapt.plan.categories import STATIC
 from qadapt.plan.estimate import KEPT_ON_CPU
-from qadapt.planning import ask
 from qadapt.shape import find_config
 from qadapt.units import format_bytes
 
@@ -157,7 +157,7 @@ def test_a_picture_that_cannot_be_is_refused_before_anything_is_run(
 ) -> None:
     (tmp_path / "taken.svg").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "qadapt.exact", None)  # an attempt to run it would fail
+    monkeypatch.setitem(sys.modules, "qadapt.estimating.exact", None)  # an attempt to run it would fail
     assert run(["estimate", "SmolLM2-135M", "--card", "4060", *arguments]) == 2
     said = capsys.readouterr()
     assert words in said.err

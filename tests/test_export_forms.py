@@ -21,7 +21,7 @@ from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
-from qadapt import cache, export_base, export_finish, export_job, exporting
+from qadapt import cache
 from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
@@ -47,9 +47,13 @@ from qadapt.export.reference import open_reference
 from qadapt.export.room import folder_bytes
 from qadapt.export.tensor_proof import TensorProof, prove_written
 from qadapt.export.writing import OTHER_FILES_BYTES, Writing
-from qadapt.exporting import FORMS, UNMERGED, export
+from qadapt.exporting import base as export_base
+from qadapt.exporting import export as exporting
+from qadapt.exporting import finish as export_finish
+from qadapt.exporting import job as export_job
+from qadapt.exporting.export import FORMS, UNMERGED, export
+from qadapt.exporting.proving import verify_export
 from qadapt.model.source import find_model, quantized_type_of
-from qadapt.proving import verify_export
 from qadapt.recipe import ExportSection, Form
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run import train

@@ -24,9 +24,8 @@ from qadapt.adapters.store import Store
 from qadapt.cli.main import run as command
 from qadapt.errors import BadRecipe, BadRun, Unsupported
 from qadapt.events import AdapterAttached, RunFinished, StepDone
-from qadapt.exporting import export
+from qadapt.exporting.export import export
 from qadapt.fusing import find_sources, fused_on
-from qadapt.keeping import add
 from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as trainable_count
 from qadapt.plan.setting import Setting
@@ -34,6 +33,7 @@ from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import evaluate, resume, train
 from qadapt.shape import find_shape
+from qadapt.trained.keeping import add
 
 __all__ = ["folders"]  # a fixture
 PROGRAM = """

@@ -30,7 +30,7 @@ from qadapt.plan.allocator import RUN_NOISE, reserved_range
 from qadapt.plan.setting import LOSS_CHUNK, Part, Setting, auto_dtypes
 from qadapt.plan.workspace import blas_workspace_bytes
 from qadapt.run import resume, train
-from qadapt.run_card import shared_card
+from qadapt.running.card import shared_card
 from qadapt.selftest.report import SelfTest
 from qadapt.shape import find_config, shape_from_config
 from qadapt.train.dryrun import dry_run

@@ -240,7 +240,7 @@ def poison_z(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> Iterator
         made.append(model)
         return model
 
-    monkeypatch.setattr("qadapt.run_model.attach", attach)
+    monkeypatch.setattr("qadapt.running.model.attach", attach)
     yield made
 
 
@@ -292,7 +292,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_cause_and_cure_and_a_whole_ch
         models.append(attach_adapter(*arguments, **named))
         return models[-1]
 
-    monkeypatch.setattr("qadapt.run_model.attach", attach)
+    monkeypatch.setattr("qadapt.running.model.attach", attach)
     events: list[Event] = []
     with pytest.raises(Diverged) as raised:
         for event in train(make_recipe(tmp_path, tiny_model("llama"), rehearse=False, steps=9)):
@@ -553,7 +553,7 @@ def test_a_run_whose_layer_is_not_reached_says_so_after_the_third_step(
                 parameter.register_hook(torch.zeros_like)
         return model
 
-    monkeypatch.setattr("qadapt.run_model.attach", attach)
+    monkeypatch.setattr("qadapt.running.model.attach", attach)
     events = list(train(make_recipe(tmp_path, tiny_model("llama"), steps=4, rehearse=False)))
     [warned] = [event for event in only(Warned, events) if "have not moved" in event.message]
     assert warned.step == 3

@@ -19,15 +19,15 @@ from qadapt.adapters.bottleneck import bottleneck_shapes
 from qadapt.adapters.facts import AdapterFacts, read_facts, write_facts
 from qadapt.adapters.side_car_files import write_side_car
 from qadapt.adapters.store import Store
-from qadapt.adoption import Said
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadAdapter, BadModel, BadRun, QadaptError
-from qadapt.keeping import add
-from qadapt.loading import load_tuned
 from qadapt.model.hub_files import fetch_files
 from qadapt.model.source import find_model
-from qadapt.trained import find_trained
+from qadapt.trained.adapter import find_trained
+from qadapt.trained.adoption import Said
+from qadapt.trained.keeping import add
+from qadapt.trained.loading import load_tuned
 
 if TYPE_CHECKING:
     from conftest import TinyModel

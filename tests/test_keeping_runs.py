@@ -15,16 +15,16 @@ from killed_store import RECORD, source
 from test_train import changed, make_recipe
 from two_adapters import first_stages
 
-from qadapt import bisecting
 from qadapt.adapters.store import Store
-from qadapt.bisecting import Break, Tried, ancestors, bisect
 from qadapt.cli.main import run as command
 from qadapt.errors import BadAdapter
-from qadapt.keeping import add
-from qadapt.loading import load_tuned
 from qadapt.methods import METHODS, Method
 from qadapt.run import load, train
 from qadapt.train.stored_plan import read_plan
+from qadapt.trained import bisecting
+from qadapt.trained.bisecting import Break, Tried, ancestors, bisect
+from qadapt.trained.keeping import add
+from qadapt.trained.loading import load_tuned
 
 if TYPE_CHECKING:
     from conftest import TinyModel

@@ -25,11 +25,11 @@ from qadapt.adapters.store import Store
 from qadapt.data.prompt import CONTRACT_FILE, exported_contract, load_contract
 from qadapt.errors import BadAdapter, BadModel, BadRun, DoesNotFit, QadaptError
 from qadapt.export.prompt_files import write_prompt_files
-from qadapt.loading import Loaded, load_partner
 from qadapt.model.load import load_base
 from qadapt.run import load, train
 from qadapt.serve.chat import Chat, Manner
 from qadapt.serve.partner import Partner, find_partner
+from qadapt.trained.loading import Loaded, load_partner
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -311,7 +311,7 @@ def test_no_memory_for_a_model_says_which_and_what_helps(
     def too_large(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("qadapt.loading.load_base", too_large)
+    monkeypatch.setattr("qadapt.trained.loading.load_base", too_large)
     folder = tiny_model("llama")
     with pytest.raises(DoesNotFit, match="does not fit the memory of cpu") as error:
         loaded_from(folder)

@@ -232,7 +232,7 @@ def test_an_architecture_that_is_not_known_makes_all_its_logits() -> None:
 def test_a_run_says_that_all_logits_are_made(
     tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qadapt.run_model.head_of", lambda _: None)
+    monkeypatch.setattr("qadapt.running.model.head_of", lambda _: None)
     monkeypatch.setattr("qadapt.engine.loss.head_of", lambda _: None)
     recipe = make_recipe(tmp_path, tiny_model("llama"), steps=1, evaluate_every=None, rehearse=False)
     events = list(train(recipe))

@@ -27,7 +27,7 @@ from qadapt.data.batches import packed_batches
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadAdapter
 from qadapt.events import AdapterAttached, CheckpointSaved, Exported, RunFinished, StepDone
-from qadapt.exporting import export
+from qadapt.exporting.export import export
 from qadapt.methods import METHODS, Method
 from qadapt.model.generate import generate
 from qadapt.recipe import Recipe

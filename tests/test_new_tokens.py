@@ -28,7 +28,7 @@ from qadapt.engine.loss import loss_sum, summed_loss
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadExport, BadRecipe, BadRun, Unsupported
 from qadapt.events import AdapterAttached, Evaluated, StepDone, Warned
-from qadapt.exporting import export
+from qadapt.exporting.export import export
 from qadapt.model.load import load_base
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe

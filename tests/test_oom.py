@@ -683,7 +683,7 @@ def test_an_adapter_is_loaded_as_its_run_was_in_the_end(
         seen.append(how)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("qadapt.loading.load_base", too_large)
+    monkeypatch.setattr("qadapt.trained.loading.load_base", too_large)
     monkeypatch.setattr(run_module, "choose_device", lambda _: torch.device("cuda"))
     with pytest.raises(DoesNotFit, match="does not fit the memory of cuda"):
         load("first", folder=str(run.parent))

@@ -17,7 +17,7 @@ from qadapt.adapters.lora import trainable
 from qadapt.adapters.rates import rate_ratios
 from qadapt.methods import Method
 from qadapt.recipe_file import check_recipe
-from qadapt.run_model import optimizer_of
+from qadapt.running.model import optimizer_of
 from qadapt.train.optimizer import AdapterOptimizer, CompensatedAdamW, held_tensors, make_optimizer
 from qadapt.train.schedule import learning_rate
 

@@ -27,6 +27,8 @@ from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.documents import documents_of, isolating
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import DoesNotFit, Unsupported
+from qadapt.estimating.planning import ask_recipe
+from qadapt.estimating.question import Question
 from qadapt.events import Evaluated, MemoryMeasured, Planned, StepDone
 from qadapt.hardware.cards import Card, find_card
 from qadapt.hardware.target import find_target
@@ -35,12 +37,10 @@ from qadapt.model.load import load_base
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.packing import PACKABLE, check_packable
 from qadapt.plan.setting import Recompute, Setting
-from qadapt.planning import ask_recipe
-from qadapt.question import Question
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import resume, train
-from qadapt.run_plan import plan_rows
+from qadapt.running.plan import plan_rows
 from qadapt.shape import FAMILIES, find_shape
 from qadapt.train import loop
 from qadapt.train.dryrun import dry_run

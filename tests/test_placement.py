@@ -23,6 +23,7 @@ from qadapt.engine.host import device_of, host_buffer
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadRecipe, DoesNotFit
+from qadapt.estimating.planning import ask
 from qadapt.events import Warned
 from qadapt.hardware.cards import find_card
 from qadapt.model.generate import generate
@@ -34,7 +35,6 @@ from qadapt.plan.knobs import PLANNED
 from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import layer_bytes
-from qadapt.planning import ask
 from qadapt.run import train
 from qadapt.shape import find_config, find_shape
 from qadapt.train.dryrun import dry_run

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import qadapt
+from qadapt.estimating.planning import ask_of
 from qadapt.hardware import target
 from qadapt.hardware.probe import Device, Machine
-from qadapt.planning import ask_of
 from qadapt.recipe_file import read_recipe
 from qadapt.units import GIB
 

@@ -40,9 +40,9 @@ from qadapt.export.proof import (
     write_proof,
 )
 from qadapt.export.streamed_model import StreamedModel, tensors_of
+from qadapt.exporting.proving import sampled
 from qadapt.model.load import load_base
 from qadapt.model.tensor_files import open_model
-from qadapt.proving import sampled
 
 CPU = torch.device("cpu")
 ENDS, PAD = frozenset({5, 6}), 3

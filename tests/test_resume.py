@@ -42,11 +42,11 @@ from qadapt.events import (
     Warned,
     to_line,
 )
-from qadapt.material import Material
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import resume, train
-from qadapt.run_plan import make_plan
+from qadapt.running.material import Material
+from qadapt.running.plan import make_plan
 from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.stored_plan import StoredPlan
 from qadapt.view.journal import effective, read_events

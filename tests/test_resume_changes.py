@@ -17,7 +17,6 @@ import pytest
 from test_resume import copied, counted, until
 from test_train import adapter_of, assert_same, changed, make_recipe, only
 
-from qadapt import resumption, run_card
 from qadapt.data import row_cache
 from qadapt.data.prepared import changed_files, gone_files
 from qadapt.errors import BadData, BadOutput, BadRun
@@ -32,13 +31,15 @@ from qadapt.events import (
     StepDone,
     Warned,
 )
-from qadapt.exporting import export
+from qadapt.exporting.export import export
 from qadapt.hardware.claims import SharedCard
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml, read_recipe
-from qadapt.resumption import TakenUp, plan_anew
 from qadapt.run import resume, train
 from qadapt.run_folder import RunFolder
+from qadapt.running import card as run_card
+from qadapt.running import resumption
+from qadapt.running.resumption import TakenUp, plan_anew
 from qadapt.train.checkpoint import Checkpoint, find_checkpoints
 from qadapt.train.loop import Loop
 from qadapt.train.stored_plan import read_plan

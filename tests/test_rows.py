@@ -31,13 +31,13 @@ from qadapt.data.rows import RowSet
 from qadapt.data.split import Split, split_rows
 from qadapt.data.store import Hashes, Store, StoreWriter
 from qadapt.data.tokens import Tokens, tokens_of
-from qadapt.data_check import check_data
 from qadapt.errors import BadData, BadRun
 from qadapt.events import DataReady, Event, StageAdvanced, Warned
-from qadapt.material import Material, prepare, resolved, step_count
-from qadapt.measuring import Chosen, rows_to_evaluate
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
+from qadapt.running.data_check import check_data
+from qadapt.running.material import Material, prepare, resolved, step_count
+from qadapt.trained.measuring import Chosen, rows_to_evaluate
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -717,8 +717,8 @@ def test_a_mistake_in_the_rows_costs_no_download(
 
     rows = [*(row_of(f"{n}?") for n in range(5)), {"messages": []}]
     recipe = make_recipe(tmp_path, tiny_model("llama"), rows)
-    monkeypatch.setattr("qadapt.material.is_here", lambda *_, **__: False)
-    monkeypatch.setattr("qadapt.material.find_model", download)
+    monkeypatch.setattr("qadapt.running.material.is_here", lambda *_, **__: False)
+    monkeypatch.setattr("qadapt.running.material.find_model", download)
     with pytest.raises(BadData, match="line 6"):
         prepare_all(recipe)
 

@@ -16,14 +16,14 @@ from test_keeping import contract_of, facts_of, side_car, write_adapter
 
 from qadapt.adapters.facts import read_facts, write_facts
 from qadapt.adapters.store import Store
-from qadapt.adoption import Said
 from qadapt.cli.main import run
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadAdapter, BadModel, HubRefused
 from qadapt.export.hub import HubTarget
 from qadapt.export.peft_folder import copy_adapter
-from qadapt.keeping import add
-from qadapt.sharing import push
+from qadapt.exporting.sharing import push
+from qadapt.trained.adoption import Said
+from qadapt.trained.keeping import add
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -47,7 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def store(tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store with `summaries`; the cache is empty."""
-    monkeypatch.setattr("qadapt.sharing.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("qadapt.exporting.sharing.cache_folder", lambda: tmp_path / "cache")
     model, kept = tiny_model("llama"), Store(tmp_path / "adapters")
     folder = write_adapter(tmp_path / "summaries", model)
     shutil.copyfile(contract_of(model, tmp_path), folder / CONTRACT_FILE)

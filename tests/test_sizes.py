@@ -24,7 +24,7 @@ EXCEPTIONS: dict[str, str] = {
     "engine/prefix.py::attend_prefixed": "transformers calls attention with these five by position",
     "engine/prefix.py::attend_eagerly": "transformers calls attention with these five by position",
     "engine/linear.py::forward": "torch hands a function's arguments over by position",
-    "exporting.py::export": "its arguments are the command's options, of which each can be left out",
+    "exporting/export.py::export": "its arguments are the command's options, of which each can be left out",
     "engine/target.py::_attend": "it stands for torch's scaled_dot_product_attention and has its parameters",
 }
 """`<file>`, `<file>::<function>`, `<file>::except`, `<file>::print` → why the rule makes this code worse."""

@@ -29,9 +29,8 @@ from qadapt.adapters.store import Store
 from qadapt.cli.main import run as command
 from qadapt.errors import BadRecipe, BadRun, Unsupported
 from qadapt.events import AdapterAttached, RunStarted, StepDone
-from qadapt.exporting import export
+from qadapt.exporting.export import export
 from qadapt.fusing import find_sources, found_targets, fused_on, shown_target
-from qadapt.keeping import add
 from qadapt.methods import METHODS, Method
 from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as trainable_count
@@ -41,7 +40,8 @@ from qadapt.recipe_file import check_recipe
 from qadapt.run import evaluate, load, resume, train
 from qadapt.shape import find_shape
 from qadapt.train.dryrun import dry_run
-from qadapt.trained import find_trained
+from qadapt.trained.adapter import find_trained
+from qadapt.trained.keeping import add
 
 __all__ = ["folders"]  # a fixture
 

@@ -19,19 +19,19 @@ from test_methods import base_of
 
 from qadapt.adapters.facts import FACTS_FILE, PEFT_FILES, AdapterFacts, read_facts
 from qadapt.adapters.lora import save_adapter
-from qadapt.bisecting import Asker
 from qadapt.cli.chat_session import Session
 from qadapt.cli.main import run as run_command
 from qadapt.data.prompt import CONTRACT_FILE, load_contract
 from qadapt.errors import BadAdapter, BadData, BadRun, Unsupported
-from qadapt.loading import load_partner, load_together, load_tuned
 from qadapt.methods import Method
 from qadapt.model.folder import checked_folder
 from qadapt.model.generate import generate
 from qadapt.model.load import load_base
 from qadapt.serve.chat import Chat, Manner
 from qadapt.serve.partner import find_partner
-from qadapt.together import Company
+from qadapt.trained.bisecting import Asker
+from qadapt.trained.loading import load_partner, load_together, load_tuned
+from qadapt.trained.together import Company
 
 if TYPE_CHECKING:
     from conftest import TinyModel
@@ -299,7 +299,7 @@ def test_versions_are_asked_on_one_base_as_long_as_it_is_theirs(
     }
     expected = {name: alone(folder, "say 3") for name, (folder, _) in versions.items()}
     asker = Asker("say 3", SHORT.longest)
-    monkeypatch.setattr("qadapt.loading.load_base", counted)
+    monkeypatch.setattr("qadapt.trained.loading.load_base", counted)
     for name, (folder, loaded) in versions.items():
         assert [asker.answer(folder)] == expected[name], name
         assert loads == loaded, name

@@ -18,12 +18,12 @@ from qadapt.adapters.store import SHOWN, Store
 from qadapt.cli.main import run as command
 from qadapt.errors import BadRecipe, BadRun
 from qadapt.events import Evaluated, Event, StepDone, Warned
-from qadapt.exporting import export
-from qadapt.keeping import add
-from qadapt.proving import Verified, verify_export
+from qadapt.exporting.export import export
+from qadapt.exporting.proving import Verified, verify_export
 from qadapt.run import evaluate, load, train
 from qadapt.run_folder import RunFolder
-from qadapt.trained import find_trained, of_run
+from qadapt.trained.adapter import find_trained, of_run
+from qadapt.trained.keeping import add
 from qadapt.view.journal import read_events
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from qadapt import proving
 from qadapt.cli.main import run
 from qadapt.cli.stages import drawn as drawn_on
 from qadapt.data.prepared import identify, prepare_part
@@ -22,15 +21,16 @@ from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, Exported, Warned
 from qadapt.export import writing
 from qadapt.export.gguf_prompt_proof import prove_gguf_prompt
-from qadapt.exporting import export
-from qadapt.material import divided, reading_of, training_sources
-from qadapt.measuring import rows_to_prove
-from qadapt.proving import Verified, verify_export
+from qadapt.exporting import proving
+from qadapt.exporting.export import export
+from qadapt.exporting.proving import Verified, verify_export
 from qadapt.recipe_file import check_recipe, read_recipe
 from qadapt.run import train
 from qadapt.run_folder import RunFolder
-from qadapt.same_base import find_same_base
-from qadapt.trained import of_run
+from qadapt.running.material import divided, reading_of, training_sources
+from qadapt.trained.adapter import of_run
+from qadapt.trained.measuring import rows_to_prove
+from qadapt.trained.same_base import find_same_base
 
 if TYPE_CHECKING:
     from conftest import TinyModel

@@ -19,7 +19,6 @@ from qadapt.adapters.lora import trainable
 from qadapt.adapters.prompt import PROMPT_KINDS, PromptKind
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
-from qadapt.data_check import check_data
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import (
     AdapterAttached,
@@ -30,10 +29,11 @@ from qadapt.events import (
     RunFinished,
     StepDone,
 )
-from qadapt.material import prepare, reading_of
 from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as planned
 from qadapt.run import evaluate, resume, train
+from qadapt.running.data_check import check_data
+from qadapt.running.material import prepare, reading_of
 
 if TYPE_CHECKING:
     from conftest import TinyModel

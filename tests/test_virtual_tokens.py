@@ -23,14 +23,12 @@ from qadapt.adapters.prompt import PROMPT_KINDS, PromptKind, PromptPart, attach_
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.adapters.store import Store
-from qadapt.adoption import Said
 from qadapt.data.batches import micro_batches, packed_batches
 from qadapt.data.rows import RowSet
 from qadapt.data.tokens import Tokens
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.front import in_front
 from qadapt.errors import BadAdapter, BadRecipe
-from qadapt.keeping import add
 from qadapt.methods import front_ids, said
 from qadapt.model.generate import Kept, generate, stream
 from qadapt.plan.estimate import estimate_step
@@ -39,6 +37,8 @@ from qadapt.plan.room import Room
 from qadapt.recipe_file import check_recipe
 from qadapt.train.evaluation import evaluate_rows
 from qadapt.train.step import evaluate_loss
+from qadapt.trained.adoption import Said
+from qadapt.trained.keeping import add
 from qadapt.view.tables import setting_words
 
 if TYPE_CHECKING:

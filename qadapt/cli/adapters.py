@@ -14,7 +14,7 @@ from qadapt.cli.screen import console, error_console
 
 if TYPE_CHECKING:
     from qadapt.adapters.store import Store
-    from qadapt.adoption import Held
+    from qadapt.trained.adoption import Held
 
 What = Annotated[str, typer.Argument(help="A name, a tag, or the beginning of a version's id.")]
 NameArgument = Annotated[str, typer.Argument(help="A name in the store.")]
@@ -62,8 +62,8 @@ def add(
     Examples: `qadapt adapters add my-run`, `qadapt adapters add my-run --as summaries`, `qadapt adapters add
     hub:owner/adapter --revision v1`.
     """
-    from qadapt.adoption import Said
-    from qadapt.keeping import add as keep
+    from qadapt.trained.adoption import Said
+    from qadapt.trained.keeping import add as keep
 
     said = Said(revision, _held(held), base)
     added = keep(what, _store(store), name=name, parent=parent, said=said, folder=folder)
@@ -200,8 +200,8 @@ def push(
     """
     from qadapt.cli.stages import drawn
     from qadapt.export.hub import HubTarget
-    from qadapt.keeping import HUB
-    from qadapt.sharing import push as push_adapter
+    from qadapt.exporting.sharing import push as push_adapter
+    from qadapt.trained.keeping import HUB
 
     target = HubTarget(to.removeprefix(HUB), is_private=private)
     pushed = drawn(push_adapter(what, target, folder=folder, store=store), error_console())
@@ -222,9 +222,9 @@ def bisect(
 
     Example: `qadapt adapters bisect summaries --prompt "Two loaves for Ada." --expect Ada`.
     """
-    from qadapt.bisecting import Tried
-    from qadapt.bisecting import bisect as find_break
     from qadapt.stage import go_through
+    from qadapt.trained.bisecting import Tried
+    from qadapt.trained.bisecting import bisect as find_break
 
     asked: list[dict[str, Any]] = []
 
@@ -263,8 +263,8 @@ def gc(
 def _held(text: str | None) -> Held | None:
     from typing import cast, get_args
 
-    from qadapt.adoption import Held
     from qadapt.errors import BadRecipe
+    from qadapt.trained.adoption import Held
 
     if text is not None and text not in get_args(Held):
         raise BadRecipe(f"--held is {text!r}.", cure=f"Give one of {', '.join(get_args(Held))}.")

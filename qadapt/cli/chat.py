@@ -14,10 +14,10 @@ from qadapt.cli.screen import console, error_console
 from qadapt.errors import BadData, BadRecipe
 
 if TYPE_CHECKING:
-    from qadapt.loading import Loaded
     from qadapt.serve.chat import Chat, Reply
     from qadapt.serve.partner import Partner
-    from qadapt.together import Company
+    from qadapt.trained.loading import Loaded
+    from qadapt.trained.together import Company
 
 WhatArgument = Annotated[
     str,
@@ -119,8 +119,8 @@ def _reply_values(reply: Reply, base: Reply | None = None) -> dict[str, object]:
 def _loaded(partner: Partner) -> Loaded:
     """Loads whom to talk to, with a sign of life on a terminal."""
     with error_console().status("loading") as status:
-        from qadapt.loading import load_partner
         from qadapt.quiet import quiet_libraries
+        from qadapt.trained.loading import load_partner
 
         quiet_libraries()
 
@@ -149,7 +149,7 @@ def _answer_all(chats: Sequence[Chat], questions: Iterable[str]) -> None:
 
 
 def _company(loaded: Loaded, folder: str, store: str) -> Company | None:
-    from qadapt.together import Company
+    from qadapt.trained.together import Company
 
     return None if loaded.together is None else Company(loaded.together, folder, store)
 

@@ -26,7 +26,7 @@ from qadapt.view.visible import PLAIN_SIGNS, SIGNS, printable
 
 if TYPE_CHECKING:
     from qadapt.serve.chat import Chat, Reply
-    from qadapt.together import Company
+    from qadapt.trained.together import Company
 
 TITLES = {True: "with the adapter", False: "base alone"}
 COMMANDS = {

@@ -60,7 +60,7 @@ def combine(
     from qadapt.cli.stages import drawn
     from qadapt.export.combine import Way
     from qadapt.export.combine import combine as combine_adapters
-    from qadapt.trained import find_trained
+    from qadapt.trained.adapter import find_trained
 
     weights = [_weighted(part) for part in parts]
     chosen = [(find_trained(name, folder=folder, store=store).adapter, weight) for name, weight in weights]

@@ -63,7 +63,7 @@ def check(
     if html is not None:
         check_place(html, "--html", what="the page is HTML", suffixes=(".html", ".htm"), example="rows.html")
     with error_console().status("starting"):
-        from qadapt.data_check import MOST_PAGE_TOKENS, MOST_TOKENS, check_data
+        from qadapt.running.data_check import MOST_PAGE_TOKENS, MOST_TOKENS, check_data
     most_tokens = None if whole else MOST_TOKENS if html is None else MOST_PAGE_TOKENS
     shown = rows if rows is not None else EXAMPLES if html is None else PAGE_ROWS
     report = watched(check_data(checked, examples=shown, most_tokens=most_tokens), first=_READING)
@@ -105,7 +105,7 @@ def preview(
 
     checked = read_recipe(recipe, overrides or [])
     with error_console().status("starting"):
-        from qadapt.data_check import MOST_TOKENS, preview_rows
+        from qadapt.running.data_check import MOST_TOKENS, preview_rows
     most_tokens = None if whole else MOST_TOKENS
     count = rows if rows is not None else PREVIEWED if row is None else 1
     shown = watched(

@@ -15,13 +15,13 @@ import typer
 from qadapt.cli.plot import check_plot, write_plot
 from qadapt.cli.screen import console, error_console
 from qadapt.errors import BadRecipe
+from qadapt.estimating.planning import ask, ask_models, ask_recipe
+from qadapt.estimating.question import Question
 from qadapt.hardware.cards import cards as all_cards
 from qadapt.plan.answer import CardAnswer
 from qadapt.plan.inverse import What
 from qadapt.plan.record import cards_record, estimate_record, models_record, most_record, plan_record
 from qadapt.plan.setting import Recompute
-from qadapt.planning import ask, ask_models, ask_recipe
-from qadapt.question import Question
 from qadapt.shape import find_config, known_models, known_shapes
 
 if TYPE_CHECKING:

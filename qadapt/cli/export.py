@@ -72,7 +72,7 @@ def export(
     import json as json_text
 
     from qadapt.cli.screen import console
-    from qadapt.exporting import export as export_run
+    from qadapt.exporting.export import export as export_run
 
     screen = console(is_quiet=json)
     target = _hub_target(push, is_private=private)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qadapt.proving import Verified
+    from qadapt.exporting.proving import Verified
 
 
 def verify(
@@ -35,7 +35,7 @@ def verify(
     from qadapt.cli.screen import console
     from qadapt.cli.stages import drawn
     from qadapt.errors import BadExport
-    from qadapt.proving import verify_export
+    from qadapt.exporting.proving import verify_export
 
     screen = console(is_quiet=json)
     verified = drawn(verify_export(export, run=run, folder=folder, store=store), screen)

@@ -1,7 +1,7 @@
 """A small model with random weights, made here, loaded and adapted as a setting says; its gradients.
 
 What a run does before its first step, without a recipe: the same functions in the same order as in
-`run_model.py`. Knows no check. Legend: T tokens.
+`running/model.py`. Knows no check. Legend: T tokens.
 """
 
 from __future__ import annotations

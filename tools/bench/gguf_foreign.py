@@ -47,7 +47,7 @@ from qadapt.export.ollama import adds_bos, modelfile
 from qadapt.export.ollama import prompt as ollama_prompt
 from qadapt.export.proof import read_proof
 from qadapt.quiet import quiet_libraries
-from qadapt.same_base import find_same_base
+from qadapt.trained.same_base import find_same_base
 
 MAX_NEW_TOKENS = 48
 EQUAL_SHARE = 0.95

@@ -26,7 +26,7 @@ import torch
 
 from qadapt import control
 from qadapt.events import Event, Paused, Resumed, RunFinished, StepDone, Stopped, Warned
-from qadapt.exporting import export
+from qadapt.exporting.export import export
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
 from qadapt.run import resume, train

@@ -33,7 +33,7 @@ from qadapt.methods import METHODS, Method
 from qadapt.model.generate import generate
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import read_recipe
-from qadapt.together import Company, Together
+from qadapt.trained.together import Company, Together
 
 TASKS: dict[str, Method] = {"order": "lora", "name": "ia3", "time": "pfeiffer"}
 RATES = {"lora": "1e-3", "ia3": "1e-2", "pfeiffer": "1e-3"}

@@ -60,7 +60,7 @@ def prepared(path: Path, task: Task) -> Any:
     """The rows of a file as the package makes tokens of them."""
     from side_qadapt import recipe_of
 
-    from qadapt.material import prepare, resolved
+    from qadapt.running.material import prepare, resolved
 
     recipe = resolved(recipe_of(replace(task, conversations=str(path))))
     return finished(prepare(recipe, revision=None)).rows.train

@@ -43,10 +43,10 @@ from torch import Tensor
 from qadapt.cache import cache_folder
 from qadapt.data.batches import MicroBatch
 from qadapt.data.tokens import Tokens
-from qadapt.material import order_of, prepare, resolved
 from qadapt.model.precision import DTYPES
-from qadapt.run_model import adapt, loop_settings, optimizer_of, place_base
-from qadapt.run_plan import make_plan
+from qadapt.running.material import order_of, prepare, resolved
+from qadapt.running.model import adapt, loop_settings, optimizer_of, place_base
+from qadapt.running.plan import make_plan
 from qadapt.train.step import apply_gradient, find_gradient
 
 BAR = 0.60

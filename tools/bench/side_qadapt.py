@@ -27,7 +27,7 @@ import qadapt.run
 from qadapt.events import Event, MemoryMeasured, Planned, StepDone
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
-from qadapt.run_plan import make_plan
+from qadapt.running.plan import make_plan
 from qadapt.train.loop import Loop
 from qadapt.train.stored_plan import StoredPlan
 

@@ -16,8 +16,8 @@ from qadapt.cache import cache_folder, output_errors, working_folder
 from qadapt.events import Event, StageStarted
 from qadapt.export.hub import HubTarget, check_target, push_folder
 from qadapt.export.peft_folder import FORM as ADAPTER
-from qadapt.exporting import export
-from qadapt.trained import find_trained
+from qadapt.exporting.export import export
+from qadapt.trained.adapter import find_trained
 
 STAGE = "pushing the adapter"
 

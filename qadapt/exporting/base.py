@@ -21,10 +21,10 @@ from qadapt.export.quantized import DTYPES as QUANTIZED_DTYPES
 from qadapt.export.quantized import FORM as QUANTIZED
 from qadapt.export.room import folder_bytes
 from qadapt.export.staging import refuse_full
-from qadapt.export_job import Job
-from qadapt.measuring import rows_to_evaluate
+from qadapt.exporting.job import Job
 from qadapt.model.precision import choose_device
 from qadapt.model.source import quantized_type_of
+from qadapt.trained.measuring import rows_to_evaluate
 
 
 def base_of(job: Job, asked: str, *, is_measured: bool) -> Generator[Event, None, str]:

@@ -40,15 +40,15 @@ from qadapt.export.quantized import quantize
 from qadapt.export.room import folder_bytes
 from qadapt.export.staging import new_folder, refuse_existing
 from qadapt.export.writing import OTHER_FILES_BYTES, Writing
-from qadapt.export_base import base_of
-from qadapt.export_finish import Finish
-from qadapt.export_job import Job
+from qadapt.exporting.base import base_of
+from qadapt.exporting.finish import Finish
+from qadapt.exporting.job import Job
 from qadapt.model.folder import read_config
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import ExportSection
-from qadapt.same_base import find_same_base
 from qadapt.stage import passing, with_progress
-from qadapt.trained import Trained, find_trained
+from qadapt.trained.adapter import Trained, find_trained
+from qadapt.trained.same_base import find_same_base
 from qadapt.units import parse_bytes
 
 UNMERGED = (ADAPTER, GGUF_LORA)

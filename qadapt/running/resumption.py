@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 from qadapt.data.prepared import changed_files
 from qadapt.errors import BadRecipe, BadRun
 from qadapt.events import CheckpointSaved, Event, Rehearsed, RunFinished, StepDone, Warned
-from qadapt.material import Material, prepare, step_count
 from qadapt.model.precision import choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
 from qadapt.run_folder import RunFolder
-from qadapt.run_plan import make_plan
+from qadapt.running.material import Material, prepare, step_count
+from qadapt.running.plan import make_plan
 from qadapt.stage import passing
 from qadapt.train.checkpoint import find_checkpoints
 from qadapt.train.environment import environment

@@ -13,7 +13,7 @@ from qadapt.fusing import shown_target
 from qadapt.model.source import ModelFiles
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import dump_yaml
-from qadapt.trained import HELD_OUT_LOSS, TRAINING_LOSS, Trained
+from qadapt.trained.adapter import HELD_OUT_LOSS, TRAINING_LOSS, Trained
 from qadapt.view.journal import effective, read_events
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from qadapt.adapters.store import SHOWN, Store
 from qadapt.errors import BadAdapter, BadRun, Unsupported
-from qadapt.loading import Loaded, load_partner
 from qadapt.quiet import quiet_libraries
 from qadapt.serve.chat import Chat, Manner
 from qadapt.serve.partner import Partner
+from qadapt.trained.loading import Loaded, load_partner
 
 
 @dataclass(frozen=True)

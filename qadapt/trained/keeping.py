@@ -19,7 +19,6 @@ from qadapt.adapters.facts import AdapterFacts, read_facts
 from qadapt.adapters.pointers import check_name
 from qadapt.adapters.store import Added, Store
 from qadapt.adapters.versions import Record, belongs, check_weights
-from qadapt.adoption import Said, adopt, is_foreign, move_base
 from qadapt.cache import cache_folder, output_errors, working_folder
 from qadapt.errors import BadAdapter, BadModel, BadRun
 from qadapt.model.folder import read_config
@@ -27,9 +26,10 @@ from qadapt.model.skeleton import skeleton_base
 from qadapt.model.source import find_model, is_here
 from qadapt.quiet import quiet_libraries
 from qadapt.run_folder import RunFolder, find_run
-from qadapt.same_base import find_same_base
 from qadapt.train.stored_plan import read_plan
-from qadapt.trained import method_of, of_run
+from qadapt.trained.adapter import method_of, of_run
+from qadapt.trained.adoption import Said, adopt, is_foreign, move_base
+from qadapt.trained.same_base import find_same_base
 
 NOTHING = Said()
 HUB = "hub:"

@@ -32,13 +32,13 @@ from qadapt.model.precision import DTYPES, choose_compute_dtype, choose_device
 from qadapt.model.source import find_model
 from qadapt.quiet import quiet_libraries
 from qadapt.run_folder import RunFolder
-from qadapt.same_base import find_same_base
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report
-from qadapt.together import Company, Together
 from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.oom import read_rungs
 from qadapt.train.stored_plan import read_plan
+from qadapt.trained.same_base import find_same_base
+from qadapt.trained.together import Company, Together
 
 _STORED = {"float16": "fp16", "float32": "fp32"}
 """By their names in config.json, the types that products may have, too, if the device is good at them."""

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qadapt.errors import BadModel, NoClosedForm
+from qadapt.estimating.question import Outline, Question
 from qadapt.hardware.target import Target, find_target
 from qadapt.plan.estimate import Estimate
 from qadapt.plan.fit import Plan
 from qadapt.plan.knobs import PLANNED
 from qadapt.plan.packing import unseen_rows_notes
 from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, not_offloaded, setting_of
-from qadapt.question import Outline, Question
 from qadapt.shape import ModelConfig, ModelShape, find_config, shape_from_config
 from qadapt.units import parse_bytes
 

@@ -26,7 +26,7 @@ from qadapt.quiet import quiet_libraries
 from qadapt.shape import ModelConfig, ModelShape, known_shapes
 
 if TYPE_CHECKING:
-    from qadapt.exact import ExactAnswer
+    from qadapt.estimating.exact import ExactAnswer
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Question:
         Raises:
             QadaptError: The model cannot be built, or an adapter does not suit it.
         """
-        from qadapt.exact import exact_answer
+        from qadapt.estimating.exact import exact_answer
 
         quiet_libraries()
         assert self.config is not None, "a run's own question has no configuration at hand"

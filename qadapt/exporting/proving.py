@@ -43,16 +43,16 @@ from qadapt.export.reference import open_reference
 from qadapt.export.stored_tensors import Written
 from qadapt.export.streamed_model import StreamedModel
 from qadapt.export.tensor_proof import TensorProof, prove_tensors, prove_written
-from qadapt.measuring import rows_to_prove
 from qadapt.model.precision import choose_device
 from qadapt.model.source import ModelFiles
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder, find_run
-from qadapt.same_base import find_same_base
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report, with_progress
-from qadapt.trained import Trained, trained_of
+from qadapt.trained.adapter import Trained, trained_of
+from qadapt.trained.measuring import rows_to_prove
+from qadapt.trained.same_base import find_same_base
 from qadapt.units import MIB
 
 MOST_ROWS, MOST_TOKENS, FEWEST_TOKENS = 64, 8192, 512

@@ -17,8 +17,8 @@ from qadapt.data.reading.sources import RowReader
 from qadapt.data.row_notes import Note, no_rows_left, part_notes
 from qadapt.data.rows import Rows, RowSet
 from qadapt.errors import BadRun
-from qadapt.material import divided, held_out_sources, reading_of, training_sources, virtual_tokens_of
 from qadapt.recipe import Recipe
+from qadapt.running.material import divided, held_out_sources, reading_of, training_sources, virtual_tokens_of
 
 _LENGTH = 2048
 """The longest row in tokens where no recipe says it, as `data.length` is without a word."""

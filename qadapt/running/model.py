@@ -1,7 +1,7 @@
 """What a run trains, in memory: base, adapter, optimizer and what the loop is to do, each from its section.
 
 The recipe stops here: what is called takes flat arguments. The plan is executed, never questioned
-(`run_plan.py`).
+(`plan.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from qadapt.engine.documents import kernel_problem
 from qadapt.engine.head import head_of
 from qadapt.engine.streaming import is_pinned
 from qadapt.events import AdapterAttached, BaseLoaded, Event, StageStarted, Warned
-from qadapt.material import Material
 from qadapt.model.load import load_base
 from qadapt.model.original import original_weights
 from qadapt.model.placement import brought_parts
@@ -29,6 +28,7 @@ from qadapt.model.precision import DTYPES, choose_device
 from qadapt.model.source import ModelFiles
 from qadapt.plan.setting import not_offloaded
 from qadapt.recipe import Recipe
+from qadapt.running.material import Material
 from qadapt.shape import shape_from_config
 from qadapt.train.companion import companion_of
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer

@@ -36,7 +36,12 @@ from qadapt.data.tokens import Tokens
 from qadapt.errors import BadData, BadRecipe, DoesNotFit, NoClosedForm
 from qadapt.events import Event, StageStarted, Warned
 from qadapt.hardware.cards import Card
-from qadapt.material import (
+from qadapt.model.source import find_model
+from qadapt.plan.fit import Plan
+from qadapt.plan.setting import Setting
+from qadapt.plan.speed import micro_batch_seconds
+from qadapt.recipe import Recipe
+from qadapt.running.material import (
     Material,
     contract_of,
     order_of,
@@ -45,12 +50,7 @@ from qadapt.material import (
     step_count,
     training_sources,
 )
-from qadapt.model.source import find_model
-from qadapt.plan.fit import Plan
-from qadapt.plan.setting import Setting
-from qadapt.plan.speed import micro_batch_seconds
-from qadapt.recipe import Recipe
-from qadapt.run_plan import padded_question, plan_rows, step_sample
+from qadapt.running.plan import padded_question, plan_rows, step_sample
 from qadapt.shape import ModelShape
 from qadapt.stage import passing, with_progress
 

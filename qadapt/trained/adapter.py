@@ -22,16 +22,16 @@ from qadapt.adapters.versions import Record
 from qadapt.cache import ignore
 from qadapt.errors import BadAdapter, BadRecipe, BadRun
 from qadapt.events import Evaluated, RunFinished, StepDone
-from qadapt.loading import Tuned, load_run, load_tuned
 from qadapt.methods import METHODS
 from qadapt.methods import said as method_in_words
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, read_recipe
-from qadapt.resumption import Earlier, check_finished
 from qadapt.run_folder import RunFolder
+from qadapt.running.resumption import Earlier, check_finished
 from qadapt.serve.partner import Partner, find_partner
 from qadapt.stage import Report
 from qadapt.train.stored_plan import read_plan
+from qadapt.trained.loading import Tuned, load_run, load_tuned
 from qadapt.view.journal import effective, read_events
 
 STEPS, TRAINING_LOSS, HELD_OUT_LOSS = "steps", "training loss", "held-out loss"

@@ -16,8 +16,8 @@ from qadapt.errors import BadExport
 from qadapt.events import BasesCompared, Event, Warned
 from qadapt.export.card import Made, card_text, comparison, served_rank
 from qadapt.export.tensor_proof import prove_tensors
-from qadapt.export_job import Job
-from qadapt.proving import prove_export
+from qadapt.exporting.job import Job
+from qadapt.exporting.proving import prove_export
 
 
 class Finish:

@@ -13,10 +13,10 @@ from qadapt.data.prepared import skipped_lines
 from qadapt.events import RunStarted
 from qadapt.fusing import name_below
 from qadapt.hardware.calibration import kind_of, remember
-from qadapt.material import Material
 from qadapt.methods import METHODS, said
 from qadapt.recipe import Recipe
 from qadapt.run_folder import RunFolder
+from qadapt.running.material import Material
 from qadapt.train.environment import environment
 from qadapt.train.stored_plan import StoredPlan
 

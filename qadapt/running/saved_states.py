@@ -10,8 +10,8 @@ from torch import Tensor
 from qadapt.adapters.lora import adapter_tensors
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, Warned
-from qadapt.resumption import Earlier
 from qadapt.run_folder import RunFolder
+from qadapt.running.resumption import Earlier
 from qadapt.train.checkpoint import (
     Checkpoint,
     checkpoint_folder,

@@ -1,7 +1,7 @@
 """The plan of a run: what its recipe asks for its rows as they are, and the fastest way that fits.
 
-Asks the closed form (`question.py`) for rows filled up and for rows packed, and takes the faster of the two.
-Loads nothing; `run_model.py` executes it.
+Asks the closed form (`estimating/question.py`) for rows filled up and for rows packed, and takes the faster
+of the two. Loads nothing; `model.py` executes it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from qadapt.data.batches import widest_share
 from qadapt.data.step_sample import StepSample
 from qadapt.engine.documents import kernel_problem
 from qadapt.errors import DoesNotFit
-from qadapt.material import Material, order_of, step_count
+from qadapt.estimating.planning import AdapterType, ComputeType, ask_of
+from qadapt.estimating.question import Question
 from qadapt.model.precision import DTYPES, choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.plan.fit import Plan
 from qadapt.plan.packing import PACKABLE, Way, check_packable, choose_way, packed_plan
-from qadapt.planning import AdapterType, ComputeType, ask_of
-from qadapt.question import Question
 from qadapt.recipe import Recipe
+from qadapt.running.material import Material, order_of, step_count
 from qadapt.shape import ModelShape, find_shape, table_rows
 from qadapt.train.stored_plan import StoredPlan
 

@@ -1,0 +1,1 @@
+"""What a model or a recipe would take, asked before anything is loaded."""

@@ -1,0 +1,1 @@
+"""A trained adapter made into something to use: which base, which form, proven, described, pushed."""

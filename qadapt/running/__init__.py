@@ -1,0 +1,1 @@
+"""What a run is composed of: base and rows, plan, model in memory, records, and how it goes on."""
