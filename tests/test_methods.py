@@ -33,8 +33,9 @@ from qadapt.plan.adapters import saved_bytes
 from qadapt.plan.adapters import trainable as planned
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.inverse import most
+from qadapt.plan.recipe_setting import setting_of
 from qadapt.plan.room import Room
-from qadapt.plan.setting import Setting, setting_of
+from qadapt.plan.setting import Setting
 from qadapt.recipe import AdapterSection
 from qadapt.recipe_file import check_recipe
 from qadapt.shape import find_config, find_shape

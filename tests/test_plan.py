@@ -19,8 +19,9 @@ from qadapt.plan.estimate import disk_parts, estimate_step
 from qadapt.plan.fit import Plan, fit
 from qadapt.plan.knobs import KNOBS, PLANNED, micro_batches
 from qadapt.plan.ladder import ladder
+from qadapt.plan.recipe_setting import setting_of
 from qadapt.plan.room import Room
-from qadapt.plan.setting import Setting, auto_dtypes, setting_of
+from qadapt.plan.setting import Setting, auto_dtypes
 from qadapt.plan.speed import micro_batch_seconds, operations
 from qadapt.recipe import Recipe
 from qadapt.shape import ModelShape, find_shape, known_shapes

@@ -14,7 +14,7 @@ from pathlib import Path
 from qadapt.hardware.cards import Card
 from qadapt.methods import Fused, activation_of, dropped_layers, has_norm
 from qadapt.plan.estimate import Estimate, estimate_step
-from qadapt.plan.setting import setting_of
+from qadapt.plan.recipe_setting import setting_of
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import read_recipe, shipped_recipes
 from qadapt.shape import find_shape

@@ -19,7 +19,8 @@ from qadapt.plan.estimate import Estimate
 from qadapt.plan.fit import Plan
 from qadapt.plan.knobs import PLANNED
 from qadapt.plan.packing import unseen_rows_notes
-from qadapt.plan.setting import Setting, auto_dtypes, check_numbers, not_offloaded, setting_of
+from qadapt.plan.recipe_setting import not_offloaded, setting_of
+from qadapt.plan.setting import Setting, auto_dtypes, check_numbers
 from qadapt.shape import ModelConfig, ModelShape, find_config, shape_from_config
 from qadapt.units import parse_bytes
 

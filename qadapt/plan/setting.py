@@ -1,16 +1,14 @@
 """`Setting`: everything about a training step that its memory and time depend on, except the model's shape.
 
-It knows no recipe file and no card: `setting_of` turns a recipe's words into one, once somebody has said on
-which device and in which types it will run. Legend: D width, R rank.
+It knows no recipe (`recipe_setting.py` turns one into it) and no card. Legend: D width, R rank.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from qadapt.errors import BadRecipe
 from qadapt.methods import (
@@ -28,9 +26,6 @@ from qadapt.methods import (
 from qadapt.plan.ranks import check_start
 from qadapt.shape import Linear, ModelShape, Part
 from qadapt.stacking import BOTTLENECKS
-
-if TYPE_CHECKING:
-    from qadapt.recipe import AdapterSection, Recipe
 
 VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one value of each type."""
@@ -330,71 +325,3 @@ def auto_dtypes(
     if device == "cpu":
         return "fp32", "fp32"
     return ("bf16", "bf16") if has_bf16 else ("fp16", "fp32")
-
-
-def _offload_of(recipe: Recipe, device: Literal["cpu", "cuda"]) -> tuple[Part, ...]:
-    """What the recipe puts away; on a CPU the base lies on the host anyhow, which a run says."""
-    asked = recipe.memory.offload if isinstance(recipe.memory.offload, tuple) else ()
-    return tuple(part for part in asked if device == "cuda" or part == "boundaries")
-
-
-def not_offloaded(asked: object, kept: Sequence[str]) -> str | None:
-    """What `memory.offload` names and a CPU's step does not move, as a sentence; None if nothing."""
-    left = [part for part in asked if part not in kept] if isinstance(asked, tuple) else []
-    return f"memory.offload: on a CPU {' and '.join(left)} lie on the host as it is." if left else None
-
-
-def _adapter_dtype(adapter: AdapterSection, *, usual: Literal["bf16", "fp32"]) -> Literal["bf16", "fp32"]:
-    if adapter.dtype != "auto":
-        return adapter.dtype
-    return "fp32" if METHODS[adapter.method].is_near_one else usual
-
-
-def setting_of(
-    recipe: Recipe,
-    shape: ModelShape | None,
-    *,
-    device: Literal["cpu", "cuda"],
-    compute_dtype: Literal["bf16", "fp16", "fp32"],
-    adapter_dtype: Literal["bf16", "fp32"],
-    supervised_share: float = 1.0,
-) -> Setting:
-    """The setting a recipe asks for, before the plan fills in what is `auto`, and without what is fused.
-
-    A type that the recipe names overrules the one given here. An `auto` micro-batch starts at one row and
-    `auto` recompute at every layer: the least memory, from which `fit` goes up. With `auto` packing rows are
-    filled up: only who has them can say whether packing is faster. Without a shape nothing is checked.
-
-    Raises:
-        BadRecipe: See `check_setting`.
-    """
-    adapter, memory = recipe.adapter, recipe.memory
-    rows = 1 if memory.micro_batch == "auto" else memory.micro_batch
-    optimizer = recipe.train.optimizer
-    if optimizer == "auto":
-        optimizer = "adamw-8bit" if device == "cuda" else "adamw"
-    setting = Setting(
-        rows=rows,
-        length=recipe.data.length,
-        quantization=recipe.model.quantization,
-        double_quant=recipe.model.double_quant,
-        method=adapter.method,
-        rank=adapter.rank,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        nonlinearity=adapter.nonlinearity,
-        adapter_dtype=_adapter_dtype(adapter, usual=adapter_dtype),
-        compute_dtype=compute_dtype if memory.compute_dtype == "auto" else memory.compute_dtype,
-        optimizer=optimizer,
-        supervised_share=supervised_share,
-        recompute="all" if memory.recompute == "auto" else memory.recompute,
-        offload=_offload_of(recipe, device),
-        accumulates=recipe.train.rows_per_step > rows,
-        packed=recipe.data.packing is True,
-        documents=recipe.train.rows_per_step if recipe.data.packing is True else 0,
-        new_tokens=len(recipe.data.new_tokens),
-        device=device,
-    )
-    if shape is not None:
-        check_setting(shape, setting)
-    return setting

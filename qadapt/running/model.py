@@ -26,7 +26,7 @@ from qadapt.model.original import original_weights
 from qadapt.model.placement import brought_parts
 from qadapt.model.precision import DTYPES, choose_device
 from qadapt.model.source import ModelFiles
-from qadapt.plan.setting import not_offloaded
+from qadapt.plan.recipe_setting import not_offloaded
 from qadapt.recipe import Recipe
 from qadapt.running.material import Material
 from qadapt.shape import shape_from_config
