@@ -43,6 +43,7 @@ from qadapt.adapters.method import Adapter, attach, load_adapter
 from qadapt.adapters.rank_budget import RankBudget
 from qadapt.adapters.swap import Swap
 from qadapt.adapters.triplets import TripletLinear, triplets_of, use_triplet_layers
+from qadapt.cli.main import run as command
 from qadapt.data.batches import packed_batches
 from qadapt.data.tokens import Tokens
 from qadapt.engine.recompute import set_recompute
@@ -60,7 +61,7 @@ from qadapt.plan.ranks import LEAST_STEPS, RankSchedule, rank_schedule, trained_
 from qadapt.plan.room import Room
 from qadapt.plan.setting import check_setting
 from qadapt.recipe import Recipe
-from qadapt.recipe_file import check_recipe
+from qadapt.recipe_file import check_recipe, dump_yaml
 from qadapt.run import resume, train
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
 from qadapt.train.step import StepResult, apply_gradient, find_gradient
@@ -425,6 +426,17 @@ def test_too_few_steps_are_refused_before_anything_is_loaded(tmp_path: Path, tin
         list(train(recipe_of(tmp_path, tiny_model("qwen2"), steps=6)))
     assert "train.steps=7" in refused.value.cure
     assert not (tmp_path / "runs/first").exists()
+
+
+@pytest.mark.parametrize("asked", ["estimate", "plan"])
+def test_estimate_and_plan_refuse_the_same_steps_that_train_does(
+    asked: str, tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(dump_yaml(recipe_of(tmp_path, tiny_model("qwen2"))), encoding="utf-8")
+    for steps, code in ((LEAST_STEPS - 1, 2), (LEAST_STEPS, 0)):
+        words = [asked, str(tmp_path / "mine.yaml"), f"train.steps={steps}", "--vram", "4GiB"]
+        assert command(words) == code
+    assert "error: The run has 6 steps; AdaLoRA, which" in capsys.readouterr().err
 
 
 def test_a_rank_that_starts_wider_than_a_layer_is_refused_with_the_largest_that_fits(

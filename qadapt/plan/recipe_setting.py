@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from qadapt.methods import METHODS
+from qadapt.plan.ranks import check_steps
 from qadapt.plan.setting import Setting, check_setting
 from qadapt.shape import ModelShape, Part
 
@@ -29,12 +30,14 @@ def setting_of(
 
     A type that the recipe names overrules the one given here. An `auto` micro-batch starts at one row and
     `auto` recompute at every layer: the least memory, from which `fit` goes up. With `auto` packing rows are
-    filled up: only who has them can say whether packing is faster. Without a shape nothing is checked.
+    filled up: only who has them can say whether packing is faster. Without a shape the step is not checked.
 
     Raises:
-        BadRecipe: See `check_setting`.
+        BadRecipe: See `check_setting`; or it names fewer steps than its method has a schedule for.
     """
     adapter, memory = recipe.adapter, recipe.memory
+    if recipe.train.steps is not None:
+        check_steps(adapter.method, recipe.train.steps)
     rows = 1 if memory.micro_batch == "auto" else memory.micro_batch
     optimizer = recipe.train.optimizer
     if optimizer == "auto":
