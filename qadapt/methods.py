@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from qadapt.errors import BadRecipe
 
@@ -358,6 +358,13 @@ def activation_of(method: Method, nonlinearity: Nonlinearity = "auto") -> Activa
 def has_norm(nonlinearity: Nonlinearity) -> bool:
     """Whether a layer norm is on what enters a bottleneck adapter with this nonlinearity."""
     return nonlinearity.startswith(_NORMED)
+
+
+def nonlinearity_name(activation: object, *, norm: bool) -> str:
+    """What a recipe calls a function with a layer norm on what enters, or without; empty if it knows none."""
+    if activation not in get_args(Activation):
+        return ""
+    return f"{_NORMED}{activation}" if norm else f"{activation}"
 
 
 def virtual_tokens(method: Method, rank: int) -> int:

@@ -24,6 +24,7 @@ from qadapt.adapters.method import Adapter, attach
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import read_settings, save_side_car
 from qadapt.adapters.store import Store
+from qadapt.cli.main import run as command
 from qadapt.errors import BadAdapter, BadRecipe, Unsupported
 from qadapt.events import AdapterAttached, RunFinished, StepDone
 from qadapt.export.adapter_proof import prove_copied
@@ -77,8 +78,8 @@ def test_runs_train_and_a_new_process_has_the_same_logits(tmp_path: Path, tiny_m
     assert_same(logits_elsewhere(tmp_path, KINDS), logits)
 
 
-def test_a_nonlinearity_is_what_the_recipe_says_and_the_store_tells_it(
-    tmp_path: Path, tiny_model: TinyModel
+def test_a_nonlinearity_is_what_the_recipe_says_and_store_and_card_tell_it(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, versions = Store(tmp_path / "store"), []
     for nonlinearity, settings in (("auto", ("relu", False)), ("layernorm-tanh", ("tanh", True))):
@@ -89,6 +90,12 @@ def test_a_nonlinearity_is_what_the_recipe_says_and_the_store_tells_it(
         found = read_settings(folder / "runs" / "first" / "adapter")
         assert (found["activation"], found["norm"]) == settings
         versions.append(add("first", store, folder=recipe.run.folder).version.id)
+        shown = nonlinearity.replace("auto", "relu")
+        assert command(["adapters", "show", versions[-1], "--store", str(store.path)]) == 0
+        assert f"nonlinearity   {shown}\n" in capsys.readouterr().out
+        list(export("first", form="adapter", folder=recipe.run.folder))
+        card = (folder / "runs" / "first" / "export" / "adapter" / "README.md").read_text("utf-8")
+        assert f"by Pfeiffer adapters, width {recipe.adapter.rank}, {shown}; this is" in card
     changes = difference_of(store, *versions).changes
     assert Change("recipe.adapter.nonlinearity", "auto", "layernorm-tanh") in changes
     with pytest.raises(Unsupported, match="have no mean"):

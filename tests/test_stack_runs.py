@@ -97,13 +97,13 @@ def test_a_run_needs_what_it_stands_on_no_more_once_it_is_trained(
     assert command(["adapters", "show", "task", "--store", str(tmp_path / "store")]) == 0
     assert f"stands on      pfeiffer, {settings['below']['sha256']}\n" in capsys.readouterr().out
     list(export("first", form="adapter", folder=str(runs)))
-    assert find_trained(str(runs / "first" / "adapter")).said_method == "parallel adapters, on pfeiffer"
+    assert find_trained(str(runs / "first" / "adapter")).said_method == "parallel adapters, relu, on pfeiffer"
     card = (runs / "first" / "export" / "adapter" / "README.md").read_text("utf-8")
-    assert "parallel adapters, width 6, on pfeiffer" in card
+    assert "parallel adapters, width 6, relu, on pfeiffer" in card
     assert "on:pfeiffer" in card
     assert str(tmp_path) not in card
     for form in ("merged-fp16", "gguf-lora"):
-        with pytest.raises(Unsupported, match=rf"width 6, on pfeiffer, .*no {form} of it.\n.*--form adapter"):
+        with pytest.raises(Unsupported, match=rf"width 6, relu, on pfeiffer, .*no {form} of it.\n.*--form"):
             list(export("first", form=form, folder=str(runs)))
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qadapt.errors import BadRun
+from qadapt.methods import nonlinearity_name
 
 FACTS_FILE = "qadapt.json"
 COMBINATION_FILE = "combination.json"
@@ -28,12 +29,23 @@ def is_side_car(folder: Path) -> bool:
 
 def below_of(folder: Path) -> dict[str, object]:
     """What the adapter of a folder stands on, with its `name` and `sha256`; nothing if on its base alone."""
+    found = _side_car(folder).get(BELOW)
+    return found if isinstance(found, dict) else {}
+
+
+def nonlinearity_of(folder: Path) -> str:
+    """The nonlinearity of a folder's bottleneck adapter, as recipes name it; empty if it is none."""
+    values = _side_car(folder)
+    return nonlinearity_name(values.get("activation"), norm=values.get("norm") is True)
+
+
+def _side_car(folder: Path) -> dict[str, object]:
+    """The settings of a side-car; nothing if there are none that can be read."""
     try:
         values = json.loads((folder / SIDE_CAR_FILES[1]).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    found = values.get(BELOW) if isinstance(values, dict) else None
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def own_files(folder: Path) -> tuple[str, str]:

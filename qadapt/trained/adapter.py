@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qadapt.adapters.facts import AdapterFacts, below_of, is_side_car, read_facts
+from qadapt.adapters.facts import AdapterFacts, below_of, is_side_car, nonlinearity_of, read_facts
 from qadapt.adapters.peft_config import peft_values
 from qadapt.adapters.side_car_files import read_settings
 from qadapt.adapters.store import SHOWN, Store
@@ -72,11 +72,13 @@ class Trained:
     @property
     def said_method(self) -> str:
         """How it was trained, in words, with its size where that is known."""
-        on = str(below_of(self.adapter).get("name", ""))
         if self.recipe is not None:
-            return method_in_words(self.recipe.adapter.method, self.recipe.adapter.rank, on=on)
-        title = next((facts.title for name, facts in METHODS.items() if name == self.method), self.method)
-        return f"{title}, on {on}" if on else title
+            words = method_in_words(self.recipe.adapter.method, self.recipe.adapter.rank)
+        else:
+            words = next((facts.title for name, facts in METHODS.items() if name == self.method), self.method)
+        on = below_of(self.adapter).get("name")
+        more = nonlinearity_of(self.adapter), f"on {on}" if on else ""
+        return ", ".join(each for each in (words, *more) if each)
 
     @property
     def in_front(self) -> int:

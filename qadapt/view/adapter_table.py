@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from qadapt.adapters.facts import below_of
+from qadapt.adapters.facts import below_of, nonlinearity_of
 from qadapt.adapters.store import SHOWN, Store
 from qadapt.adapters.versions import Version
 from qadapt.errors import BadAdapter
@@ -110,6 +110,7 @@ def version_lines(version: Version, folder: Path) -> Iterator[str]:
         "version": version.id,
         "from": record.source,
         "method": record.method,
+        **({"nonlinearity": name} if (name := nonlinearity_of(folder)) else {}),
         **({"stands on": f"{on.get('name')}, {on.get('sha256')}"} if (on := below_of(folder)) else {}),
         "base": f"{facts.base}{f'@{facts.revision}' if facts.revision else ''}, held in {held}",
         "base's hash": facts.fingerprint,
