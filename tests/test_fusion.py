@@ -23,13 +23,14 @@ from test_bottleneck import (
     padded_batch,
     trained,
 )
+from test_merge import facts
 from test_packing import rows
 from torch import Tensor
-from two_adapters import PAIRS, fused_pair, members_of, redrawn
+from two_adapters import PAIRS, fused_pair, members_of, redrawn, trained_adapter
 from written_layers import beside, write_out, written_adapter
 
-from qadapt.adapters.average import average
 from qadapt.adapters.check import check_adapter
+from qadapt.adapters.facts import write_facts
 from qadapt.adapters.fusion import (
     FusionPart,
     Member,
@@ -42,8 +43,9 @@ from qadapt.adapters.method import adapted_layers, load_adapter
 from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.adapters.swap import Swap
+from qadapt.cli.main import run as command
 from qadapt.engine.arrangement import arrange
-from qadapt.errors import BadAdapter, BadRecipe, Unsupported
+from qadapt.errors import BadAdapter, BadRecipe
 from qadapt.methods import Fused, check_fused
 from qadapt.model.skeleton import skeleton_base
 from qadapt.train.attended import attended
@@ -279,10 +281,37 @@ def test_what_is_attended_to_is_the_mean_over_all_tokens_and_takes_no_logits(tin
         assert list(each.weights.values()) == pytest.approx(mean, abs=1e-6)
 
 
-def test_fusions_have_no_mean(tiny_model: TinyModel, tmp_path: Path) -> None:
-    save_side_car(fused(tiny_model), tmp_path)
-    with pytest.raises(Unsupported, match="is of the kind fusion: only bottleneck adapters have a mean"):
-        average([(tmp_path, 0.5), (tmp_path, 0.5)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("both=2",),
+        ("both=0.5", "both=0.5"),
+        ("one=0.5", "both=0.5"),
+        ("both=1", "--rank", "4"),
+        ("both=1", "--how", "upper", "--density", "0.5"),
+    ],
+)
+def test_of_a_fusion_no_sum_and_no_mean_is_made_but_a_copy(
+    words: tuple[str, ...],
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lone = trained_adapter(base_of(tiny_model, "llama"), fused_pair()[0], seed=0)
+    for name, model in (("both", fused(tiny_model)), ("one", lone)):
+        Path(name).mkdir()
+        save_side_car(model, Path(name))
+        write_facts(facts(), Path(name))
+    assert command(["adapters", "combine", *words, "--to", "out"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "both is a fusion, which decides token by token" in said
+    assert "Alone with the weight 1 it is copied. For a fusion of" in said
+    assert "bottleneck" not in said.lower()
+    assert not Path("out").exists()
+    assert command(["adapters", "combine", "both=1", "--to", "out"]) == 0
+    assert Path("out/side_car.safetensors").read_bytes() == Path("both/side_car.safetensors").read_bytes()
 
 
 def test_adapters_that_no_attention_can_be_over_are_refused(tiny_model: TinyModel) -> None:

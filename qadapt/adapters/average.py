@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qadapt.adapters.bottleneck import KINDS, bottleneck_shapes
 from qadapt.adapters.facts import below_of
+from qadapt.adapters.fusion import FUSION
 from qadapt.adapters.side_car_files import read_settings, read_tensors
 from qadapt.errors import Unsupported
 
@@ -31,22 +32,14 @@ def average(adapters: Sequence[tuple[Path, float]]) -> tuple[dict[str, Any], dic
 
     Raises:
         BadAdapter: The files of a folder are damaged.
-        Unsupported: The adapters differ in their architecture, or the weights make no mean.
+        Unsupported: One is no bottleneck adapter on the base alone, they differ in their architecture, or the
+            weights make no mean.
     """
+    for folder, _ in adapters:
+        _check_kind(folder)
     _check_weights(adapters)
     first = adapters[0][0]
     settings = read_settings(first)
-    if settings.get("kind") not in KINDS:
-        raise Unsupported(
-            f"{first} is of the kind {settings.get('kind')}: only bottleneck adapters have a mean.",
-            cure="Use adapters of this kind as they are.",
-        )
-    for folder, _ in adapters:
-        if on := below_of(folder):
-            raise Unsupported(
-                f"{folder} stands on the adapter {on.get('name')}: only what stands on the base has a mean.",
-                cure="Use it as it is, or train the adapters that are averaged without `on:`.",
-            )
     parts: dict[str, list[Tensor]] = {}
     for folder, weight in adapters:
         own = read_settings(folder)
@@ -81,6 +74,27 @@ def upper(
         if not name.startswith("layers.") or int(name.split(".")[1]) >= first
     }
     return {**settings, "first_layer": first}, kept
+
+
+def _check_kind(folder: Path) -> None:
+    kind = read_settings(folder).get("kind")
+    if kind == FUSION:
+        raise Unsupported(
+            f"{folder} is a fusion, which decides token by token what it takes of its adapters: it has no "
+            "sum, no multiple and no mean.",
+            cure="Alone with the weight 1 it is copied. For a fusion of more or other adapters train one "
+            "(adapter.method=fusion, which names them in adapter.targets).",
+        )
+    if kind not in KINDS:
+        raise Unsupported(
+            f"{folder} is of the kind {kind}: only bottleneck adapters have a mean.",
+            cure="Use adapters of this kind as they are.",
+        )
+    if on := below_of(folder):
+        raise Unsupported(
+            f"{folder} stands on the adapter {on.get('name')}: only what stands on the base has a mean.",
+            cure="Use it as it is, or train the adapters that are averaged without `on:`.",
+        )
 
 
 def _check_weights(adapters: Sequence[tuple[Path, float]]) -> None:

@@ -172,17 +172,17 @@ def _averaged(chosen: Sequence[tuple[Path, float]], way: Way) -> _Made:
     others = [folder for folder, _ in chosen if not is_side_car(folder)]
     if others:
         raise Unsupported(
-            f"The adapter in {others[0]} changes weights, others are bottlenecks beside them: "
-            "they have no sum and no mean.",
+            f"The adapter in {others[0]} changes weights, others stand beside them: they have "
+            "no sum and no mean.",
             cure="Combine adapters of one method.",
         )
+    settings, exact = average(chosen)
     if way.rank is not None or way.name not in (Way().name, UPPER):
         asked = f"rank {way.rank}" if way.name == "sum" else way.name
         raise Unsupported(
             f"Bottleneck adapters are averaged, number by number; {asked} means nothing for them.",
             cure="Leave that out, and give weights that sum to 1.",
         )
-    settings, exact = average(chosen)
     if way.density is not None:
         settings, exact = upper(settings, exact, way.density)
     tensors, dtype = smallest({name: tensor.float() for name, tensor in exact.items()})
