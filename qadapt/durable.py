@@ -39,15 +39,23 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those it lies in.
+    """Makes a folder and those it lies in, and none that it does not lie in: `..` goes up from what is there.
 
     Raises:
         OSError: It cannot be made; one that is there is fine.
     """
+    if (way := missing_way(folder)) is not None:
+        raise NotADirectoryError(errno.ENOTDIR, f"it goes up from {way}, which is no folder", str(folder))
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
         flush_folder(made.parent)
+
+
+def missing_way(path: Path) -> Path | None:
+    """The first folder that a path goes up from (`..`) though it is not there; None if there is none."""
+    ups = (place for place, part in enumerate(path.parts) if part == "..")
+    return next((way for place in ups if not (way := Path(*path.parts[:place])).is_dir()), None)
 
 
 @contextmanager

@@ -224,7 +224,19 @@ def test_without_a_store_nothing_is_made(shelf: Shelf) -> None:
     for call in (shelf.store.gc, lambda: shelf.store.remove("a"), lambda: shelf.store.find("a")):
         with pytest.raises(BadAdapter, match="no store in"):
             call()
+    with pytest.raises(BadAdapter, match="no store in"):
+        shelf.add("one", parent="absent")
     assert not shelf.store.path.exists()
+
+
+def test_a_store_is_made_where_its_path_leads_and_nothing_on_the_way(shelf: Shelf) -> None:
+    detour = Store(shelf.place / "absent" / ".." / "adapters")
+    with pytest.raises(BadOutput, match=r"adapters cannot be written: it goes up from .*absent, which is no"):
+        detour.add(adapter(shelf.place / "one", "one"), RECORD, name="summaries")
+    assert [path.name for path in shelf.place.iterdir()] == ["one"]
+    (shelf.place / "absent").mkdir()
+    detour.add(shelf.place / "one", RECORD, name="summaries")
+    assert shelf.weights("summaries") == "one"
 
 
 def test_gc_frees_what_nothing_means_or_meant(shelf: Shelf) -> None:

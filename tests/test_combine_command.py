@@ -92,6 +92,20 @@ def test_what_means_nothing_is_refused_with_a_cure(here, capfd, words, said):
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize(
+    "to", ["absent/../out", "absent/deep/../../../out", "absent/..", "a/../b/../absent/../out"]
+)
+def test_a_way_up_from_a_folder_that_is_not_there_is_refused_and_nothing_left(here, adapters, capfd, to):
+    before = sorted(adapters.rglob("*"))
+    assert combined("a=1", "b=1", "--to", to) == 2
+    error = capfd.readouterr().err
+    assert "goes up from" in error and "absent" in error and "without `..`" in error
+    assert sorted(adapters.rglob("*")) == before
+    assert not (adapters.parent / "out").exists()
+    assert combined("a=1", "b=1", "--to", str(here / ".." / here.name / "out")) == 0
+    assert [path.name for path in here.iterdir()] == ["out"]
+
+
 def test_a_damaged_adapter_is_refused(here, adapters, capfd):
     (here / "bad").mkdir()
     for path in (adapters / "a").iterdir():

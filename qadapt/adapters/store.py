@@ -160,6 +160,8 @@ class Store:
         """
         check_name(name, what="name")
         files = files_of(folder)
+        if parent:
+            self.find(parent)  # ahead, so that without it no store is made
         with output_errors(self.path):
             make_folder(self._versions)
         with self._changing():

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from qadapt.adapters.versions import sha256_of
 from qadapt.cache import output_errors, require_free
-from qadapt.durable import make_folder, publish, write_whole
+from qadapt.durable import make_folder, missing_way, publish, write_whole
 from qadapt.errors import BadOutput
 
 _VERSION = 1
@@ -161,11 +161,16 @@ def _require_free(target: Path, needed_bytes: int) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Checks that there is nothing yet where a new folder is to be.
+    """Checks that there is nothing yet where a new folder is to be, and a way to it.
 
     Raises:
-        BadOutput: There is.
+        BadOutput: There is; or the path goes up from a folder that is not there.
     """
+    if (way := missing_way(target)) is not None:
+        raise BadOutput(
+            f"{target} goes up from {way}, which is no folder.",
+            cure="Give the folder to be without `..`, or make that one first.",
+        )
     if target.name and os.path.lexists(target) and (place := _place_of(target)).is_dir():
         with (
             suppress(OSError, BadOutput),
