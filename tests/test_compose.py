@@ -24,11 +24,12 @@ from qadapt.adapters import thinning
 from qadapt.adapters.compose import Pair, compressed, distance, joined, length
 from qadapt.adapters.facts import COMBINATION_FILE, write_facts
 from qadapt.adapters.thinning import Matrix, change, dropped, elected, lengths, low_rank, summed, trimmed
-from qadapt.adapters.versions import sha256_of
+from qadapt.adapters.versions import files_of, sha256_of
 from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, QadaptError, Unsupported
 from qadapt.events import Event, StageAdvanced, Warned
 from qadapt.export.adapter import Adapter
 from qadapt.export.combine import Combined, Way, combine
+from qadapt.licences import is_licence
 
 WEIGHTS = "adapter_model.safetensors"
 ROWS, COLUMNS = 37, 53
@@ -237,6 +238,21 @@ def test_a_copy_has_all_that_belongs_to_the_adapter(make, tmp_path):
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert {"additional_chat_templates/rag.jinja", "LICENSE"} <= found
     assert "notes.txt" not in found
+
+
+def test_a_sum_has_the_terms_of_all_its_parts(make, tmp_path):
+    parts = []
+    for seed, terms in enumerate(("mine", "yours", "mine", None), start=1):
+        parts.append(Path(shutil.copytree(make(seed), tmp_path / f"part {seed}")))
+        if terms is not None:
+            (parts[-1] / "LICENSE.txt").write_text(terms, encoding="utf-8")
+            (parts[-1] / "notes.txt").write_text(terms, encoding="utf-8")
+    (parts[3] / "NOTICE").write_text("theirs", encoding="utf-8")
+    put_together([(part, 0.25) for part in parts], tmp_path / "out")
+    terms = {name: (tmp_path / "out" / name).read_text("utf-8") for name in files_of(tmp_path / "out")
+             if is_licence(name)}  # fmt: skip
+    assert terms == {"LICENSE.txt": "mine", "LICENSE-2.txt": "yours", "NOTICE": "theirs"}
+    assert not (tmp_path / "out" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("first", FORMS)

@@ -53,6 +53,7 @@ from qadapt.exporting import finish as export_finish
 from qadapt.exporting import job as export_job
 from qadapt.exporting.export import FORMS, UNMERGED, export
 from qadapt.exporting.proving import verify_export
+from qadapt.licences import is_licence
 from qadapt.model.source import find_model, quantized_type_of
 from qadapt.recipe import ExportSection, Form
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
@@ -142,6 +143,16 @@ CONTENTS = {
     "gguf-lora": {"first-LORA.gguf"},
     "adapter": {"adapter_model.safetensors", "adapter_config.json", "qadapt.json"},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CONTENTS)
+def test_no_terms_of_use_are_lost_in_any_form(runs, tmp_path, form):
+    adapter = adapter_copy(runs, tmp_path)
+    (adapter / "LICENSE").write_text("the adapter's", encoding="utf-8")
+    list(export("first", folder=str(tmp_path), to=tmp_path / "out", form=form, **QUICK))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if is_licence(path.name))
+    terms = {name: (tmp_path / "out" / name).read_text("utf-8") for name in names}
+    assert terms == {"LICENSE": "Apache License 2.0\n", "LICENSE-2": "the adapter's"}
 
 
 @pytest.mark.parametrize("form", CONTENTS)

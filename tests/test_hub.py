@@ -12,7 +12,7 @@ from model_folders import CONFIG, ENTRIES, files_of, write_folder
 
 from qadapt.errors import BadModel, BadOutput, HubRefused, Unsupported
 from qadapt.export.card import licence_of
-from qadapt.export.folder import copy_licence
+from qadapt.licences import copy_licences
 from qadapt.model import download
 from qadapt.model.shards import TensorEntry
 from qadapt.model.source import ModelFiles, find_model
@@ -61,7 +61,7 @@ def test_the_terms_of_a_model_come_with_it(hub: Hub, tiny: Repository, tmp_path:
     terms = {name for name in files_of(found) if not name.endswith((".json", ".safetensors", ".jinja"))}
     assert terms == {"LICENSE.txt", "USE_POLICY.md", "README.md"}
     assert licence_of(found) == "apache-2.0"
-    copy_licence(found, tmp_path)
+    copy_licences(found, tmp_path)
     assert (tmp_path / "LICENSE.txt").read_bytes() == b"terms"
 
 

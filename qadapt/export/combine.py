@@ -46,6 +46,7 @@ from qadapt.export.one_base import check_one_base
 from qadapt.export.peft_folder import check_numbers
 from qadapt.export.staging import new_folder, refuse_existing
 from qadapt.export.writing import OTHER_FILES_BYTES
+from qadapt.licences import copy_licences
 
 UPPER = "upper"
 WAYS = ("sum", "magnitude", "ties", "dare", "dare-ties", UPPER)
@@ -270,7 +271,7 @@ def _matrix(changes: Sequence[Matrix], parts: Sequence[_Part], way: Way) -> Matr
 
 
 def _written(made: _Made | None, chosen: Sequence[tuple[Path, float]], target: Path, way: Way) -> Combined:
-    """Writes the adapter, or the copy of the only one."""
+    """Writes the adapter with the terms of use of its parts, or the copy of the only one."""
     first = chosen[0][0]
     file, settings_file = own_files(first)
     size = sum(each.nbytes for each in made.tensors.values()) if made else (first / file).stat().st_size
@@ -284,6 +285,8 @@ def _written(made: _Made | None, chosen: Sequence[tuple[Path, float]], target: P
             _write_json(folder / settings_file, made.settings)
             copy_files(first, folder, (CONTRACT_FILE,))
             write_facts(read_facts(first), folder)
+            for part, _ in chosen:
+                copy_licences(part, folder)
         parts = [_said(*each) for each in chosen]
         _write_json(folder / COMBINATION_FILE, {"parts": parts, "way": asdict(way), "error": error})
         size = (folder / file).stat().st_size

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadapt.events import Exported
-from qadapt.licences import is_licence
+from qadapt.licences import copy_licences
 from qadapt.model.folder import read_config
 
 TOKENIZER = (
@@ -60,7 +60,7 @@ def write_other_files(
     kept = {field: value for field, value in config.items() if field not in _DROPPED}
     _write_json(folder / "config.json", {**kept, "dtype": _TORCH_NAMES[dtype], **changed_config})
     copy_files(model_folder, folder, ("generation_config.json",))
-    copy_licence(model_folder, folder)
+    copy_licences(model_folder, folder)
     copy_tokenizer(model_folder if vocabulary is None else vocabulary.tokenizer, folder)
 
 
@@ -70,11 +70,6 @@ def copy_files(source: Path, folder: Path, patterns: Sequence[str]) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-def copy_licence(model_folder: Path, folder: Path) -> None:
-    """Copies the terms under which the base may be used, and so what is made of it."""
-    copy_files(model_folder, folder, [path.name for path in model_folder.iterdir() if is_licence(path.name)])
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

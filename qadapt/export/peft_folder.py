@@ -29,10 +29,11 @@ from qadapt.adapters.facts import (
 from qadapt.data.prompt import CONTRACT_FILE
 from qadapt.errors import BadExport, BadRun
 from qadapt.events import Event, StageStarted
-from qadapt.export.folder import TOKENIZER, copy_files, copy_licence, copy_tokenizer, exported
+from qadapt.export.folder import TOKENIZER, copy_files, copy_tokenizer, exported
 from qadapt.export.prompt_files import write_prompt_files
 from qadapt.export.staging import new_folder
 from qadapt.export.writing import OTHER_FILES_BYTES, Writing
+from qadapt.licences import copy_licences
 from qadapt.model.folder import read_config
 from qadapt.model.skeleton import skeleton_base
 from qadapt.model.tensor_files import TensorReader
@@ -87,8 +88,8 @@ def copy_adapter(
         if is_shared:
             _name_base_for_others(folder)
         copy_files(adapter_folder, folder, (COMBINATION_FILE,))
-        copy_licence(model_folder, folder)
-        copy_licence(adapter_folder, folder)
+        copy_licences(model_folder, folder)
+        copy_licences(adapter_folder, folder)
         if (source := _changed_tokenizer(model_folder, adapter_folder)) is not None:
             copy_tokenizer(source, folder)
             write_prompt_files(adapter_folder, folder)

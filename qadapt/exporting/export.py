@@ -21,7 +21,7 @@ from qadapt.data.prompt import saved_contract
 from qadapt.errors import BadRecipe, Unsupported
 from qadapt.events import Event, Exported, Warned
 from qadapt.export.choose_base import AUTO
-from qadapt.export.folder import copy_files, copy_licence, exported, write_other_files
+from qadapt.export.folder import copy_files, exported, write_other_files
 from qadapt.export.gguf import About, write_gguf
 from qadapt.export.gguf_lora import FORM as GGUF_LORA
 from qadapt.export.gguf_lora import write_gguf_lora
@@ -43,6 +43,7 @@ from qadapt.export.writing import OTHER_FILES_BYTES, Writing
 from qadapt.exporting.base import base_of
 from qadapt.exporting.finish import Finish
 from qadapt.exporting.job import Job
+from qadapt.licences import copy_licences
 from qadapt.model.folder import read_config
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe import ExportSection
@@ -260,7 +261,7 @@ def _gguf(job: Job, base: str, writing: Writing) -> Iterator[Event]:
             first.unlink()
         copy_files(described, building.path, ("config.json",))
         yield from _write_modelfile(job, building.path)
-        copy_licence(job.files.folder, building.path)
+        copy_licences(job.files.folder, building.path)
         yield from writing.finish(building.path)
     yield exported(job.target, form=job.form, base=base, started=started)
 
@@ -275,7 +276,7 @@ def _gguf_lora(job: Job, base: str, writing: Writing) -> Iterator[Event]:
         yield from write_gguf_lora(
             job.trained.adapter, file, model_folder=job.files.folder, about=_about(job)
         )
-        copy_licence(job.files.folder, building.path)
+        copy_licences(job.files.folder, building.path)
         yield from writing.finish(building.path)
     yield exported(job.target, form=job.form, base=base, started=started)
 

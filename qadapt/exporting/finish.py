@@ -1,4 +1,4 @@
-"""What is done to a whole export before it appears: its proof and its card.
+"""What is done to a whole export before it appears: terms of use, proof and card.
 
 What several adapters make together was never trained as one model: there is no live model to hold the answers
 of such a mix against, so its numbers alone are proven, and that is said.
@@ -18,10 +18,11 @@ from qadapt.export.card import Made, card_text, comparison, served_rank
 from qadapt.export.tensor_proof import prove_tensors
 from qadapt.exporting.job import Job
 from qadapt.exporting.proving import prove_export
+from qadapt.licences import copy_licences
 
 
 class Finish:
-    """What is done to a whole export before it appears: proof and card.
+    """What is done to a whole export before it appears: terms of use, proof and card.
 
     Attributes:
         base: Weights it is merged on; empty for the adapter alone.
@@ -51,6 +52,8 @@ class Finish:
         """
         job = self._job
         shutil.copyfile(job.trained.adapter / CONTRACT_FILE, folder / CONTRACT_FILE)
+        for trained, _ in job.parts:
+            copy_licences(trained.adapter, folder)
         if self._is_proven:
             yield from self._mix_proven(folder) if job.is_mix else self._proven(folder)
         if job.is_mix:
