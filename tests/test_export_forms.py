@@ -153,6 +153,7 @@ def test_no_terms_of_use_are_lost_in_any_form(runs, tmp_path, form):
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if is_licence(path.name))
     terms = {name: (tmp_path / "out" / name).read_text("utf-8") for name in names}
     assert terms == {"LICENSE": "Apache License 2.0\n", "LICENSE-2": "the adapter's"}
+    assert "* Terms of use: `LICENSE`, `LICENSE-2`.\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("form", CONTENTS)

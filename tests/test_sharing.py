@@ -84,6 +84,25 @@ def test_what_is_pushed_can_be_pulled_as_it_was(hub: Hub, store: Store, tmp_path
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_the_card_of_a_sum_names_its_parts_and_the_terms_of_all_of_them(
+    hub: Hub, store: Store, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tmp_path / "summaries", tmp_path / "tone"))
+    (other / "LICENSE").write_text("yours", encoding="utf-8")
+    parts = [f"{tmp_path / name}={weight}" for name, weight in (("summaries", 0.75), ("tone", -0.25))]
+    assert run(["adapters", "combine", *parts, "--to", str(tmp_path / "both")]) == 0
+    add(str(tmp_path / "both"), store)
+    pushed(store, "both")
+    files = hub.repositories[NAME].files
+    assert {name: files[name] for name in ("LICENSE", "LICENSE-2")} == {
+        "LICENSE": b"mine",
+        "LICENSE-2": b"yours",
+    }
+    card = files["README.md"].decode()
+    assert "* The adapter was made of others: `summaries` times 0.75, `tone` times -0.25.\n" in card
+    assert "* Terms of use: `LICENSE`, `LICENSE-2`.\n" in card
+
+
 def test_no_folder_of_this_machine_is_pushed_and_its_base_is_known_by_its_files(
     hub: Hub, store: Store, tmp_path: Path, tiny_model: TinyModel
 ) -> None:

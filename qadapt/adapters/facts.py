@@ -29,20 +29,31 @@ def is_side_car(folder: Path) -> bool:
 
 def below_of(folder: Path) -> dict[str, object]:
     """What the adapter of a folder stands on, with its `name` and `sha256`; nothing if on its base alone."""
-    found = _side_car(folder).get(BELOW)
+    found = _values(folder / SIDE_CAR_FILES[1]).get(BELOW)
     return found if isinstance(found, dict) else {}
 
 
 def nonlinearity_of(folder: Path) -> str:
     """The nonlinearity of a folder's bottleneck adapter, as recipes name it; empty if it is none."""
-    values = _side_car(folder)
+    values = _values(folder / SIDE_CAR_FILES[1])
     return nonlinearity_name(values.get("activation"), norm=values.get("norm") is True)
 
 
-def _side_car(folder: Path) -> dict[str, object]:
-    """The settings of a side-car; nothing if there are none that can be read."""
+def parts_of(folder: Path) -> tuple[tuple[str, float], ...]:
+    """What a folder's adapter was made of, if of others: the name of each, and its weight."""
+    parts = _values(folder / COMBINATION_FILE).get("parts")
+    said = [each for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
+    return tuple(
+        (name, weight)
+        for name, weight in ((each.get("name"), each.get("weight")) for each in said)
+        if isinstance(name, str) and name.isprintable() and isinstance(weight, int | float)
+    )
+
+
+def _values(path: Path) -> dict[str, object]:
+    """What a file of settings says; nothing if it cannot be read."""
     try:
-        values = json.loads((folder / SIDE_CAR_FILES[1]).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

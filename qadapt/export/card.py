@@ -37,6 +37,7 @@ class CardFacts:
         predicted_peak_bytes: Of a step, by the plan; 0: not known. So too the next.
         measured_peak_bytes: Of the whole run.
         device: What it ran on.
+        parts: What the adapter was made of, if of others: the name of each, and its weight.
     """
 
     model: str = ""
@@ -49,6 +50,7 @@ class CardFacts:
     predicted_peak_bytes: int = 0
     measured_peak_bytes: int = 0
     device: str = ""
+    parts: tuple[tuple[str, float], ...] = ()
 
     def with_licence_of(self, model_folder: Path) -> CardFacts:
         """The same with the licence that the base's own card names, unless one is given."""
@@ -68,6 +70,7 @@ class Made:
         method: How the adapter was trained.
         rank: Of an adapter alone that is plain LoRA (`served_rank`), else 0.
         mended: How the base was held that an adapter alone mends (`AdapterFacts.mends_base`), else empty.
+        terms: Names of its files with terms of use.
     """
 
     form: str
@@ -78,6 +81,7 @@ class Made:
     method: str = "low-rank adaptation"
     rank: int = 0
     mended: str = ""
+    terms: Sequence[str] = ()
 
 
 def card_facts(
@@ -195,6 +199,9 @@ def _body(facts: CardFacts, made: Made, kind: _Kind) -> list[str]:
     ]
     if made.base:
         lines.append(f"* Merged on {_BASE_WORDS[made.base]}.")
+    if facts.parts:
+        parts = (f"`{name}` times {weight:g}" for name, weight in facts.parts)
+        lines.append(f"* The adapter was made of others: {', '.join(parts)}.")
     lines += [f"* Trained on `{source}`." for source in facts.data]
     if facts.data_hash:
         lines.append(f"* The rows as tokens have the hash `{facts.data_hash}`.")
@@ -202,6 +209,8 @@ def _body(facts: CardFacts, made: Made, kind: _Kind) -> list[str]:
     lines += _memory(facts)
     if facts.licence:
         lines.append(f"* Licence of the base: {facts.licence}.")
+    if made.terms:
+        lines.append(f"* Terms of use: {', '.join(f'`{name}`' for name in made.terms)}.")
     lines += ["", "## Proof", "", *_proof(made)]
     lines += [
         "",

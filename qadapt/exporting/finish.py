@@ -18,7 +18,7 @@ from qadapt.export.card import Made, card_text, comparison, served_rank
 from qadapt.export.tensor_proof import prove_tensors
 from qadapt.exporting.job import Job
 from qadapt.exporting.proving import prove_export
-from qadapt.licences import copy_licences
+from qadapt.licences import copy_licences, is_licence
 
 
 class Finish:
@@ -71,6 +71,7 @@ class Finish:
             method=method,
             rank=served_rank(folder),
             mended=job.facts.mended,
+            terms=sorted(path.name for path in folder.iterdir() if is_licence(path.name)),
         )
         (folder / "README.md").write_text(card_text(job.card, made), encoding="utf-8")
 

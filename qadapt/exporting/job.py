@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from qadapt.adapters.facts import AdapterFacts
+from qadapt.adapters.facts import AdapterFacts, parts_of
 from qadapt.data.prompt import PromptContract
 from qadapt.export.card import CardFacts, card_facts
 from qadapt.fusing import shown_target
@@ -91,7 +91,8 @@ class Job:
             kept = {"training rows": TRAINING_LOSS, "held-out rows": HELD_OUT_LOSS}
             losses = {what: trained.metrics[name] for what, name in kept.items() if name in trained.metrics}
             card = replace(card, losses=losses)
-        return card.with_licence_of(self.files.folder)
+        parts = () if self.is_mix else parts_of(trained.adapter)
+        return replace(card, parts=parts).with_licence_of(self.files.folder)
 
 
 def _shareable(recipe: Recipe, *, is_hub_model: bool) -> Recipe:
