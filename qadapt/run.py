@@ -48,7 +48,7 @@ from qadapt.running.resumption import (
 )
 from qadapt.running.saved_states import go_to_best, restore
 from qadapt.train.attended import attended
-from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_rows
+from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_below, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
 from qadapt.train.oom import FILE_NAME as RUNGS_FILE
@@ -302,13 +302,12 @@ def evaluate(
         in_front=trained.in_front,
     )
     plan = None if trained.run is None else read_plan(trained.run.plan)
-    loss, base_loss = evaluate_rows(
-        tuned.model,
-        chosen.rows,
-        size=ROWS_AT_ONCE if plan is None else plan.micro_batch,
-        pad_id=tuned.contract.pad_id,
-        loss_chunk=(plan.loss_chunk if plan else 0) or LOSS_CHUNK,
-    )
+    division = {
+        "size": ROWS_AT_ONCE if plan is None else plan.micro_batch,
+        "pad_id": tuned.contract.pad_id,
+        "loss_chunk": (plan.loss_chunk if plan else 0) or LOSS_CHUNK,
+    }
+    loss, base_loss = evaluate_rows(tuned.model, chosen.rows, **division)
     return Evaluation(
         rows=len(chosen.rows),
         supervised_tokens=chosen.rows.supervised_tokens,
@@ -317,4 +316,5 @@ def evaluate(
         answers=answer_rows(tuned.model, tuned.contract, chosen.conversations, max_new_tokens=max_new_tokens),
         notes=chosen.notes,
         attended=attended(tuned.model, chosen.rows),
+        below=evaluate_below(tuned.model, chosen.rows, **division),
     )

@@ -80,8 +80,14 @@ def test_a_run_needs_what_it_stands_on_no_more_once_it_is_trained(
     tuned = load("first", folder=str(runs))
     with torch.no_grad():
         logits = tuned.model(input_ids=torch.arange(3, 40)[None]).logits
-    found = evaluate("first", folder=str(runs))
-    assert found.loss < found.base_loss
+    found, lower = (evaluate(name, folder=str(runs)) for name in ("first", "pfeiffer"))
+    assert found.below is not None and lower.below is None
+    assert (found.below.name, found.below.loss) == ("pfeiffer", pytest.approx(lower.loss, rel=1e-6))
+    assert found.loss < found.below.loss < found.base_loss
+    assert command(["evaluate", "first", "--folder", str(runs)]) == 0
+    assert f"pfeiffer alone    {found.below.loss:.4f}" in capsys.readouterr().out
+    assert command(["evaluate", "first", "--folder", str(runs), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["below"] == {"name": "pfeiffer", "loss": found.below.loss}
     together = load_together(["pfeiffer", "first"], folder=str(runs)).model
     for names in (("first",), ("pfeiffer", "first")):
         together.stack(names)

@@ -7,7 +7,7 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,14 +67,27 @@ class SideCar(AdaptedBase):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While open, the model is its base, to the bit."""
-        before = {part: part.is_on for part in self._parts.values()}
+        with _off(self._parts.values()):
+            yield
+
+    @contextmanager
+    def only_below(self) -> Iterator[None]:
+        """While open, the model is its base with the trained adapter on which its own stands."""
+        with _off(part for part in self._parts.values() if not part.is_below):
+            yield
+
+
+@contextmanager
+def _off(parts: Iterable[Part]) -> Iterator[None]:
+    """While open, the parts are switched off."""
+    before = {part: part.is_on for part in parts}
+    try:
         for part in before:
             part.is_on = False
-        try:
-            yield
-        finally:
-            for part, was_on in before.items():
-                part.is_on = was_on
+        yield
+    finally:
+        for part, was_on in before.items():
+            part.is_on = was_on
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -44,7 +44,8 @@ def evaluate(
 ) -> None:
     """Measures the loss with the adapter and without it on rows, and compares greedy answers with theirs.
 
-    Of a fusion it shows, too, which of its adapters each layer attends to in the first rows.
+    Of an adapter on another one (`on:`) it shows, too, the loss with that one alone; of a fusion which of its
+    adapters each layer attends to in the first rows.
 
     Examples: `qadapt evaluate my-run`, `qadapt evaluate summaries --data mine.jsonl --answers 20`.
     """
@@ -62,7 +63,8 @@ def evaluate(
 def evaluation_values(result: Evaluation) -> dict[str, object]:
     """What `--json` prints: losses in nats per learned token, every answer, what became of rows.
 
-    Of a fusion, too, the mean weight of each adapter at each place; they sum to 1.
+    Of an adapter on another one, too, the name of that one and the loss with it alone; of a fusion the mean
+    weight of each adapter at each place; they sum to 1.
     """
     return {
         "schema": 1,
@@ -71,6 +73,7 @@ def evaluation_values(result: Evaluation) -> dict[str, object]:
         "loss": result.loss,
         "perplexity": result.perplexity,
         "base_loss": result.base_loss,
+        "below": None if result.below is None else {"name": result.below.name, "loss": result.below.loss},
         "exact_share": result.exact_share,
         "attended": [
             {"layer": each.layer, "place": each.place, "weights": dict(each.weights)}
@@ -111,12 +114,16 @@ def _print(result: Evaluation, *, answers: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from qadapt.view.visible import one_line
+
     screen = console()
     for problem, cure in result.notes:
         screen.print(Text(f"warning: {problem}\n         {cure}"))
     screen.print(f"{result.rows} rows, {result.supervised_tokens:,} learned tokens")
     table = Table("", "loss", "perplexity", box=None, pad_edge=False)
     table.add_row("with the adapter", f"{result.loss:.4f}", f"{result.perplexity:.2f}")
+    if result.below is not None:
+        table.add_row(Text(f"{one_line(result.below.name)} alone"), f"{result.below.loss:.4f}", "")
     table.add_row("base alone", f"{result.base_loss:.4f}", "")
     screen.print(table)
     if result.attended:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
+from qadapt.adapters.facts import BELOW
 from qadapt.adapters.lora import without_adapter
+from qadapt.adapters.side_car import SideCar
 from qadapt.data.batches import Division, all_batches
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
@@ -40,11 +42,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Below:
+    """The trained adapter on which another stands: its name, and its own loss alone (nats)."""
+
+    name: str
+    loss: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Mean loss per learned token (nats) of the adapter and of the base alone, and greedy answers.
 
     `notes` are problems of the rows with their cures: which were cut, which were left out; `attended` which
-    adapters a fusion attends to.
+    adapters a fusion attends to; `below` what the adapter stands on, if on another.
     """
 
     rows: int
@@ -54,6 +64,7 @@ class Evaluation:
     answers: tuple[Answer, ...]
     notes: tuple[tuple[str, str], ...] = ()
     attended: tuple[Attended, ...] = ()
+    below: Below | None = None
 
     @property
     def perplexity(self) -> float:
@@ -87,6 +98,28 @@ def evaluate_rows(
     tuned = _loss(model, _behind(rows, front_of(model)), division)
     with without_adapter(model):
         return tuned, _loss(model, _behind(rows, 0), division)
+
+
+def evaluate_below(
+    model: PeftModel, rows: Sequence[Tokens], *, size: int, pad_id: int, loss_chunk: int = LOSS_CHUNK
+) -> Below | None:
+    """The loss of the adapter alone on which the model's own stands; None if it stands on none.
+
+    Args:
+        model: The adapted model; so too the others as `evaluate_rows`.
+        rows: Any number.
+        size: The most of them at a time.
+        pad_id: The token that fills up.
+        loss_chunk: Learned tokens at the head at once.
+
+    Raises:
+        DoesNotFit: Memory ran out with one row at a time.
+    """
+    if not isinstance(model, SideCar) or BELOW not in model.settings:
+        return None
+    with model.only_below():
+        loss = _loss(model, _behind(rows, front_of(model)), Division(pad_id, size, loss_chunk=loss_chunk))
+    return Below(model.settings[BELOW]["name"], loss)
 
 
 def _behind(rows: Sequence[Tokens], count: int) -> Sequence[Tokens]:
