@@ -10,6 +10,7 @@ from pathlib import Path
 _NAME = re.compile(
     r"(\w+[-_])?(licen[cs]e|notice|copying|use_policy)s?([-_]\w+)*(\.(txt|md|rst|pdf|html))?", re.IGNORECASE
 )
+_NUMBER = re.compile(r"-\d+$")
 
 
 def is_licence(name: str) -> bool:
@@ -22,9 +23,10 @@ def copy_licences(source: Path, folder: Path) -> None:
 
     Other terms of the same name are kept: the later ones get a number, such as LICENSE-2.txt.
     """
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir(), key=lambda path: (path.stem, path.suffix)):
         if path.is_file() and is_licence(path.name):
-            numbered = (f"{path.stem}-{number}{path.suffix}" for number in count(2))
+            stem = _NUMBER.sub("", path.stem)
+            numbered = (f"{stem}-{number}{path.suffix}" for number in count(2))
             for name in chain((path.name,), numbered):
                 place = folder / name
                 if not place.exists():

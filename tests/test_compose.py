@@ -29,7 +29,7 @@ from qadapt.errors import BadExport, BadOutput, BadRecipe, BadRun, QadaptError, 
 from qadapt.events import Event, StageAdvanced, Warned
 from qadapt.export.adapter import Adapter
 from qadapt.export.combine import Combined, Way, combine
-from qadapt.licences import is_licence
+from qadapt.licences import copy_licences, is_licence
 
 WEIGHTS = "adapter_model.safetensors"
 ROWS, COLUMNS = 37, 53
@@ -253,6 +253,14 @@ def test_a_sum_has_the_terms_of_all_its_parts(make, tmp_path):
              if is_licence(name)}  # fmt: skip
     assert terms == {"LICENSE.txt": "mine", "LICENSE-2.txt": "yours", "NOTICE": "theirs"}
     assert not (tmp_path / "out" / "notes.txt").exists()
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "LICENSE.txt").write_text("the base's", encoding="utf-8")
+    for _ in range(2):
+        copy_licences(tmp_path / "out", base)
+    terms = {path.name: path.read_text("utf-8") for path in base.iterdir()}
+    wanted = {"LICENSE.txt": "the base's", "LICENSE-2.txt": "mine", "LICENSE-3.txt": "yours"}
+    assert terms == {**wanted, "NOTICE": "theirs"}
 
 
 @pytest.mark.parametrize("first", FORMS)
