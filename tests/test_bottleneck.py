@@ -155,7 +155,9 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], *, within: float)
 
 def assert_tiled_and_offloaded_alike(make: Callable[[], SideCar]) -> None:
     """Recomputed and offloaded steps are the kept one to the bit, tiled ones to rounding."""
-    logits, kept = gradients(make().train())
+    whole = make().train()
+    arrange(whole.base, recompute="none", tiles=1, offload=())
+    logits, kept = gradients(whole)
     for recompute, tiles, offload, within in (
         ("all", 1, (), 0.0), (1, 1, (), 0.0), ("all", 1, ("boundaries",), 0.0), ("all", 3, (), 1e-5),
     ):  # fmt: skip

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from qadapt.methods import METHODS, SCALED_INPUTS
 from qadapt.plan.attention import Attention, attention_core_bytes, mask_bytes, score_bytes
 from qadapt.plan.bottleneck import bottleneck_bytes
+from qadapt.plan.norms import FP32, norm_copies, norm_value_bytes
 from qadapt.plan.prefix import as_attended, network_bytes
 from qadapt.plan.ranks import trained_rank
 from qadapt.plan.setting import Setting
 from qadapt.shape import Linear, ModelShape
 
-FP32 = 4
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 MLP_NAMES = ("gate_proj", "up_proj", "gate_up_proj")
 
@@ -33,12 +33,12 @@ def boundary_bytes(shape: ModelShape, setting: Setting) -> int:
 def boundaries_there(setting: Setting, waiting: int, *, is_turn: bool) -> int:
     """How many inputs of recomputed layers are on the device, where so many have not gone backward yet.
 
-    Offloaded: that of the layer whose turn it is, unless its norm keeps a copy instead; on CUDA the next one,
+    Offloaded: that of the layer whose turn it is, if its norm keeps no copy instead; on CUDA the next one,
     which is fetched meanwhile, or, before the first turn, the last one, which has only just been copied out.
     """
     if "boundaries" not in setting.offload:
         return waiting
-    is_kept = is_turn and (setting.mlp_tiles > 1 or setting.compute_bytes == FP32)
+    is_kept = is_turn and (setting.mlp_tiles > 1 or not norm_copies(setting))
     return min(waiting - is_turn, setting.device == "cuda") + is_kept
 
 
@@ -117,9 +117,9 @@ def _wide_norm(shape: ModelShape, setting: Setting, *, is_kept_already: bool = F
 
 
 def _norm(width: int, setting: Setting, *, groups: int = 1, is_kept_already: bool = False) -> int:
-    """RMSNorm computes in fp32: it keeps its input in fp32 (a copy, unless it is fp32) and a scale."""
-    copies = not (is_kept_already and setting.compute_bytes == FP32)
-    return copies * width * FP32 + groups * FP32
+    """RMSNorm computes in fp32: it keeps its input, or a copy in fp32, and a scale."""
+    is_there = is_kept_already and not norm_copies(setting)
+    return (0 if is_there else width * norm_value_bytes(setting)) + groups * FP32
 
 
 def _adapter(linears: Sequence[Linear], setting: Setting, *, is_kept_already: bool = False) -> int:

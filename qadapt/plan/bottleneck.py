@@ -15,11 +15,11 @@ import dataclasses
 
 from qadapt.methods import METHODS, SUMMANDS, activation_of, has_norm
 from qadapt.plan.fusion import attends, fusion_bytes, fusion_tensors, is_cast, layer_norm_bytes
+from qadapt.plan.norms import norm_copies
 from qadapt.plan.setting import Setting
 from qadapt.plan.stack import Half, below_bytes
 from qadapt.shape import ModelShape
 
-FP32 = 4
 _KNOWN_FROM_RESULT = ("relu", "tanh")
 """Nonlinearities whose slopes are known from what comes out of them."""
 
@@ -107,11 +107,11 @@ def mask_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def shared_stream_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What a parallel adapter need not keep itself: the stream that enters, which a norm keeps in fp32."""
+    """What a parallel adapter need not keep itself: the stream that enters, if a norm keeps it as it is."""
     first = setting.fused[0].method if attends(setting) else setting.method
     is_kept_as_it_is = setting.dropout == 0 or has_norm(setting.nonlinearity)
-    is_shared = first == "parallel" and setting.compute_bytes == FP32 and is_kept_as_it_is
-    return shape.width * FP32 * setting.tokens if is_shared else 0
+    is_shared = first == "parallel" and not norm_copies(setting) and is_kept_as_it_is
+    return shape.width * setting.compute_bytes * setting.tokens if is_shared else 0
 
 
 def _dense(inner: int, width: int) -> tuple[int, ...]:

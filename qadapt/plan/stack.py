@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Literal
 
 from qadapt.methods import METHODS
-from qadapt.plan.fusion import FP32, frozen_bytes
+from qadapt.plan.fusion import frozen_bytes
+from qadapt.plan.norms import norm_copies
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -28,7 +29,7 @@ def below_bytes(shape: ModelShape, setting: Setting, half: Half) -> int:
     if below is None or (half == "attention" and not METHODS[below.method].after_attention):
         return 0
     kept = frozen_bytes(shape, setting, below)
-    is_shared = METHODS[below.method].sees == "stream" and setting.compute_bytes == FP32  # a norm keeps it
+    is_shared = METHODS[below.method].sees == "stream" and not norm_copies(setting)  # a norm keeps it
     if below.norm and not is_shared:
         kept += shape.width * setting.compute_bytes * setting.tokens
     return kept * max(0, shape.layers - below.first_layer) // shape.layers

@@ -18,6 +18,7 @@ from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
 from qadapt.plan.bottleneck import bottleneck_bytes, bottleneck_passing_bytes, stands_beside
 from qadapt.plan.fusion import attends, fusion_passing_bytes
 from qadapt.plan.host import BLOCK_TOKENS, slice_rows
+from qadapt.plan.norms import norm_copies, norm_value_bytes
 from qadapt.plan.prefix import as_attended
 from qadapt.plan.setting import Setting
 from qadapt.plan.weights import dequantized_bytes
@@ -55,18 +56,19 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
         moments.append(dequantized_bytes(up, setting) + gradient - wide * c - product - scaled)
     if setting.method == "dora" and setting.adapts(down):  # what it scaled is gone by then
         moments = [moment - gradient for moment in moments]
-    if shape.family == "gemma2":  # the norm after the feed-forward part, in fp32, is gone by then
-        norm = shape.width * FP32 * tokens
-        moments = [5 * norm, *(moment - norm for moment in moments)]
+    if shape.family == "gemma2":  # what the norm after the feed-forward part kept is gone by then
+        norm, counted = shape.width * norm_value_bytes(setting) * tokens, gradient * (setting.device == "cpu")
+        moments = [norm_passing_bytes(shape, setting) - counted, *(moment - norm for moment in moments)]
     if stands_beside(setting):
         moments = _beside_moments(shape, setting, moments)
     held = _held_gradient_bytes(shape, setting)
-    if is_recomputed and "boundaries" in setting.offload and c < FP32:
+    if is_recomputed and "boundaries" in setting.offload and norm_copies(setting):
         held += shape.width * c * tokens  # the layer's input, which its norm keeps a copy of, is still there
     if not is_recomputed:  # the model's forward pass holds its embeddings, and what went into this layer
-        is_kept = setting.trains_embeddings and c == FP32  # by the first norm, which is trained through
+        # the first norm keeps what it is trained through
+        is_kept = setting.trains_embeddings and not norm_copies(setting)
         is_embedding_free = setting.recomputed_layers(shape.layers) == 0 and not is_kept
-        held = ((c < FP32) + is_embedding_free) * shape.width * c * tokens
+        held = (norm_copies(setting) + is_embedding_free) * shape.width * c * tokens
     return max(
         gradient + max(moments), held + max(_forward_moments(shape, setting, is_recomputed=is_recomputed))
     )
@@ -132,7 +134,7 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     c, tokens = setting.compute_bytes, setting.tokens
     wide, hidden = shape.mlp_width * tokens, shape.width * c * tokens
     product = adapter_input_bytes([down], setting) * tokens
-    residual = hidden if c < FP32 else 0  # in fp32 a norm keeps it
+    residual = hidden if norm_copies(setting) else 0  # else a norm keeps it
     normed = 0 if adapter_input_bytes([up], setting) else hidden
     later = product + (up.outputs - shape.mlp_width) * tokens * c  # one layer for both: not activated yet
     later += up.outputs * tokens * c if scales_output(up, setting) else 0  # not scaled yet
@@ -170,7 +172,8 @@ def _scores_passing_bytes(shape: ModelShape, setting: Setting, attention: Attent
             c if setting.compute_dtype == "fp16" and setting.device == "cuda" else FP32
         )  # one kernel casts
         per_score = FP32 * (2 if setting.device == "cuda" else 1) + after - (c if c < FP32 else 0)
-        let_go = query * c + shape.width * FP32  # output and values, less one gradient; the norm after them
+        # output and values, less one gradient; what the norm after them kept
+        let_go = query * c + shape.width * norm_value_bytes(setting)
         return (shape.width * c - let_go) * setting.tokens + scores * per_score
     if attention.kernel == "math":
         let_go = adapter_input_bytes(
@@ -217,11 +220,15 @@ def norm_passing_bytes(shape: ModelShape, setting: Setting) -> int:
     """What comes on top of what a norm kept while it goes backward: five fp32 vectors of the model's width.
 
     The gradient scaled, the scale's own gradient spread over the width, and the square's: its base, twice it,
-    and their product, read off the operations of transformers' RMSNorm.
+    and their product, read off the operations of transformers' RMSNorm. On a CPU what comes in and out, and
+    some rows in fp32, their scaled gradient and the product of the two.
     """
     if setting.mlp_tiles > 1:  # the gradients, and a piece with its fp32 copy
         piece = 6 * shape.width * FP32 * piece_of(setting).tokens
         return 2 * shape.width * setting.compute_bytes * setting.tokens + piece
+    if setting.device == "cpu":
+        rows = min(setting.tokens, loss_piece(shape.width))
+        return shape.width * (2 * setting.compute_bytes * setting.tokens + 3 * FP32 * rows)
     return 5 * shape.width * FP32 * setting.tokens
 
 
