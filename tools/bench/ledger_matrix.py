@@ -37,14 +37,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GradientCheckpointingLayer
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
+from qadapt.engine.arrangement import arrange
 from qadapt.engine.ledger import Ledger, Peak
 from qadapt.engine.loss import loss_sum
 from qadapt.engine.moments import watched
-from qadapt.engine.recompute import set_recompute
 from qadapt.engine.target import Target, kernels_of, on_target, target_functions
 from qadapt.model.load import load_base
 from qadapt.model.precision import DTYPES
 from qadapt.model.skeleton import skeleton_base
+from qadapt.plan.setting import Recompute
 from qadapt.quiet import quiet_libraries
 from qadapt.train.memory import static_tensors
 from qadapt.train.optimizer import AdapterOptimizer, make_optimizer
@@ -145,7 +146,8 @@ def _model(case: Case, folder: Path | None) -> PeftModel:
     else:
         base = load_base(folder, dtype=case.dtype, device=torch.device("cpu"), **how)
     within = contextlib.nullcontext if folder is not None else lambda: target_functions(Target())
-    set_recompute(base, "none" if case.recompute == "none" else "all", within=within)
+    recompute: Recompute = "none" if case.recompute == "none" else "all"
+    arrange(base, recompute=recompute, tiles=1, offload=(), within=within)
     if case.recompute == "every second":
         layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[1::2]:

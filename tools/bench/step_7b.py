@@ -40,9 +40,9 @@ from load_memory import Load, sampled_load
 
 from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import MicroBatch
+from qadapt.engine.arrangement import arrange
 from qadapt.engine.ledger import Ledger, Peak
 from qadapt.engine.moments import watched
-from qadapt.engine.recompute import set_recompute
 from qadapt.engine.target import Target, kernels_of
 from qadapt.model.precision import DTYPES
 from qadapt.model.shards import TensorEntry, write_shards
@@ -134,7 +134,7 @@ def run_real(folder: Path, dtype: str) -> Real:
     setting, seconds = setting_of(dtype), dict[str, float]()
     with _timed(seconds, "load in 4 bits"):
         load, base = sampled_load(folder, dtype)
-    set_recompute(base, setting.recompute)
+    arrange(base, recompute=setting.recompute, tiles=setting.mlp_tiles, offload=setting.offload)
     lora = Lora(rank=setting.rank, alpha=setting.rank)
     model = attach_lora(base, lora, dtype=DTYPES[setting.adapter_dtype], seed=0).train()
     optimizer = make_optimizer(trainable(model), kind=setting.optimizer, betas=(0.9, 0.99), weight_decay=0.0)
