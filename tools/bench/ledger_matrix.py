@@ -171,12 +171,10 @@ def allocated_bytes(step: Callable[[], object]) -> int:
         step()
     level = highest = 0
     records = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    if not records:  # now and then the profiler hands over nothing
-        return allocated_bytes(step)
     for record in sorted(records, key=lambda record: record.start_ns()):
         level += record.nbytes()
         highest = max(highest, level)
-    return highest
+    return highest or allocated_bytes(step)  # now and then the profiler hands over nothing, or only a release
 
 
 def _optimizer(model: PeftModel) -> AdapterOptimizer:
