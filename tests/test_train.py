@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from qadapt import control
 from qadapt.adapters.lora import Lora, attach_lora, trainable
-from qadapt.data.batches import micro_batches
+from qadapt.data.batches import MicroBatch, micro_batches
 from qadapt.data.conversation import Conversation, Message
 from qadapt.data.prompt import load_contract
 from qadapt.data.tokens import Tokens, tokens_of
@@ -25,6 +25,7 @@ from qadapt.engine.recompute import set_recompute
 from qadapt.errors import BadOutput, BadRecipe, BadRun, QadaptError, Unsupported
 from qadapt.events import (
     CheckpointSaved,
+    DataReady,
     Evaluated,
     Event,
     MemoryMeasured,
@@ -39,6 +40,7 @@ from qadapt.model.load import load_base
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import load, resume, train
+from qadapt.running import model as running_model
 from qadapt.train import evaluation, loop
 from qadapt.train.evaluation import answer_rows
 from qadapt.train.optimizer import make_optimizer
@@ -284,7 +286,7 @@ def rows(count: int = 5) -> list[Tokens]:
     return made
 
 
-def gradient(model: PeftModel, *, size: int) -> dict[str, Tensor]:
+def gradient(model: PeftModel, *, size: int, length_step: int = 1) -> dict[str, Tensor]:
     """The gradient that a step sees, caught before the update uses it."""
     optimizer = make_optimizer(trainable(model), kind="adamw", betas=(0.9, 0.999), weight_decay=0.0)
     caught: dict[str, Tensor] = {}
@@ -296,7 +298,7 @@ def gradient(model: PeftModel, *, size: int) -> dict[str, Tensor]:
     train_step(
         model,
         optimizer,
-        micro_batches(rows(), size=size, pad_id=0),
+        micro_batches(rows(), size=size, pad_id=0, length_step=length_step, most=31),
         learning_rate=0.0,
         clip_norm=None,
         scaler=None,
@@ -320,18 +322,42 @@ def naive_gradient(model: PeftModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-@pytest.mark.parametrize(("size", "recompute"), [(5, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("size", "recompute", "length_step"), [(5, False, 1), (2, False, 1), (2, True, 1), (1, True, 8)]
+)
 def test_a_steps_gradient_is_the_naive_one(
-    tiny_model: TinyModel, family: str, size: int, recompute: bool
+    tiny_model: TinyModel, family: str, size: int, recompute: bool, length_step: int
 ) -> None:
     model = adapted(tiny_model(family), recompute=recompute)
-    expected, found = naive_gradient(model), gradient(model, size=size)
+    expected, found = naive_gradient(model), gradient(model, size=size, length_step=length_step)
     assert found.keys() == expected.keys()
     assert max(value.abs().max().item() for value in expected.values()) > 1e-3, (
         "a control: there is a gradient"
     )
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)  # fp32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_rows_in_16_bits_on_a_cpu_are_filled_up_to_few_lengths(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model("llama"), steps=5, evaluate_every=None)
+    values = recipe.model_dump()
+    values["memory"] |= {"compute_dtype": dtype, "micro_batch": 1}
+    values["data"] |= {"packing": False, "held_out": None}
+    lengths: set[int] = set()
+
+    def seen(model: PeftModel, optimizer: Any, batches: list[MicroBatch], **options: Any) -> Any:
+        lengths.update(batch.input_ids.shape[1] for batch in batches)
+        return find_gradient(model, optimizer, batches, **options)
+
+    monkeypatch.setattr(running_model, "LENGTH_STEP", 4)
+    monkeypatch.setattr(loop, "find_gradient", seen)
+    events = list(train(check_recipe(values, origin="the test")))
+    longest = only(DataReady, events)[0].longest_row_tokens
+    assert max(lengths) == longest
+    assert (dtype == "bf16") == all(length % 4 == 0 or length == longest for length in lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,11 +23,14 @@ from qadapt.engine.host import sent
 from qadapt.engine.loss import IGNORED
 
 ROWS_IN_MEMORY = 512
+LENGTH_STEP = 32
+"""Tokens from one length of filled-up rows to the next on a CPU in 16 bits: oneDNN keeps half a MiB for each
+size of a product that it has met, which comes to about 16 MiB for a length (`tools/bench/LOG.md`)."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some rows, filled up at the end to the longest; or packed, one after another in a single row.
+    """Some rows, filled up at the end to one length; or packed, one after another in a single row.
 
     There is no attention mask. Filled up: attention is causal and padding stands at the end, so no token sees
     any. Packed: `documents` says where each row lies, and none sees another (`engine/documents.py`).
@@ -68,14 +71,25 @@ def widest_share(rows: RowSet, *, steps: int, order: Order) -> float:
     return widest / longest
 
 
-def micro_batches(rows: Sequence[Tokens], *, size: int, pad_id: int) -> list[MicroBatch]:
+def micro_batches(
+    rows: Sequence[Tokens], *, size: int, pad_id: int, length_step: int = 1, most: int = 0
+) -> list[MicroBatch]:
     """Rows in micro-batches of at most `size`, those of like length together, so that little is padding.
 
     The order within a step does not matter: its gradient is the sum over all learned tokens.
+
+    Args:
+        rows: All of them.
+        size: The most rows of a micro-batch.
+        pad_id: The token that fills up.
+        length_step: They are filled up to a multiple of so many tokens,
+        most: but to no more than so many, unless a row has more.
     """
     by_length = sorted(rows, key=len, reverse=True)
+    parts = [by_length[first : first + size] for first in range(0, len(by_length), size)]
     return [
-        collate(by_length[first : first + size], pad_id=pad_id) for first in range(0, len(by_length), size)
+        collate(part, pad_id=pad_id, least=min(most, -(-len(part[0]) // length_step) * length_step))
+        for part in parts
     ]
 
 
@@ -91,6 +105,8 @@ class Division:
         learned: The most learned tokens of a packed micro-batch, unless a single row has more.
         halvings: How often these numbers are halved, since memory ran out.
         loss_chunk: Learned tokens of a micro-batch at the head at once; 0: all.
+        length_step: Rows that are not packed are filled up to a multiple of so many tokens,
+        most: but to no more than so many, unless a row has more.
     """
 
     pad_id: int
@@ -100,6 +116,8 @@ class Division:
     learned: int = 0
     halvings: int = 0
     loss_chunk: int = 0
+    length_step: int = 1
+    most: int = 0
 
     def __call__(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         """The micro-batches of some rows."""
@@ -107,7 +125,9 @@ class Division:
 
     def _divided(self, rows: Sequence[Tokens]) -> list[MicroBatch]:
         if not self.packed:
-            return micro_batches(rows, size=self.size, pad_id=self.pad_id)
+            return micro_batches(
+                rows, size=self.size, pad_id=self.pad_id, length_step=self.length_step, most=self.most
+            )
         capacity = max(self.size, *map(len, rows))
         return packed_batches(rows, capacity=capacity, most_learned=self._halved(self.learned))
 
@@ -182,9 +202,9 @@ def _learning_at_most(rows: Sequence[Tokens], most: int) -> list[list[Tokens]]:
     return parts
 
 
-def collate(rows: Sequence[Tokens], *, pad_id: int) -> MicroBatch:
-    """One micro-batch of the rows, filled up."""
-    longest = max(map(len, rows))
+def collate(rows: Sequence[Tokens], *, pad_id: int, least: int = 0) -> MicroBatch:
+    """One micro-batch of the rows, filled up to the longest, or to `least` tokens if that is more."""
+    longest = max(least, *map(len, rows))
     input_ids = np.full((len(rows), longest), pad_id, np.int64)
     learned = np.zeros((len(rows), longest), np.bool_)
     for index, row in enumerate(rows):

@@ -81,7 +81,7 @@ class Loop:
         self.ladder = Ladder(
             model,
             optimizer,
-            division=settings.division(rows.pad_id),
+            division=settings.division(rows),
             run_folder=run_folder,
             pauses=self.pauses,
         )

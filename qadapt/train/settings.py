@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qadapt.data.batches import Division
+from qadapt.data.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class LoopSettings:
     """The loop's part of a recipe and of its plan; see `recipe.TrainSection` for each.
 
     Of `packed` micro-batches none has more than `packed_tokens`, nor learns more than `packed_learned` of
-    them: what the plan has room for, in training and in evaluation.
+    them: what the plan has room for, in training and in evaluation. Others are filled up to a multiple of
+    `length_step` tokens, but not beyond the longest row, which is what the plan has room for, too.
     """
 
     steps: int
@@ -31,16 +33,19 @@ class LoopSettings:
     checkpoint_every: int | None
     keep_checkpoints: int
     keep_every: int | None
+    length_step: int = 1
 
-    def division(self, pad_id: int) -> Division:
-        """How the plan divides rows."""
+    def division(self, rows: Rows) -> Division:
+        """How the plan divides rows, which are some of these."""
         return Division(
-            pad_id,
+            rows.pad_id,
             self.micro_batch,
             self.packed,
             tokens=self.packed_tokens,
             learned=self.packed_learned,
             loss_chunk=self.loss_chunk,
+            length_step=self.length_step,
+            most=rows.longest,
         )
 
 

@@ -166,7 +166,7 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, Products, list[str
     base = finished(place_base(recipe, plan, material.files))
     model = finished(adapt(recipe, plan, base, material=material)).train()
     rows = [material.rows.train[index] for index in order_of(recipe, material.rows).rows_of_step(0)]
-    batches = loop_settings(recipe, plan).division(material.rows.pad_id)(rows)
+    batches = loop_settings(recipe, plan).division(material.rows)(rows)
     bench = Bench(
         model, optimizer_of(recipe, plan, model), batches, DTYPES[plan.compute_dtype], recipe.adapter.rank
     )
