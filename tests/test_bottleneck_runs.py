@@ -253,7 +253,7 @@ def test_a_run_is_exported_as_an_adapter_and_as_nothing_else(tmp_path: Path, tin
         assert (folder / name).read_bytes() == (run / name).read_bytes()
     card = (folder / "README.md").read_text("utf-8")
     assert "library_name: qadapt" in card
-    assert "by Pfeiffer adapters, width 4; this is the adapter alone" in card
+    assert "by Pfeiffer adapters, width 4, relu; this is the adapter alone" in card
     assert "tensors as written are the run's own, byte for byte" in card
     partner = load_partner(find_partner(str(folder)))
     tuned = load("first", folder=recipe.run.folder)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_bottleneck import FAMILIES, IDS, base_of, close, gradients, trained
+from test_bottleneck import (
+    FAMILIES,
+    IDS,
+    assert_tiled_and_offloaded_alike,
+    base_of,
+    close,
+    gradients,
+    trained,
+)
 from test_packing import WINDOW, assert_close, loss_and_gradient, one_at_a_time, rows
 from torch import Tensor, nn
 from transformers import (
@@ -200,15 +208,7 @@ def test_packed_and_recomputed_gradients_are_those_of_the_formula_one_document_a
 
 @pytest.mark.parametrize("kind", PREFIX_KINDS)
 def test_recomputed_and_tiled_steps_have_the_same_gradients(kind: PrefixKind, tiny_model: TinyModel) -> None:
-    logits, kept = gradients(adapted(base_of(tiny_model, "qwen2", quantization="nf4"), kind).train())
-    for recompute, tiles, offload, within in (
-        ("all", 1, (), 0.0), (1, 1, (), 0.0), ("all", 1, ("boundaries",), 0.0), ("all", 3, (), 1e-5),
-    ):  # fmt: skip
-        base = base_of(tiny_model, "qwen2", quantization="nf4")
-        arrange(base, recompute=recompute, tiles=tiles, offload=offload)  # type: ignore[arg-type]
-        again, found = gradients(adapted(base, kind).train())
-        torch.testing.assert_close(again, logits, rtol=0, atol=1e-5 if within else 0.0)
-        assert close(found, kept, within=within)
+    assert_tiled_and_offloaded_alike(lambda: adapted(base_of(tiny_model, "qwen2", quantization="nf4"), kind))
 
 
 def test_in_bf16_blocks_of_queries_see_it(tiny_model: TinyModel) -> None:
