@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "qadapt"
 
 RUNGS = (
-    {"errors", "units", "quiet"},
+    {"errors", "units", "quiet", "collection"},
     {"recipe", "recipe_file", "shape", "architecture", "experts", "batch_shape", "cache", "durable", "events"}
     | {"methods", "control", "pause_rules", "stage", "run_folder", "hardware", "measured", "licences"}
     | {"stacking"},

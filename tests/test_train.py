@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Iterable
@@ -336,6 +337,17 @@ def test_a_steps_gradient_is_the_naive_one(
     )
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)  # fp32
+
+
+def test_while_it_trains_garbage_is_not_looked_for_among_all_that_was_there(
+    tmp_path: Path, tiny_model: TinyModel
+) -> None:
+    for event in (events := train(make_recipe(tmp_path, tiny_model("llama"), steps=2))):
+        if isinstance(event, StepDone):
+            assert gc.get_freeze_count() > 100_000
+            break
+    events.close()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

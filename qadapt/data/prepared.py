@@ -6,17 +6,16 @@ is not done again. Knows no recipe.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qadapt.cache import ignore
+from qadapt.collection import short_collections
 from qadapt.data.conversation import Row
 from qadapt.data.preparation import Tally, tally_of, token_rows
 from qadapt.data.prompt import PromptContract
@@ -150,7 +149,7 @@ def prepare_part(
         "packages": {name: version(name) for name in _PACKAGES},
     }
     key = key_of({"sources": identified.identities, **rules})
-    with _short_collections():
+    with short_collections():
         made = find_or_make(
             key, lambda folder: _write(folder, identified, reading, contract=contract, report=report)
         )
@@ -220,19 +219,6 @@ def read_sources(sources: tuple[Source, ...], reader: RowReader) -> Iterator[Row
     """
     for source in sources:
         yield from source.rows(reader)
-
-
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """Python's search for cyclic garbage looks at what is made from now on, not at all that is there.
-
-    The libraries' hundreds of thousands of objects take it a quarter of a second, every few thousand rows.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _write(

@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from qadapt import control
 from qadapt.adapters.lora import adapter_tensors
+from qadapt.collection import short_collections
 from qadapt.data.batches import all_batches
 from qadapt.data.loader import StepBatches
 from qadapt.data.order import Order
@@ -115,7 +116,7 @@ class Loop:
         """Trains from where the run stands to its last step, an early stop, or a reason to leave."""
         self.model.train()
         yield from self.pauses.guards.warnings()
-        with self._saver, within_free_memory(self._device):
+        with self._saver, within_free_memory(self._device), short_collections():
             while True:
                 yield from self._look_at_save(self._saver.finished)
                 waits = self.pauses.between_steps(self.progress.step, self._saved)
