@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,24 @@ def test_a_real_step_is_counted_as_the_allocator_counts_it_and_as_the_dry_run_sa
     measured = measure(case, folders[case.family])
     assert measured.ledger == pytest.approx(measured.allocator, rel=0.005)
     assert measured.peak == measured.dry_peak
+
+
+def test_what_earlier_steps_left_as_garbage_does_not_lower_the_allocators_count() -> None:
+    def leave() -> None:
+        cycle: list[object] = [torch.zeros(200_000)]
+        cycle.append(cycle)
+
+    def step() -> None:
+        torch.zeros(100)
+        gc.collect()
+        torch.zeros(3001)
+
+    gc.disable()
+    try:
+        allocated_bytes(leave)
+        assert allocated_bytes(step) == 4 * 3001
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
 import statistics
 import sys
@@ -167,6 +168,7 @@ def _step(case: Case, model: PeftModel, ledger: Ledger) -> None:
 
 def allocated_bytes(step: Callable[[], object]) -> int:
     """The highest sum of the CPU allocator's records over a step; what was there before counts nothing."""
+    gc.collect()  # what earlier steps left would be recorded as released in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     level = highest = 0
@@ -174,7 +176,7 @@ def allocated_bytes(step: Callable[[], object]) -> int:
     for record in sorted(records, key=lambda record: record.start_ns()):
         level += record.nbytes()
         highest = max(highest, level)
-    return highest or allocated_bytes(step)  # now and then the profiler hands over nothing, or only a release
+    return highest or allocated_bytes(step)  # now and then the profiler hands over nothing
 
 
 def _optimizer(model: PeftModel) -> AdapterOptimizer:
