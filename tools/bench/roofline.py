@@ -41,6 +41,7 @@ from step_products import (
 from torch import Tensor
 
 from qadapt.cache import cache_folder
+from qadapt.collection import short_collections
 from qadapt.data.batches import MicroBatch
 from qadapt.data.tokens import Tokens
 from qadapt.model.precision import DTYPES
@@ -216,12 +217,13 @@ def main() -> int:
     print("\n".join(reasons))
     bench.step()  # the first one makes and warms things
     ideals, steps, seconds = list[float](), list[float](), dict[Product, float]()
-    for _ in range(arguments.repeats):
-        seconds = {product: product_seconds(product, bench.dtype) for product in needed}
-        ideals.append(sum(seconds[product] * count for product, count in needed.items()))
-        steps.append(bench.step())
-        share = ideals[-1] / steps[-1]
-        print(f"products {ideals[-1]:.3f} s, step {steps[-1]:.3f} s: {share:.0%}", flush=True)
+    with short_collections():  # as around the steps of a run
+        for _ in range(arguments.repeats):
+            seconds = {product: product_seconds(product, bench.dtype) for product in needed}
+            ideals.append(sum(seconds[product] * count for product, count in needed.items()))
+            steps.append(bench.step())
+            share = ideals[-1] / steps[-1]
+            print(f"products {ideals[-1]:.3f} s, step {steps[-1]:.3f} s: {share:.0%}", flush=True)
     tell_products(needed, seconds)
     spent = profiled(bench.step)
     print("the step under the profiler:")
