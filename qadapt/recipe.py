@@ -2,7 +2,8 @@
 
 A recipe says *what* to train; how it is placed in memory is the plan's decision unless `memory` overrules it.
 Every number is in the unit its name says; bytes are texts such as `7.3GiB`. `recipe_file.py` reads and checks
-the file; this module knows no file. Configuration stops at `run.py`: below it, functions take flat arguments.
+the file; this module knows no file. Configuration stops in `running/`: below it, functions take flat
+arguments.
 """
 
 from __future__ import annotations

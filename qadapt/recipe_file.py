@@ -5,6 +5,7 @@ A recipe is given as a path, or as the name of one that ships with qadapt (`qada
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import io
 from collections.abc import Sequence
@@ -73,8 +74,13 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        values = load_yaml(_text_of(path.read_bytes()))
+    except UnicodeDecodeError as error:
+        raise BadRecipe(
+            f"{path} is no text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.",
+            cure="Save it as UTF-8.",
+        ) from None
+    except (OSError, YAMLError) as error:
         reason = " ".join(str(error).split())
         raise BadRecipe(
             f"{path} cannot be read as YAML: {reason}", cure="Correct the line it names."
@@ -84,6 +90,12 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(values, override)
     return check_recipe(values, origin=str(path))
+
+
+def _text_of(raw: bytes) -> str:
+    """UTF-8; or UTF-16 with its mark, as `>` writes in PowerShell 5."""
+    is_wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if is_wide else "utf-8-sig")
 
 
 def load_yaml(text: str) -> Any:

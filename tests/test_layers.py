@@ -1,4 +1,4 @@
-"""The ladder of DESIGN.md: imports point down, to the defining module, and planning stays light."""
+"""The ladder of CONTRIBUTING.md: imports point down, to the defining module, and planning stays light."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def is_ours(target: str) -> bool:
 def ladder_problems(package: Path) -> list[str]:
     files = modules(package)
     problems: list[str] = [
-        f"{module} stands on no rung; add it to DESIGN.md §2 and to RUNGS here"
+        f"{module} stands on no rung; add it to CONTRIBUTING.md and to RUNGS here"
         for module in files
         if rung_of(module) is None
     ]

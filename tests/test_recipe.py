@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from qadapt.errors import BadRecipe
 from qadapt.recipe import Recipe
-from qadapt.recipe_file import apply_override, check_recipe, dump_yaml, field_paths, load_yaml, read_recipe
+from qadapt.recipe_file import (
+    apply_override,
+    check_recipe,
+    dump_yaml,
+    field_paths,
+    find_recipe,
+    load_yaml,
+    read_recipe,
+)
 
 LEAST: dict[str, Any] = {
     "model": "smollm2-135m",
@@ -199,8 +207,16 @@ def test_a_file_without_sections_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes("model: caf\xe9\n".encode("latin-1"))
-    with pytest.raises(BadRecipe, match="cannot be read as YAML"):
+    with pytest.raises(BadRecipe, match=r"is no text in UTF-8: byte 10 is 0xe9\.") as caught:
         read_recipe(str(path))
+    assert caught.value.cure == "Save it as UTF-8."
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_that_a_windows_shell_wrote_is_read(tmp_path: Path, encoding: str) -> None:
+    path, shipped = tmp_path / "mine.yaml", find_recipe("quickstart-smollm2-135m")
+    path.write_text(shipped.read_text(encoding="utf-8"), encoding=encoding)
+    assert read_recipe(str(path)) == read_recipe("quickstart-smollm2-135m")
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name() -> None:

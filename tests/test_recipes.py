@@ -66,6 +66,10 @@ def header(name: str) -> dict[str, str]:
     return {title: text.strip() for title, _, text in titled}
 
 
+def test_recipes_are_ascii_so_that_any_shell_can_redirect_them() -> None:
+    assert all(path.read_bytes().isascii() for path in shipped_recipes().values())
+
+
 def test_exactly_these_recipes_are_shipped() -> None:
     assert list(shipped_recipes()) == NAMES
 

@@ -36,11 +36,12 @@ class Needs:
         """The line of the header."""
         amount = format_bytes(self.estimate.needed_bytes)
         error = format_bytes(self.estimate.error_bytes)
+        said = f"{amount} or more (give or take {error}, closed form)"
         if self.card is None:
-            return f"# What it needs:  {amount} (± {error}, closed form); no GPU, minutes on two CPU cores."
+            return f"# What it needs:  {said}; no GPU, minutes on two CPU cores."
         free = format_bytes(self.card.free_bytes("linux"))
         there = f"{free} are free with {self.card.name}"
-        return f"# What it needs:  {amount} or more (± {error}, closed form); {there}."
+        return f"# What it needs:  {said}; {there}."
 
 
 def needs(name: str) -> Needs:

@@ -44,7 +44,7 @@ def check(
         typer.Option("--rows", "-n", min=0, help="Rows to show; default: 2, on a page 20."),
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="Print the numbers as JSON (schemas/data.schema.json).")
+        bool, typer.Option("--json", help="Print the numbers as JSON (qadapt/schemas/data.schema.json).")
     ] = False,
 ) -> None:
     """Prepares the rows as a run would and says what they come to; loads no weights.

@@ -40,7 +40,7 @@ RecomputeOption = Annotated[
 ]
 RECOMPUTE_WORDS: tuple[Literal["all", "none"], ...] = ("all", "none")
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the values as JSON (schemas/estimate.schema.json).")
+    bool, typer.Option("--json", help="Print the values as JSON (qadapt/schemas/estimate.schema.json).")
 ]
 MaxOption = Annotated[
     str | None,
@@ -90,7 +90,7 @@ def estimate(
 
     With --json the output has at least: schema, peak_allocated_bytes, categories (name to bytes at the peak),
     reserved_bytes (low, high), context_bytes, host_bytes, disk_bytes, fits, exact. With --max or --all-cards
-    it is as schemas/max.schema.json or schemas/cards.schema.json says.
+    it is as qadapt/schemas/max.schema.json or qadapt/schemas/cards.schema.json says.
     """
     if models or cards:
         _list(is_cards=cards, is_alone=not (json or max_ or is_on_all))

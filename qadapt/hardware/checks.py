@@ -14,7 +14,7 @@ from typing import Literal
 from qadapt.units import GIB, format_bytes
 
 OLDEST_PYTHON = (3, 10)
-_WANTED_DISK_BYTES = 20 * GIB
+_WANTED_DISK_BYTES = 30 * GIB
 _LEAST_DISK_BYTES = GIB
 _LEAST_HOST_BYTES = 4 * GIB
 _LARGEST_NF4_ERROR = 0.15
@@ -148,7 +148,7 @@ def _torch(facts: Facts) -> Finding:
             "torch",
             facts.torch_failure or "not installed",
             "blocks",
-            "Install qadapt anew into a fresh .venv: `python -m pip install qadapt`.",
+            "Install qadapt anew into a fresh .venv: `python -m pip install .` in its folder.",
         )
     build = f"CUDA {facts.torch_cuda}" if facts.torch_cuda else "CPU"
     return Finding("torch", f"{facts.torch}, {build} build")

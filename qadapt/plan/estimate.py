@@ -61,8 +61,8 @@ from qadapt.shape import ModelShape
 from qadapt.units import MIB
 
 CLOSED_ERROR = 0.03
-"""Of what comes and goes, either way: the closed form against the dry run. Of 300 sampled steps 99 % are
-within 1.5 %, the worst is off by 2.3 % (`tools/bench/closed_form.py`)."""
+"""Of what comes and goes, either way: the closed form against the dry run. Of 300 sampled steps the worst was
+off by 2.3 %, of 300 others by 1.6 % (`tools/bench/closed_form.py`)."""
 KERNEL_ERROR = 0.02
 """On CUDA, of what comes and goes, either way: what kernels take inside, from a table. Of 54 steps on an H100
 the dry run was off by 0.09 % of the peak in the median, 1.6 % at worst (`tools/bench/on_card.py`); the worst

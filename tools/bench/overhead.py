@@ -9,7 +9,7 @@ either way first in turn (ABBA):
     steps     a step of the run, with its events, journal, gauges, requests and rules, against `train_step`
     counted   a step whose memory is counted by the ledger, which is one of `MEMORY_EVERY`
     saving    a few steps beside which a checkpoint is written, against those steps alone; a run writes one
-              every 100 steps, as the shipped recipes do, or every `SAVE_SECONDS`, whichever comes first
+              every 100 steps, if so asked, or every `SAVE_SECONDS`, whichever comes first
 
 Each is a median with its 95 % interval (bootstrap), of the time on the wall and of the processor's, all
 threads together: that one counts what the saving thread works but not what it waits, and hardly feels other

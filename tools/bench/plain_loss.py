@@ -1,10 +1,12 @@
 """The losses of the measured stacks: which copies of the logits live together decides gigabytes.
 
-held             labels given to the model of transformers 5, the caller holds its outputs float, shifted
-transformers 4.46 to 4.48: an fp32 copy beside the model's logits, and a shifted copy of that as float,
-shifted  before 4.46, and Granite: the fp32 copy takes the logits' name; a shifted copy of it fused ...
-the same copies, but a fused cross-entropy that keeps nothing and writes its gradient in place none
-no logits: the loss is fused with the head
+held               labels given to the model of transformers 5, the caller holds its outputs
+float, shifted     transformers 4.46 to 4.48: an fp32 copy beside the model's logits, and a shifted copy of
+                   that
+as float, shifted  before 4.46, and Granite: the fp32 copy takes the logits' name; a shifted copy of it
+fused ...          the same copies, but a fused cross-entropy that keeps nothing and writes its gradient in
+                   place
+none               no logits: the loss is fused with the head
 
 In all but the first the outputs are let go before the backward pass, as `Trainer` does.
 Sources: transformers `loss/loss_utils.py` and `models/granite`; fms-acceleration
