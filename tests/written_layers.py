@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qadapt.adapters.side_car import SideCar, decoder_layers
+from qadapt.adapters.side_car import SideCar
+from qadapt.engine.recompute import decoder_layers
 
 SCALE = 1.5
 """What tests multiply an adapter's output by."""

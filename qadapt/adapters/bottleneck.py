@@ -31,9 +31,10 @@ from transformers import PreTrainedModel
 from qadapt.adapters.beside import Beside, Place, effects_beside, find_places
 from qadapt.adapters.effect import Effect, connect
 from qadapt.adapters.hypercomplex import HypercomplexProjection, SharedFactors
-from qadapt.adapters.side_car import Part, SideCar, decoder_layers
+from qadapt.adapters.side_car import Part, SideCar
 from qadapt.adapters.side_car_files import check_base, read_settings, read_tensors
 from qadapt.engine.host import device_of
+from qadapt.engine.recompute import decoder_layers
 from qadapt.errors import BadAdapter, BadRecipe
 from qadapt.methods import METHODS, SUMMANDS, Activation, check_dropped, check_step
 
@@ -339,7 +340,8 @@ def places_of(kind: Kind) -> tuple[Place, ...]:
 
 def layers_with_one(model: PreTrainedModel, bottleneck: Bottleneck) -> list[tuple[int, nn.Module]]:
     """The layers that have an adapter, with their numbers."""
-    return list(enumerate(decoder_layers(model)))[bottleneck.first_layer :]
+    layers: list[nn.Module] = [*decoder_layers(model)]
+    return list(enumerate(layers))[bottleneck.first_layer :]
 
 
 def shared_of(kind: Kind) -> SharedFactors | None:

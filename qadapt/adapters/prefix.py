@@ -26,10 +26,11 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from qadapt.adapters.effect import Effect
-from qadapt.adapters.side_car import Part, SideCar, decoder_layers
+from qadapt.adapters.side_car import Part, SideCar
 from qadapt.adapters.side_car_files import check_base, read_settings, read_tensors
 from qadapt.engine.host import device_of
 from qadapt.engine.prefix import CHILD, see_prefixes
+from qadapt.engine.recompute import decoder_layers
 from qadapt.errors import BadAdapter, Unsupported
 from qadapt.methods import ENCODER_WIDTH
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GradientCheckpointingLayer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qadapt.adapters.adapted_base import AdaptedBase
 
@@ -88,8 +88,3 @@ def _off(parts: Iterable[Part]) -> Iterator[None]:
     finally:
         for part, was_on in before.items():
             part.is_on = was_on
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a base, first to last."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -38,15 +38,16 @@ def set_recompute(
         offload_boundaries(model)  # the layers' checkpoints are new
     if recompute == "all":
         return
-    for layer in _layers(model)[recompute:]:
+    for layer in decoder_layers(model)[recompute:]:
         layer.gradient_checkpointing = False
 
 
 def recomputed_layers(model: PreTrainedModel) -> tuple[int, int]:
     """How many layers recompute, of how many."""
-    layers = _layers(model)
+    layers = decoder_layers(model)
     return sum(layer.gradient_checkpointing for layer in layers), len(layers)
 
 
-def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers of a base, in the order in which they run."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from qadapt.data.tokens import Tokens
 from qadapt.engine.attention import choose_attention
 from qadapt.engine.head import head_of
+from qadapt.engine.recompute import decoder_layers
 from qadapt.errors import BadExport, Unsupported
 from qadapt.events import Event, StageAdvanced
 from qadapt.export.activations import Ranges
 from qadapt.export.learned_tokens import batches_of
-from qadapt.model.placement import decoder_layers
 from qadapt.model.precision import capability_of
 from qadapt.model.tensor_files import TensorReader, rows_of
 from qadapt.model.tensor_values import tensor_of

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, GradientCheckpointingLayer, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qadapt.engine.head import head_of
 from qadapt.engine.host_head import HostHead
+from qadapt.engine.recompute import decoder_layers
 from qadapt.engine.streaming import stream_layers
 from qadapt.engine.table import can_be_on_host, keep_on_host
 from qadapt.errors import Unsupported
@@ -136,11 +137,6 @@ def _bring(device: torch.device, _: nn.Module, arguments: Any, named: dict[str, 
         each.to(device) if isinstance(each, Tensor) else each for each in (*arguments, *named.values())
     ]
     return tuple(brought[: len(arguments)]), dict(zip(named, brought[len(arguments) :], strict=True))
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a base, in the order in which they run."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def brought_parts(model: PreTrainedModel, offload: Sequence[str]) -> list[nn.Module]:
