@@ -18,17 +18,16 @@ from test_train import changed, make_recipe, only
 
 from qadapt.adapters.lora import Lora, attach_lora, load_lora, save_adapter, trainable
 from qadapt.data.prompt import load_contract
-from qadapt.engine import boundaries
+from qadapt.engine import boundaries, streaming
 from qadapt.engine.host import device_of, host_buffer
 from qadapt.engine.loss import loss_sum
-from qadapt.engine.recompute import set_recompute
+from qadapt.engine.recompute import decoder_layers, set_recompute
 from qadapt.errors import BadRecipe, DoesNotFit
 from qadapt.estimating.planning import ask
 from qadapt.events import Warned
 from qadapt.hardware.cards import find_card
 from qadapt.model.generate import generate
 from qadapt.model.load import load_base
-from qadapt.model.placement import decoder_layers
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.fit import fit
 from qadapt.plan.knobs import PLANNED
@@ -58,9 +57,12 @@ def base_of(folder: Path, offload: tuple[str, ...] = (), quantization: str = "nf
     return base
 
 
-def adapted(base: Any, new_ids: tuple[int, ...] = ()) -> PeftModel:
+def adapted(
+    base: Any, new_ids: tuple[int, ...] = (), targets: str | tuple[str, ...] = "all-linear"
+) -> PeftModel:
     """With adapters away from their start, so that every gradient says something."""
-    model = attach_lora(base, Lora(rank=4, alpha=8), dtype=torch.float32, seed=0, new_ids=new_ids).train()
+    lora = Lora(rank=4, alpha=8, targets=targets)
+    model = attach_lora(base, lora, dtype=torch.float32, seed=0, new_ids=new_ids).train()
     draw = torch.Generator().manual_seed(1)
     for parameter in trainable(model).values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
@@ -95,6 +97,33 @@ def test_gradients_are_the_same_to_the_bit_wherever_the_base_lies(
         for before, after in zip(plain, placed, strict=True):
             assert before.keys() == after.keys()
             assert all(torch.equal(after[name], before[name]) for name in before), offload
+
+
+class LateCopier:
+    """Copies when somebody waits for it, as late as a card may."""
+
+    def __init__(self) -> None:
+        self._asked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def copy(self, number: int, row: torch.Tensor, buffer: torch.Tensor) -> None:
+        self._asked[number] = row, buffer
+
+    def wait(self, number: int) -> None:
+        if number in self._asked:
+            row, buffer = self._asked.pop(number)
+            buffer.copy_(row)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("down_proj",)])
+def test_a_backward_pass_waits_for_every_weight_that_it_reads(
+    targets: str | tuple[str, ...], tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_Copier", LateCopier)
+    folder = tiny_model("llama", layers=LAYERS)
+    plain = list(gradients(adapted(base_of(folder), targets=targets)))
+    placed = list(gradients(adapted(base_of(folder, ("layers",)), targets=targets)))
+    for before, after in zip(plain, placed, strict=True):
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ buffers on the card and the layer's tensors are views of that buffer; while it r
 into the other one, on a stream of its own. A layer that is not in a buffer has its tensors on the host: what
 reads them there reads the right numbers.
 
-Needs every layer recomputed: a layer's backward pass finds the weights that its recomputation brought. Layers
-are not wrapped, only hooked. Knows no model, no adapter. The idea of two buffers: L2L (arXiv:2002.05645).
+Needs every layer recomputed: a layer's backward pass finds the weights that its recomputation brought; but a
+frozen product may read its weight before anything is recomputed, so the gradient of a layer's output brings
+them, too. Layers are not wrapped, only hooked. Knows no model, no adapter. The idea of two buffers: L2L
+(arXiv:2002.05645).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def stream_layers(layers: Sequence[nn.Module], device: torch.device) -> None:
     for place, layer in enumerate(layers):
         for part in layer.children():  # a layer's own hooks do not see it recomputed
             part.register_forward_pre_hook(partial(_enter, stream, place))
+        layer.register_forward_hook(partial(_enter_with_gradient, stream, place))
 
 
 def is_pinned(layers: Sequence[nn.Module]) -> bool:
@@ -149,6 +152,13 @@ class _SideCopier(_Copier):
 
 def _enter(stream: _LayerStream, place: int, part: nn.Module, _: object) -> None:
     stream.enter(place, is_training=part.training)
+
+
+def _enter_with_gradient(stream: _LayerStream, place: int, _: nn.Module, __: object, output: object) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    if hidden.requires_grad:
+        hidden.register_hook(lambda _: stream.enter(place, is_training=True))
 
 
 def _packed(layer: nn.Module, device: torch.device) -> _Packed:
