@@ -46,12 +46,11 @@ from qadapt.running.resumption import (
     recipe_never_begun,
     take_up,
 )
-from qadapt.running.saved_states import go_to_best, restore
+from qadapt.running.saved_states import go_to_best, restore, take_over
 from qadapt.train.attended import attended
 from qadapt.train.evaluation import Evaluation, answer_rows, evaluate_below, evaluate_rows
 from qadapt.train.guards import guards_of
 from qadapt.train.loop import Loop
-from qadapt.train.oom import FILE_NAME as RUNGS_FILE
 from qadapt.train.rehearsal import rehearse as rehearse_loop
 from qadapt.train.samples import Samples
 from qadapt.train.stored_plan import StoredPlan, read_plan
@@ -110,7 +109,8 @@ def _new_run(
     quiet_libraries()
     with output_errors(run.path):
         run.write(run.recipe, dump_yaml(recipe))  # a process that dies while it prepares leaves what is asked
-    material = yield from prepare(recipe, revision=recipe.model.revision)
+    preparing = prepare(recipe, revision=recipe.model.revision)
+    material = yield from (preparing if earlier is None else earlier.unsaid(preparing))
     with holding_card(recipe, run):
         plan = make_plan(recipe, material)
         store(run, plan, material)
@@ -162,11 +162,7 @@ def _resumed_run(run: RunFolder, earlier: Earlier, consent: Consent) -> Iterator
     taken = yield from take_up(run, earlier, consent)
     with holding_card(taken.recipe, run):
         plan = plan_anew(taken) if taken.is_to_plan else taken.plan
-        if plan != read_plan(run.plan):
-            store(run, plan, taken.material)
-        if taken.is_to_plan:
-            earlier = replace(earlier, has_other_plan=True)
-            (run.path / RUNGS_FILE).unlink(missing_ok=True)  # they eased the plan that was
+        earlier = replace(earlier, is_planned_anew=taken.is_to_plan)
         yield started(taken.recipe, plan, run)
         yield plan.event()
         yield from earlier.unsaid(_steps(taken.recipe, plan, run, material=taken.material, earlier=earlier))
@@ -176,10 +172,10 @@ def _steps(
     recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, earlier: Earlier | None
 ) -> Generator[Event, None, None]:
     start = time.monotonic()
-    loop = yield from _placed(recipe, plan, run, material=material)
+    loop = yield from _placed(recipe, plan, run, material=material, earlier=earlier)
     if earlier is not None:
-        yield from restore(loop, run, earlier)
-    if recipe.train.rehearse and (earlier is None or earlier.owes_rehearsal(loop.progress.step)):
+        yield from restore(loop, run, plan=plan, earlier=earlier)
+    if recipe.train.rehearse and (earlier is None or earlier.owes_rehearsal(plan, loop.progress.step)):
         yield from _rehearsal(recipe, plan, run, loop=loop, contract=material.contract)
     for event in loop.events():
         yield event
@@ -211,11 +207,13 @@ def _steps(
 
 
 def _placed(
-    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material
+    recipe: Recipe, plan: StoredPlan, run: RunFolder, *, material: Material, earlier: Earlier | None = None
 ) -> Generator[Event, None, Loop]:
     """Base, adapter and optimizer in memory, and the loop over them before its first step."""
     base = yield from place_base(recipe, plan, material.files)
     model = yield from adapt(recipe, plan, base, material=material)
+    if earlier is not None:
+        take_over(run, plan, material, model=model, is_planned_anew=earlier.is_planned_anew)
     torch.manual_seed(recipe.train.seed)
     loop = Loop(
         model,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.torch import load_file
-from test_train import adapter_of, assert_same, make_recipe, only
+from test_train import adapter_of, assert_same, changed, make_recipe, only
 
 from qadapt import control
 from qadapt import run as run_module
@@ -328,11 +328,11 @@ def test_what_was_warned_of_is_not_warned_of_again(tmp_path: Path, tiny_model: T
 def test_a_run_that_died_while_it_was_prepared_begins_as_it_was_asked_to(
     tmp_path: Path, tiny_model: TinyModel
 ) -> None:
-    copies = straight_and_copies(
-        tmp_path, make_recipe(tmp_path, tiny_model("llama")), lambda event: isinstance(event, DataReady)
-    )
+    recipe = changed(make_recipe(tmp_path, tiny_model("llama")), "data", length=90)  # some are cut
+    copies = straight_and_copies(tmp_path, recipe, lambda event: isinstance(event, DataReady))
     straight, run = next(copies), next(copies)
     assert not (run / "plan.json").exists(), "a control: it died before it was planned"
+    assert any(isinstance(event, Warned) for event in counted(run)), "a control: warned already"
     go_on(run)
     assert_same_run(straight, run)
 

@@ -135,6 +135,15 @@ def test_a_change_that_was_allowed_once_needs_no_second_word(run: RunFolder) -> 
     assert not only(Warned, again)
 
 
+def test_the_norm_of_bottlenecks_shapes_the_saved_state(run: RunFolder) -> None:
+    plan = json.loads(run.plan.read_text(encoding="utf-8"))
+    plan["recipe"]["adapter"] |= {"method": "pfeiffer", "nonlinearity": "relu"}
+    run.write_json(run.plan, plan)
+    edit(run, lambda recipe: changed(recipe, "adapter", method="pfeiffer", nonlinearity="layernorm-relu"))
+    with pytest.raises(BadRun, match=r"only the old one: adapter\.nonlinearity was relu and is layernorm"):
+        go_on(run, allow_change=True)
+
+
 def test_a_field_that_shapes_the_saved_state_cannot_change(run: RunFolder) -> None:
     edit(run, lambda recipe: changed(recipe, "adapter", rank=8))
     with pytest.raises(BadRun, match=r"saved state fits only the old one: adapter\.rank was 4 and is 8"):
@@ -144,11 +153,15 @@ def test_a_field_that_shapes_the_saved_state_cannot_change(run: RunFolder) -> No
 def test_a_base_of_another_kind_cannot_take_the_saved_state_over(
     run: RunFolder, tiny_model: TinyModel
 ) -> None:
-    wider = str(tiny_model("llama", width=128))
+    wider, own = str(tiny_model("llama", width=128)), read_recipe(str(run.recipe)).model.source
     edit(run, lambda recipe: changed(recipe, "model", source=wider))
+    before = run.plan.read_bytes()
     with pytest.raises(BadRun, match="saved state of the run renamed does not fit its base"):
         go_on(run, allow_change=True)
     assert find_checkpoints(run.path), "nothing is lost"
+    assert run.plan.read_bytes() == before
+    edit(run, lambda recipe: changed(recipe, "model", source=own))
+    assert isinstance(go_on(run)[-1], RunFinished), "as the cure says"
 
 
 def test_how_a_run_is_exported_or_paused_may_change_at_any_time(run: RunFolder) -> None:
@@ -187,6 +200,18 @@ def test_a_new_plan_changes_how_steps_are_placed_and_not_what_they_compute(
             right.rows,
         )
         assert left.loss == pytest.approx(right.loss, rel=1e-4)  # fp32, sums in another order
+
+
+def test_a_new_plan_stays_new_for_the_process_after_one_that_died(begun: Path, run: RunFolder) -> None:
+    edit(run, lambda recipe: changed(recipe, "memory", micro_batch=1, recompute="all"))
+    events = resume("renamed", folder=str(run.path.parent), replan=True)
+    next(event for event in events if isinstance(event, StepDone))
+    events.close()  # type: ignore[attr-defined]
+    (run.path / "rungs.json").write_text('{"version": 1, "rungs": []}', encoding="utf-8")
+    peaks = [measured.peak_bytes for measured in only(MemoryMeasured, go_on(run))]
+    before = [measured.peak_bytes for measured in only(MemoryMeasured, counted(begun / "runs/straight"))]
+    assert max(peaks) < max(before), "not that of the plan before"
+    assert (run.path / "rungs.json").exists(), "they eased this plan"
 
 
 def test_a_new_plan_keeps_the_types_of_the_saved_state(run: RunFolder) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from qadapt.data.prepared import changed_files
 from qadapt.errors import BadRecipe, BadRun
-from qadapt.events import CheckpointSaved, Event, Rehearsed, RunFinished, StepDone, Warned
+from qadapt.events import CheckpointSaved, Event, Planned, Rehearsed, RunFinished, StepDone, Warned
 from qadapt.model.precision import choose_adapter_dtype, choose_compute_dtype, choose_device
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe, dump_yaml, read_recipe
@@ -33,8 +33,8 @@ FREE = ("run.", "export.")
 PLANNED = ("memory.", "data.packing")
 """Fields that only the plan reads."""
 SHAPING = (
-    "adapter.method", "adapter.rank", "adapter.targets", "adapter.dtype", "data.new_tokens",
-    "train.optimizer",
+    "adapter.method", "adapter.rank", "adapter.targets", "adapter.dtype", "adapter.nonlinearity",
+    "data.new_tokens", "train.optimizer",
 )  # fmt: skip
 """Fields that decide which tensors a saved state has: another value cannot take it over."""
 MATERIAL = ("model.", "data.")
@@ -53,16 +53,23 @@ class Consent:
 class Earlier:
     """What the journal says of a run's earlier processes: its events that count.
 
-    `has_other_plan` is whether they executed another plan than the process that goes on.
+    `is_planned_anew` is whether the process that goes on made a plan of its own.
     """
 
     events: Sequence[Event]
-    has_other_plan: bool = False
+    is_planned_anew: bool = False
 
-    def owes_rehearsal(self, step: int) -> bool:
+    def saved_by_another(self, plan: StoredPlan) -> bool:
+        """Whether the newest checkpoint is of another plan: of that before, or before a process that died."""
+        saved = [place for place, event in enumerate(self.events) if isinstance(event, CheckpointSaved)]
+        before = self.events[: saved[-1]] if saved else ()
+        planned = [event for event in before if isinstance(event, Planned)]
+        return self.is_planned_anew or (bool(planned) and planned[-1] != plan.event())
+
+    def owes_rehearsal(self, plan: StoredPlan, step: int) -> bool:
         """Whether the plan should be rehearsed after `step`, if the recipe says so."""
         is_rehearsed = any(isinstance(event, Rehearsed) for event in self.events)
-        return self.has_other_plan or (step == 0 and not is_rehearsed)
+        return self.saved_by_another(plan) or (step == 0 and not is_rehearsed)
 
     @property
     def has_finished(self) -> bool:

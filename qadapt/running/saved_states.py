@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qadapt.adapters.lora import adapter_tensors
 from qadapt.errors import BadRun
 from qadapt.events import Event, Resumed, Warned
 from qadapt.run_folder import RunFolder
+from qadapt.running.material import Material
+from qadapt.running.records import store
 from qadapt.running.resumption import Earlier
 from qadapt.train.checkpoint import (
     Checkpoint,
@@ -21,9 +23,31 @@ from qadapt.train.checkpoint import (
     load_newest,
 )
 from qadapt.train.loop import Loop
+from qadapt.train.oom import FILE_NAME as RUNGS_FILE
+from qadapt.train.stored_plan import StoredPlan, read_plan
 
 
-def restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
+def take_over(
+    run: RunFolder, plan: StoredPlan, material: Material, *, model: nn.Module, is_planned_anew: bool
+) -> None:
+    """Stores the plan that a run goes on with, where it is another one and the model fits what was saved.
+
+    The rungs that eased a plan go with it.
+
+    Raises:
+        BadRun: What was saved does not fit; the run is as it was.
+        BadOutput: The folder is read-only or full.
+    """
+    if plan != read_plan(run.plan):
+        checkpoint, _ = load_newest(run.path)
+        if checkpoint is not None:
+            check_fits(run, checkpoint, adapter_tensors(model))
+        store(run, plan, material)
+    if is_planned_anew:
+        (run.path / RUNGS_FILE).unlink(missing_ok=True)
+
+
+def restore(loop: Loop, run: RunFolder, *, plan: StoredPlan, earlier: Earlier) -> Iterator[Event]:
     """Goes back to the newest whole checkpoint, or to the start.
 
     Raises:
@@ -37,7 +61,7 @@ def restore(loop: Loop, run: RunFolder, earlier: Earlier) -> Iterator[Event]:
     if checkpoint is None:
         drop_newer(run.path, -1)  # none is whole: they must not stand before those to come
     else:
-        if earlier.has_other_plan:  # whose memory is measured from here on
+        if earlier.saved_by_another(plan):  # whose memory is measured from here on
             values = {name: value for name, value in checkpoint.values.items() if name != "memory"}
             checkpoint = replace(checkpoint, values=values)
         check_fits(run, checkpoint, adapter_tensors(loop.model))
