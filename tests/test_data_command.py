@@ -148,6 +148,17 @@ def test_what_was_prepared_is_kept(tmp_path: Path, tiny_model: TinyModel) -> Non
     assert found == [1, 1, 2]
 
 
+def test_a_run_finds_what_was_prepared_by_another_path_of_the_file(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, tiny_model("llama"))
+    relative = "data.sources=[{path: rows.jsonl}]"
+    assert run(["data", "check", recipe, relative]) == 0
+    assert run(["train", recipe, relative, "train.epochs=0.1", "train.rehearse=false"]) == 0
+    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1
+
+
 def test_html_is_one_page_with_so_many_rows(
     tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

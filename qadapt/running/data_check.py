@@ -47,6 +47,7 @@ from qadapt.running.material import (
     order_of,
     prepare,
     reading_of,
+    resolved,
     step_count,
     training_sources,
 )
@@ -76,6 +77,7 @@ def check_data(
         QadaptError: The rows, the base or the template cannot be used.
     """
     findings: list[Finding] = []
+    asked, recipe = recipe, resolved(recipe)  # as a run does, which finds these rows prepared
     preparing = prepare(recipe, revision=recipe.model.revision, needs_weights=False)
     material = yield from passing(preparing, partial(_noted, findings))
     yield StageStarted(stage="counting")
@@ -84,7 +86,7 @@ def check_data(
     plan, forecast = _forecast(recipe, material, sample)
     report = DataReport(
         name=recipe.run.name,
-        model=recipe.model.source,
+        model=asked.model.source,
         length=recipe.data.length,
         rows=len(rows.train),
         held_out_rows=len(rows.held_out),
