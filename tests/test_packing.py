@@ -328,14 +328,15 @@ def test_a_sample_says_what_the_micro_batches_of_the_run_are() -> None:
     chosen = RowSet(rows(tuple(lengths), share=0.4))
     order = Order(chosen.lengths, rows_per_step=7)
     steps = [[chosen[index] for index in order.rows_of_step(step)] for step in range(9)]
-    looked = StepSample(chosen, order, steps=9)
+    looked = StepSample(chosen, order, steps=9, length_step=32)
     made = [packed_batches(step, capacity=180) for step in steps]
     packed, batches = looked.packed(180), [batch for step in made for batch in step]
     assert packed.count == len(batches) / 9
     assert packed.tokens == sum(batch.tokens for batch in batches) / 9
     assert packed.most_head_tokens == max(len(batch.positions) for batch in batches)
     assert packed.most_documents == max(len(batch.documents.lengths) for batch in batches)  # type: ignore[union-attr]
-    made = [micro_batches(step, size=3, pad_id=0) for step in steps]
+    most = int(chosen.lengths.max())
+    made = [micro_batches(step, size=3, pad_id=0, length_step=32, most=most) for step in steps]
     padded, batches = looked.filled_up(3), [batch for step in made for batch in step]
     assert padded.count == len(batches) / 9
     assert padded.tokens == sum(batch.input_ids.numel() for batch in batches) / 9

@@ -28,6 +28,16 @@ LENGTH_STEP = 32
 size of a product that it has met, which comes to about 16 MiB for a length (`tools/bench/LOG.md`)."""
 
 
+def length_step(device: str, compute_dtype: str) -> int:
+    """The number of tokens of which the lengths of filled-up rows are multiples."""
+    return LENGTH_STEP if device == "cpu" and compute_dtype != "fp32" else 1
+
+
+def filled_length(longest: int, *, step: int, most: int) -> int:
+    """What rows are filled up to: a multiple of `step`, but no more than `most`, unless a row has more."""
+    return max(longest, min(most, -(-longest // step) * step))
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Some rows, filled up at the end to one length; or packed, one after another in a single row.
@@ -88,7 +98,7 @@ def micro_batches(
     by_length = sorted(rows, key=len, reverse=True)
     parts = [by_length[first : first + size] for first in range(0, len(by_length), size)]
     return [
-        collate(part, pad_id=pad_id, least=min(most, -(-len(part[0]) // length_step) * length_step))
+        collate(part, pad_id=pad_id, least=filled_length(len(part[0]), step=length_step, most=most))
         for part in parts
     ]
 

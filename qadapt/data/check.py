@@ -96,7 +96,7 @@ class Layout:
     Attributes:
         steps: So many steps of the first pass were looked at.
         micro_batch: Rows of one forward pass where rows are filled up.
-        padding_share: Of what is computed there: tokens up to the longest of each micro-batch.
+        padding_share: Of what is computed there: what fills up the rows of each micro-batch.
         padded_passes: Forward passes of a step there.
         capacity_tokens: The most tokens of one forward pass where rows are packed.
         packed_passes: Forward passes of a step there.

@@ -7,9 +7,11 @@ they say which positions several rows learn at once. What the plan compares is `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
+from qadapt.data.batches import filled_length
 from qadapt.data.order import Order
 from qadapt.data.packing import pack
 from qadapt.data.rows import RowSet
@@ -31,15 +33,25 @@ class StepSample:
         order: Which of them a step takes.
         steps: Steps of the run.
         held_out: Rows that are evaluated on.
+        length_step: The number of tokens of which the lengths of filled-up rows are multiples.
 
     Attributes:
         most_learned: Learned tokens of the row that has the most, of all training and held-out rows.
     """
 
-    def __init__(self, rows: RowSet, order: Order, *, steps: int, held_out: RowSet | None = None) -> None:
-        self.most_learned = max(
-            int(each.supervised_counts.max(initial=0)) for each in (rows, held_out) if each is not None
-        )
+    def __init__(
+        self,
+        rows: RowSet,
+        order: Order,
+        *,
+        steps: int,
+        held_out: RowSet | None = None,
+        length_step: int = 1,
+    ) -> None:
+        parts = [each for each in (rows, held_out) if each is not None]
+        self.most_learned = max(int(each.supervised_counts.max(initial=0)) for each in parts)
+        most = max(int(each.lengths.max(initial=0)) for each in parts)
+        self._filled = partial(filled_length, step=length_step, most=most)
         whole_pass = -(-order.pass_rows // order.rows_per_step)
         count = min(steps, whole_pass)
         looked_at = max(1, min(count, MOST_STEPS, MOST_ROWS // order.rows_per_step))
@@ -90,9 +102,10 @@ class StepSample:
         tokens = pairs = count = 0
         for lengths in self._lengths:
             for rows, longest in _parts(sorted(lengths, reverse=True), size):
+                length = self._filled(longest)
                 count += 1
-                tokens += rows * longest
-                pairs += rows * longest**2
+                tokens += rows * length
+                pairs += rows * length**2
         steps = self.steps
         return Passes(count / steps, tokens / steps, pairs / steps, self._head_share(size) * tokens / steps)
 
@@ -104,7 +117,7 @@ class StepSample:
             for first in range(0, len(by_length), size):
                 part = by_length[first : first + size]
                 head += len(part) * _head_positions(part)
-                tokens += len(part) * len(part[0])
+                tokens += len(part) * self._filled(len(part[0]))
         return head / tokens
 
 

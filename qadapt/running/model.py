@@ -16,7 +16,7 @@ from qadapt.adapters.fusion import read_member
 from qadapt.adapters.lora import stored_bytes, trainable
 from qadapt.adapters.method import Adapter, adapted_layers, attach
 from qadapt.adapters.rates import rate_ratios, undecayed
-from qadapt.data.batches import LENGTH_STEP
+from qadapt.data.batches import length_step
 from qadapt.engine.arrangement import arrange
 from qadapt.engine.documents import kernel_problem
 from qadapt.engine.head import head_of
@@ -158,5 +158,5 @@ def loop_settings(recipe: Recipe, plan: StoredPlan) -> LoopSettings:
         checkpoint_every=section.checkpoint_every,
         keep_checkpoints=section.keep_checkpoints,
         keep_every=section.keep_every,
-        length_step=LENGTH_STEP if plan.device == "cpu" and plan.compute_dtype != "fp32" else 1,
+        length_step=length_step(plan.device, plan.compute_dtype),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, cast
 
-from qadapt.data.batches import widest_share
+from qadapt.data.batches import length_step, widest_share
 from qadapt.data.step_sample import StepSample
 from qadapt.engine.documents import kernel_problem
 from qadapt.errors import DoesNotFit
@@ -99,7 +99,15 @@ def _shape_with_room(material: Material) -> ModelShape:
 def step_sample(recipe: Recipe, material: Material) -> StepSample:
     """How the rows of the run's steps lie."""
     rows, steps = material.rows, step_count(recipe, material.rows)
-    return StepSample(rows.train, order_of(recipe, rows), steps=steps, held_out=rows.held_out)
+    device = choose_device(recipe.memory.device)
+    compute_dtype = choose_compute_dtype(recipe.memory.compute_dtype, device)
+    return StepSample(
+        rows.train,
+        order_of(recipe, rows),
+        steps=steps,
+        held_out=rows.held_out,
+        length_step=length_step(device.type, compute_dtype),
+    )
 
 
 def plan_rows(padded: Question, sample: StepSample, *, packing: bool | Literal["auto"]) -> Plan:

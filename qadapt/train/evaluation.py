@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import PeftModel
 
 from qadapt.adapters.facts import BELOW
 from qadapt.adapters.lora import without_adapter
 from qadapt.adapters.side_car import SideCar
-from qadapt.data.batches import Division, all_batches
+from qadapt.data.batches import Division, all_batches, length_step
 from qadapt.data.conversation import Conversation
 from qadapt.data.prompt import PromptContract
 from qadapt.data.rows import RowSet
@@ -19,6 +19,7 @@ from qadapt.data.tokens import Tokens
 from qadapt.engine.front import front_of
 from qadapt.engine.host import device_of
 from qadapt.engine.out_of_memory import RanOut, attempt, free_memory
+from qadapt.engine.target import TYPES
 from qadapt.errors import BadData, DoesNotFit
 from qadapt.model.generate import generate
 from qadapt.plan.setting import LOSS_CHUNK
@@ -128,6 +129,9 @@ def _behind(rows: Sequence[Tokens], count: int) -> Sequence[Tokens]:
 
 def _loss(model: PeftModel, rows: Sequence[Tokens], division: Division) -> float:
     """The loss, with fewer rows, then learned tokens at a time where memory runs out."""
+    longest = int(rows.lengths.max()) if isinstance(rows, RowSet) else max(map(len, rows))
+    dtype = TYPES[model.get_base_model().dtype]
+    division = replace(division, length_step=length_step(device_of(model).type, dtype), most=longest)
     evaluating = Evaluating(model, division)
     while isinstance(
         loss := attempt(lambda: evaluate_loss(model, all_batches(rows, evaluating.splitting.division))),
