@@ -29,6 +29,13 @@ def test_halving_finds_what_asking_everything_finds() -> None:
             assert largest(lambda n, t=threshold: n <= t, ceiling) == expected  # type: ignore[misc]
 
 
+def test_nothing_below_the_least_is_asked() -> None:
+    asked: list[int] = []
+    assert largest(lambda n: asked.append(n) or n <= 7, 20, least=3, stops=(2, 16)) == 7  # type: ignore[func-returns-value]
+    assert largest(lambda n: asked.append(n) or n <= 2, 20, least=3) is None  # type: ignore[func-returns-value]
+    assert min(asked) == 3
+
+
 def test_a_ceiling_that_fits_again_is_found() -> None:
     assert largest(lambda n: n in (1, 2, 8), 8) == 8
 

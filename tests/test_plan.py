@@ -169,6 +169,13 @@ def test_shorter_lengths_fall_in_steps_of_a_quarter_or_so(length: int) -> None:
     )
 
 
+def test_what_mends_a_base_is_offered_no_base_without_errors() -> None:
+    setting = Setting(length=2048, method="loftq", quantization="int8")
+    assert KNOB["quantization"].values(LLAMA, setting, 1) == ("int8", "nf4")
+    changes = ladder(LLAMA, setting, room=Room(GIB), rows_per_step=1, card=CARD)
+    assert "model.quantization=nf4" in [change.text for change in changes]
+
+
 def test_what_does_not_fit_says_what_it_needs_and_the_cheapest_change() -> None:
     with pytest.raises(DoesNotFit) as caught:
         fit(

@@ -31,8 +31,9 @@ from qadapt.engine.front import in_front
 from qadapt.errors import BadAdapter, BadRecipe
 from qadapt.methods import front_ids, said
 from qadapt.model.generate import Kept, generate, stream
-from qadapt.plan.estimate import estimate_step
+from qadapt.plan.estimate import disk_parts, estimate_step
 from qadapt.plan.inverse import most
+from qadapt.plan.knobs import KNOBS
 from qadapt.plan.room import Room
 from qadapt.recipe_file import check_recipe
 from qadapt.train.evaluation import evaluate_rows
@@ -306,6 +307,13 @@ def test_what_peft_saved_is_kept_and_answers_as_there(
 
 
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_no_shorter_row_is_offered_that_virtual_tokens_fill(kind: PromptKind) -> None:
+    setting = dataclasses.replace(CPU, method=kind, rank=300, length=2048)
+    (lengths,) = (knob.values(shape_of("llama"), setting, 1) for knob in KNOBS if knob.name == "length")
+    assert lengths == (2048, 1536, 1024, 768)
+
+
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_virtual_tokens_that_leave_no_room_are_refused(kind: PromptKind) -> None:
     values = {**LEAST, "adapter": {"method": kind, "rank": 249}}
     values["data"] = {**LEAST["data"], "length": 256}
@@ -316,6 +324,10 @@ def test_virtual_tokens_that_leave_no_room_are_refused(kind: PromptKind) -> None
         estimate_step(shape_of("llama"), setting)
     largest = most(shape_of("llama"), setting, what="rank", room=Room(1 << 40))
     assert largest.value == 116
+    longest = most(shape_of("llama"), setting, what="length", room=Room(1 << 40))
+    assert longest.value == shape_of("llama").context
+    assert most(shape_of("llama"), setting, what="length", room=Room(1)).value is None
+    assert "merged-fp16" not in disk_parts(shape_of("llama"), setting), "it merges into nothing"
     assert said(kind, 8).endswith(", 8 virtual tokens")
     assert ", 8 virtual tokens in fp32 before every row" in setting_words(
         dataclasses.replace(setting, rank=8)

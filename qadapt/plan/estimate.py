@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, RUNTIME_BYTES, Card
-from qadapt.methods import has_norm
+from qadapt.methods import METHODS, has_norm
 from qadapt.plan.activations import (
     attention_bytes,
     boundaries_there,
@@ -314,7 +314,7 @@ def _loading_bytes(shape: ModelShape) -> int:
 
 
 def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> dict[str, int]:
-    """Bytes a run writes: saved states (the two newest and the best), the adapter, a merged fp16 model.
+    """Bytes a run writes: saved states (the two newest and the best), adapter, a merged fp16 model, if any.
 
     While a CPU's step puts boundaries away, they lie in the temporary folder.
     """
@@ -323,6 +323,6 @@ def disk_parts(shape: ModelShape, setting: Setting, *, checkpoints: int = 3) -> 
     return {
         "checkpoints": checkpoints * (adapter + optimizer_bytes(shape, setting)),
         "adapter": saved_bytes(shape, setting),
-        "merged-fp16": 2 * shape.parameters,
+        **({} if METHODS[setting.method].is_beside else {"merged-fp16": 2 * shape.parameters}),
         **({"boundaries": filed} if filed else {}),
     }

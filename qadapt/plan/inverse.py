@@ -105,7 +105,8 @@ def most(
     step = facts.size_step if what == "rank" else 1
     if what == "rows":
         free -= {"micro_batch"}
-    check_setting(shape, _at(setting, what, step, rows_per_step=rows_per_step))
+    least = setting.virtual_tokens + 1 if what == "length" else step
+    check_setting(shape, _at(setting, what, least, rows_per_step=rows_per_step))
     ceiling = _ceiling(shape, setting, what, rows_per_step)
 
     def estimate(value: int) -> Estimate:
@@ -113,10 +114,15 @@ def most(
         return least_way(shape, asked, room=room, freedom=Freedom(free, rows_per_step), card=card)
 
     stops = _stops(setting, what) if "mlp_tiles" in free else ()
-    steps = largest(lambda tried: room.holds(estimate(tried * step)), ceiling.value // step, stops=stops)
+    steps = largest(
+        lambda tried: room.holds(estimate(tried * step)),
+        ceiling.value // step,
+        least=least // step,
+        stops=stops,
+    )
     value = steps and steps * step
     has_next = value is not None and value < ceiling.value
-    found = value or step
+    found = value or least
     return Most(what, value, ceiling, estimate(found), estimate(found + step) if has_next else None)
 
 
@@ -170,15 +176,17 @@ def _stops(setting: Setting, what: What) -> tuple[int, ...]:
     return tuple(-(-LEAST_PLANNED_PIECE * 4**power // each) for power in (1, 2, 3)) if each else ()
 
 
-def largest(fits: Callable[[int], bool], ceiling: int, *, stops: tuple[int, ...] = ()) -> int | None:
-    """The largest of 1 to `ceiling` for which `fits` is true, if it is true up to there and false above.
+def largest(
+    fits: Callable[[int], bool], ceiling: int, *, least: int = 1, stops: tuple[int, ...] = ()
+) -> int | None:
+    """The largest of `least` to `ceiling` for which `fits` is true, if that is so up to there and not above.
 
     The ceiling is asked first: at the last number of rows the gradients need not wait, so that it may fit
     where the one before does not. At a stop it may be true again, and so up to somewhere.
     """
     if fits(ceiling):
         return ceiling
-    starts = sorted({1, *(stop for stop in stops if 1 < stop < ceiling)}, reverse=True)
+    starts = sorted({least, *(stop for stop in stops if least < stop < ceiling)}, reverse=True)
     ends = [ceiling, *starts]
     low, high = next(((start, end) for start, end in zip(starts, ends, strict=False) if fits(start)), (0, 0))
     if not low:

@@ -94,10 +94,14 @@ def _ranks(setting: Setting) -> tuple[int, ...]:
     return tuple(each for each in _halves(setting.rank, 4) if each % step == 0)
 
 
-def _lengths(length: int) -> tuple[int, ...]:
-    """The length, then three quarters and a half of it, and so on, in whole 64s down to 256."""
+def _lengths(setting: Setting) -> tuple[int, ...]:
+    """The length, then three quarters and a half of it, and so on, in whole 64s down to 256.
+
+    None that the virtual tokens leave little of.
+    """
+    length, least = setting.length, max(256, 2 * setting.virtual_tokens)
     shorter = (whole // 4 * part // 64 * 64 for whole in _halves(length, 256) for part in (3, 2))
-    return (length, *dict.fromkeys(each for each in shorter if 256 <= each < length))
+    return (length, *dict.fromkeys(each for each in shorter if least <= each < length))
 
 
 def _rows_text(value: Value, _: ModelShape) -> str:
@@ -167,8 +171,9 @@ def _offload_text(value: Value, _: ModelShape) -> str:
 
 
 def _quantizations(_: ModelShape, setting: Setting, __: int) -> tuple[Value, ...]:
-    """All, but for 8 bits where layers are streamed: those cannot be."""
-    return ("none", "nf4") if "layers" in setting.offload else ("none", "int8", "nf4")
+    """All, but for 8 bits where layers are streamed: those cannot be; and bits for what mends a base."""
+    none = () if METHODS[setting.method].mends_base else ("none",)
+    return (*none, "nf4") if "layers" in setting.offload else (*none, "int8", "nf4")
 
 
 def _offload_typed(value: Value) -> str:
@@ -219,7 +224,7 @@ KNOBS: tuple[Knob, ...] = (
     _by_override("double_quant", 2, "model.double_quant", lambda *_: (False, True)),
     _by_override("optimizer", 2, "train.optimizer", lambda *_: ("adamw", "adamw-8bit")),
     _by_override("quantization", 2, "model.quantization", _quantizations),
-    _by_override("length", 3, "data.length", lambda _, setting, __: _lengths(setting.length)),
+    _by_override("length", 3, "data.length", lambda _, setting, __: _lengths(setting)),
     _by_override("rank", 3, "adapter.rank", lambda _, setting, __: _ranks(setting)),
 )
 
