@@ -43,6 +43,8 @@ from qadapt.adapters.side_car import SideCar
 from qadapt.adapters.side_car_files import save_side_car
 from qadapt.data.batches import packed_batches
 from qadapt.engine.arrangement import arrange
+from qadapt.engine.documents import documents_of, isolating
+from qadapt.engine.loss import loss_sum
 from qadapt.engine.prefix import CHILD, Choice, see_prefixes
 from qadapt.errors import BadAdapter, Unsupported
 from qadapt.model.generate import Kept, generate, stream
@@ -273,6 +275,9 @@ def test_rows_of_a_batch_can_see_different_prefixes(tiny_model: TinyModel, tmp_p
         layer.self_attn.add_module(CHILD, choices[number])
         choices[number].rows = (first[number], second[number], None)
     assert generate(base, prompts, pad_id=0, **HOW) == alone
+    ids, packed = torch.arange(5, 16)[None], documents_of((5, 6))
+    with isolating(base), pytest.raises(Unsupported, match="chosen for 3 rows, and the model computes 1"):
+        loss_sum(base, input_ids=ids, positions=torch.arange(10), targets=ids[:, 1:], documents=packed)
 
 
 # --- on disk ----------------------------------------------------------------------------------------------

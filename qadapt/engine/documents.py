@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from qadapt.engine.blocks import attend_in_blocks
 from qadapt.engine.host import sent
-from qadapt.engine.prefix import joined, prefixes_of, without_front
+from qadapt.engine.prefix import joined, other_rows, prefixes_of, without_front
 from qadapt.engine.target import HAS_VARLEN, SAYS_GROUPS, TYPES, capability_for, goes_one_by_one
 from qadapt.errors import Unsupported
 from qadapt.plan.attention import attention_kernel, document_kernel
@@ -109,7 +109,9 @@ def attend_documents(
         window=named.get("sliding_window"),
         softcap=named.get("softcap"),
     )
-    (prefix,) = prefixes_of(module)
+    prefix, *others = prefixes_of(module)
+    if others:
+        raise other_rows(1 + len(others), 1)
     if prefix is None:
         return _attend(query, key, value, documents, how=how), None
     keys, values = prefix.in_front(query.dtype)  # (K, P, D)
