@@ -272,6 +272,4 @@ def _normalize(
 def _drop(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if p == 0 or not training:  # `Dropout.cpp`: no mask, no copy
         return values
-    if p == 0 or not training:
-        return values
     return torch.native_dropout(values, p, training)[0]
