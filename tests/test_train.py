@@ -41,9 +41,8 @@ from qadapt.model.load import load_base
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import load, resume, train
-from qadapt.running import model as running_model
 from qadapt.train import evaluation, loop
-from qadapt.train.evaluation import answer_rows
+from qadapt.train.evaluation import answer_rows, evaluate_rows
 from qadapt.train.optimizer import make_optimizer
 from qadapt.train.step import evaluate_loss, find_gradient, train_step
 from qadapt.view.journal import effective, read_events
@@ -364,12 +363,28 @@ def test_rows_in_16_bits_on_a_cpu_are_filled_up_to_few_lengths(
         lengths.update(batch.input_ids.shape[1] for batch in batches)
         return find_gradient(model, optimizer, batches, **options)
 
-    monkeypatch.setattr(running_model, "LENGTH_STEP", 4)
+    monkeypatch.setattr("qadapt.data.batches.LENGTH_STEP", 4)
     monkeypatch.setattr(loop, "find_gradient", seen)
     events = list(train(check_recipe(values, origin="the test")))
     longest = only(DataReady, events)[0].longest_row_tokens
     assert max(lengths) == longest
     assert (dtype == "bf16") == all(length % 4 == 0 or length == longest for length in lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_measured_are_filled_up_likewise(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    lengths: list[int] = []
+
+    def seen(model: PeftModel, batches: Iterable[MicroBatch]) -> float:
+        lengths.extend(batch.input_ids.shape[1] for batch in batches)
+        return 1.0
+
+    monkeypatch.setattr(evaluation, "evaluate_loss", seen)
+    rows = [tokens_of(range(3, 3 + count), [True] * count, place="") for count in (5, 40, 70)]
+    evaluate_rows(adapted(tiny_model("llama"), dtype=dtype), rows, size=1, pad_id=0)
+    assert sorted(set(lengths)) == ([5, 40, 70] if dtype == torch.float32 else [32, 64, 70])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
