@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
-import psutil
 
 from qadapt.durable import flush_folder, flush_tree
 from qadapt.errors import BadOutput, NoRoom
@@ -141,6 +140,8 @@ def _clear_leftovers(parent: Path, *, stem: str) -> None:
 
     The second rule is for other machines that share the cache, and for a process number that is in use again.
     """
+    import psutil  # only here, and `--help` needs none
+
     pattern = re.compile(rf"\.{re.escape(stem)}-(?:([0-9a-f]{{8}})-(\d+)-)?[a-z0-9_]{{8}}")
     for path in parent.iterdir():
         if match := pattern.fullmatch(path.name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,6 @@ import pytest
 
 from qadapt.errors import BadRecipe
 from qadapt.hardware import cards as cataloguing
-from qadapt.hardware import probe as probing
 from qadapt.hardware.cards import CONTEXT_BYTES, Card, card_of_memory, cards, find_card, this_platform
 from qadapt.hardware.probe import Device, probe, visible
 from qadapt.hardware.target import find_target
@@ -141,7 +141,7 @@ class FakeDriver:
 
 
 def test_a_machine_with_a_card_is_a_target_with_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "pynvml", FakeDriver("NVIDIA GeForce RTX 4060", free=7 * GIB))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeDriver("NVIDIA GeForce RTX 4060", free=7 * GIB))
     device = probe().devices[0]
     assert (device.free_bytes, device.used_bytes) == (7 * GIB, 8188 * MIB - 7 * GIB)
     assert (device.card.tflops, device.card.has_bf16, device.temperature_celsius) == (31.2, True, None)
@@ -183,7 +183,7 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(wanted: str | None, shown
 
 
 def test_the_first_visible_card_is_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "pynvml", FakeDriver("NVIDIA GeForce RTX 4060", free=7 * GIB, count=2))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeDriver("NVIDIA GeForce RTX 4060", free=7 * GIB, count=2))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     machine = probe()
     assert ([device.index for device in machine.devices], machine.hidden) == ([1], 1)

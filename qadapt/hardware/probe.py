@@ -15,9 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-import pynvml
-
 from qadapt.errors import BadRecipe
 from qadapt.hardware.cards import CONTEXT_BYTES, CONTEXT_RANGE_BYTES, Card, find_card
 from qadapt.units import GIB
@@ -81,6 +78,8 @@ class Machine:
 
 def probe(folder: Path | None = None) -> Machine:
     """Asks the driver, the system and the disk of `folder` (default: the current one)."""
+    import psutil  # here, and NVML below, as `--help` asks no machine
+
     memory = psutil.virtual_memory()
     every = gpus()
     devices = visible(every, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -124,6 +123,8 @@ def _is_named(device: Device, entry: str) -> bool:
 
 def gpus() -> tuple[Device, ...]:
     """The NVIDIA GPUs of this machine, hidden ones too, in the driver's order; none without a driver."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -136,6 +137,8 @@ def gpus() -> tuple[Device, ...]:
 
 
 def _device(index: int, driver: str) -> Device:
+    import pynvml
+
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
