@@ -103,7 +103,7 @@ def test_a_roomy_card_keeps_everything_and_a_tight_one_recomputes() -> None:
 def test_between_them_only_as_many_layers_recompute_as_have_to() -> None:
     setting = Setting(length=512, rows=4)
     counts: list[Any] = []
-    for budget in (1.0, 1.3, 1.6, 1.9):
+    for budget in (0.9, 1.1, 1.3, 1.5):
         plan = fit(
             SMALL,
             setting,
@@ -199,14 +199,14 @@ def test_the_ladder_prices_each_change_as_the_difference_of_two_estimates() -> N
     now = estimate_step(LLAMA, setting, card=CARD)
     by_text = {change.text: change for change in changes}
     for text, changed in {
-        "memory.recompute=all": dataclasses.replace(setting, recompute="all"),
+        "memory.recompute=31": dataclasses.replace(setting, recompute=31),
         "model.double_quant=true": dataclasses.replace(setting, double_quant=True),
         "train.optimizer=adamw-8bit": dataclasses.replace(setting, optimizer="adamw-8bit"),
     }.items():
         then = estimate_step(LLAMA, changed, card=CARD)
         assert by_text[text].bytes_won == now.needed_bytes - then.needed_bytes > 0
         assert by_text[text].seconds_lost == pytest.approx(then.seconds_per_step - now.seconds_per_step)  # type: ignore[operator]
-    assert by_text["memory.recompute=all"].sentence.endswith("s slower per step)")
+    assert by_text["memory.recompute=31"].sentence.endswith("s slower per step)")
     enough = [change.is_enough for change in changes]
     assert enough == sorted(enough, reverse=True)
 

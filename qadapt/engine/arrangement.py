@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from transformers import PreTrainedModel
 
 from qadapt.engine.boundaries import offload_boundaries
+from qadapt.engine.gated import set_gated
 from qadapt.engine.norms import set_norms
 from qadapt.engine.recompute import set_recompute
 from qadapt.engine.tiles import set_tiles
@@ -41,5 +42,6 @@ def arrange(
     set_recompute(base, recompute, within=within)
     set_tiles(base, tiles, within=within)
     set_norms(base)
+    set_gated(base)
     if "boundaries" in offload:
         offload_boundaries(base)

@@ -88,6 +88,18 @@ def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
     return kept * setting.tokens + bottleneck_bytes(shape, setting, "mlp") + joined
 
 
+def remade_bytes(shape: ModelShape, setting: Setting) -> int:
+    """What a layer that keeps its activations makes again in its turn (`engine/gated.py`).
+
+    That is the activated gate, and its product with up where something keeps it. In pieces: nothing.
+    """
+    if setting.mlp_tiles > 1:
+        return 0
+    last = [linear for linear in shape.linears if linear.name == "down_proj"]
+    product = adapter_input_bytes(last, setting) - adapter_input_bytes(last, setting, is_kept_already=True)
+    return (shape.mlp_width * setting.compute_bytes + product) * setting.tokens
+
+
 def shared_bytes(shape: ModelShape, setting: Setting, attention: Attention) -> int:
     """What is there once for all layers: rotary tables, token numbers, which of them are new, masks."""
     places = setting.tokens if setting.packed else setting.length

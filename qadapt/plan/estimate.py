@@ -30,6 +30,7 @@ from qadapt.plan.activations import (
     first_input_bytes,
     mlp_bytes,
     norm_bytes,
+    remade_bytes,
     shared_bytes,
 )
 from qadapt.plan.adapters import adapter_bytes, optimizer_bytes, saved_bytes, start_bytes
@@ -288,7 +289,8 @@ def _layer(shape: ModelShape, setting: Setting, attention: Attention, *, is_reco
     kept = half + mlp_bytes(shape, setting)
     both = (kept, mlp_passing_bytes(shape, setting, is_recomputed=is_recomputed))
     alone = (half, attention_passing_bytes(shape, setting, attention))
-    return _Layer(kept, *max(both, alone, key=sum), idle_bytes=_idle_bytes(shape, setting, half))
+    remade = 0 if is_recomputed else remade_bytes(shape, setting)
+    return _Layer(kept - remade, *max(both, alone, key=sum), idle_bytes=_idle_bytes(shape, setting, half))
 
 
 def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
@@ -302,7 +304,8 @@ def _idle_bytes(shape: ModelShape, setting: Setting, half: int) -> int:
     if is_after_attention(setting):
         return before
     before += below_idle_bytes(shape, setting, "mlp")
-    before += mlp_bytes(shape, setting) - bottleneck_bytes(shape, setting, "mlp")
+    before += mlp_bytes(shape, setting) - remade_bytes(shape, setting)
+    before -= bottleneck_bytes(shape, setting, "mlp")
     return before - shared_stream_bytes(shape, setting)
 
 

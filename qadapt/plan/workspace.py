@@ -12,7 +12,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from qadapt.plan.activations import adapter_input_bytes, mlp_bytes, norm_bytes, scales_output
+from qadapt.plan.activations import (
+    adapter_input_bytes,
+    mlp_bytes,
+    norm_bytes,
+    remade_bytes,
+    scales_output,
+)
 from qadapt.plan.adapters import largest_tensor, trainable
 from qadapt.plan.attention import BLOCK_QUERIES, Attention, block_heads
 from qadapt.plan.bottleneck import bottleneck_bytes, bottleneck_passing_bytes, stands_beside
@@ -46,6 +52,7 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     c, tokens = setting.compute_bytes, setting.tokens
     wide, gradient = shape.mlp_width * tokens, shape.width * c * tokens
     product = adapter_input_bytes([down], setting) * tokens
+    remade = 0 if is_recomputed else remade_bytes(shape, setting)  # comes with the down projection's turn
     through_down = wide * c + dequantized_bytes(down, setting)
     is_dropped = setting.dropout > 0 and setting.adapts(down)
     moments = [through_down, (2 if is_dropped else 1) * wide * c, 3 * wide * c - product]
@@ -58,9 +65,11 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
         moments = [moment - gradient for moment in moments]
     if shape.family == "gemma2":  # what the norm after the feed-forward part kept is gone by then
         norm, counted = shape.width * norm_value_bytes(setting) * tokens, gradient * (setting.device == "cpu")
-        moments = [norm_passing_bytes(shape, setting) - counted, *(moment - norm for moment in moments)]
+        first = norm_passing_bytes(shape, setting) - counted - remade
+        moments = [first, *(moment - norm for moment in moments)]
     if stands_beside(setting):
-        moments = _beside_moments(shape, setting, moments)
+        own, *moments = _beside_moments(shape, setting, moments)
+        moments.append(own - remade)
     held = _held_gradient_bytes(shape, setting)
     if is_recomputed and "boundaries" in setting.offload and norm_copies(setting):
         held += shape.width * c * tokens  # the layer's input, which its norm keeps a copy of, is still there
