@@ -182,7 +182,6 @@ def task_of(task: Task, side: Side, *, steps: int) -> Task:
     Our copy of the demo model was made of fp16 weights and says so. The published one says bf16, so that is
     what peers are given at their defaults; fp16, in which a CPU is slowest, would be unfair.
     """
-    is_small = side.kind == "small memory"
     model = task.model
     if side.name != "qadapt":
         dtype = "float32" if side.dtype == "fp32" else "bfloat16"
@@ -191,9 +190,8 @@ def task_of(task: Task, side: Side, *, steps: int) -> Task:
         task,
         model=model,
         steps=steps,
-        micro_batch=1 if is_small else task.micro_batch,
+        micro_batch=side.micro_batch or task.micro_batch,
         dtype=side.dtype,
         is_recomputing=side.is_recomputing,
         padding=side.padding,
-        is_small=is_small,
     )

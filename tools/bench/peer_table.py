@@ -19,18 +19,23 @@ SMALL_SHARE, SMALL_FASTER = 0.5, 1.5
 
 @dataclass(frozen=True)
 class Side:
-    """Who trains and how; `kind` is `defaults`, `best`, `small memory` or `tried`. None: its own default."""
+    """Who trains and how; `kind` is `defaults`, `best`, `small memory` or `tried`. None: its own default.
+
+    `micro_batch` are rows at once if they are not the task's; of our own side the plan decides.
+    """
 
     name: str
     kind: str
     dtype: str | None = None
     is_recomputing: bool | None = None
     padding: str = "filled"
+    micro_batch: int | None = None
 
     @property
     def key(self) -> str:
         recompute = {None: "-", True: "recompute", False: "keep"}[self.is_recomputing]
-        return f"{self.name} | {self.kind} | {self.dtype or '-'} | {recompute} | {self.padding}"
+        at_once = f" by {self.micro_batch}" if self.micro_batch else ""
+        return f"{self.name} | {self.kind} | {self.dtype or '-'} | {recompute} | {self.padding}{at_once}"
 
 
 @dataclass(frozen=True)

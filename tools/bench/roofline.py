@@ -1,7 +1,6 @@
 """How close a step comes to what its matrix products alone would take: the share of the GEMM roofline.
 
     python tools/bench/roofline.py             the rows of `peers.py`, about ten minutes on two quiet cores
-    python tools/bench/roofline.py --fixed     in its micro-batches, too, not in those that the plan chooses
     python tools/bench/roofline.py --conversations 2 --length 64 --repeats 1     a trial
 
 The products that a step cannot do without (`step_products.py`) are timed one by one, at their very shapes and
@@ -159,9 +158,6 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, Products, list[str
     task = replace(make_task(arguments, cache)[0], dtype=arguments.dtype)
     with tempfile.TemporaryDirectory() as place:
         recipe = resolved(recipe_of(replace(task, place=place)))
-        if not arguments.fixed:
-            memory = recipe.memory.model_copy(update={"micro_batch": "auto"})
-            recipe = recipe.model_copy(update={"memory": memory})
         material = finished(prepare(recipe, revision=None))
     plan = make_plan(recipe, material)
     base = finished(place_base(recipe, plan, material.files))
@@ -211,7 +207,6 @@ def main() -> int:
     add_task_options(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="instead of the faster one, as measured")
-    parser.add_argument("--fixed", action="store_true", help="micro-batches of --micro-batch rows")
     arguments = parser.parse_args()
     bench, needed, reasons = make_bench(arguments)
     print("\n".join(reasons))

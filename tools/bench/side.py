@@ -23,9 +23,10 @@ class Task:
     """What a side trains, and how; None in `dtype` and `is_recomputing` means whatever its default is.
 
     `padding` is `filled` (to the longest of a micro-batch), `free` (rows one after another) or `packed`
-    (rows packed to the full length first). `rows` is a file of token rows, `conversations` one of the same
-    as text, `report` where the lines go, and `place` an empty folder. `adapter` is where the first adapter
-    is kept: the package's side writes it, the plain loop begins with it.
+    (rows packed to the full length first), `micro_batch` the rows that a peer takes at once. `rows` is a file
+    of token rows, `conversations` one of the same as text, `report` where the lines go, and `place` an empty
+    folder. `adapter` is where the first adapter is kept: the package's side writes it, the plain loop begins
+    with it.
     """
 
     model: str
@@ -43,7 +44,6 @@ class Task:
     dtype: str | None = None
     is_recomputing: bool | None = None
     padding: str = "filled"
-    is_small: bool = False
     adapter: str | None = None
 
     @staticmethod

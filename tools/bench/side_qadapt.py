@@ -1,8 +1,8 @@
 """The package's side of `peers.py`: a whole run by `qadapt.run.train`, with all that watches over it.
 
 A run counts its memory in its first and its longest step, its last one and every fiftieth; such a step takes
-longer and, with only a few steps here, would weigh ten times too much, so it is told apart. `is_small` is the
-small-memory setting: every layer recomputes, one row at a time, learned tokens in small chunks.
+longer and, with only a few steps here, would weigh ten times too much, so it is told apart. How many rows it
+takes at once, and all else that nobody gives, is the plan's choice, as in any recipe without a word on it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,16 +27,11 @@ import qadapt.run
 from qadapt.events import Event, MemoryMeasured, Planned, StepDone
 from qadapt.quiet import quiet_libraries
 from qadapt.recipe_file import check_recipe
-from qadapt.running.plan import make_plan
 from qadapt.train.loop import Loop
-from qadapt.train.stored_plan import StoredPlan
-
-SMALL_CHUNK = 64
-"""Learned tokens at the head at once in the small-memory setting."""
 
 
 def recipe_of(task: Task) -> Any:
-    memory: dict[str, Any] = {"micro_batch": task.micro_batch, "device": "cpu"}
+    memory: dict[str, Any] = {"device": "cpu"}
     if task.dtype is not None:
         memory["compute_dtype"] = task.dtype
     if task.is_recomputing is not None:
@@ -62,15 +57,6 @@ def recipe_of(task: Task) -> Any:
         "run": {"name": "side", "folder": task.place},
     }
     return check_recipe(values, origin="tools/bench/side_qadapt.py")
-
-
-def small(make: Any) -> Any:
-    """Makes plans as before, but of the small-memory setting."""
-
-    def made(*arguments: Any) -> StoredPlan:
-        return replace(make(*arguments), loss_chunk=SMALL_CHUNK)
-
-    return made
 
 
 class KeepingLoop(Loop):
@@ -127,8 +113,6 @@ def main() -> None:
     quiet_libraries()
     telling.imported()
     with ExitStack() as patches:
-        if task.is_small:
-            patches.enter_context(mock.patch.object(qadapt.run, "make_plan", small(make_plan)))
         if task.adapter is not None:
             KeepingLoop.folder = task.adapter
             patches.enter_context(mock.patch.object(qadapt.run, "Loop", KeepingLoop))
