@@ -26,6 +26,9 @@ and the others stay where they are."""
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures whose closed form and training are tested, by `model_type`."""
 
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
+"""Those of feed-forward parts that keep for the backward pass what enters them, and nothing else."""
+
 _OWN_HEAD_WIDTH = ("qwen3", "gemma2")
 """Where transformers does not take the width divided by the heads for a missing head_dim."""
 _OWN_KEY_VALUE_HEADS = ("mistral", "qwen2", "qwen3", "gemma2")
@@ -208,7 +211,15 @@ def _unproven(config: Mapping[str, Any], family: str) -> str | None:
         return "'llama' with biases in its feed-forward part (mlp_bias)"
     if family in ("qwen3", "gemma2") and config.get("attention_bias"):
         return f"{family!r} with biases in its attention (attention_bias)"
+    activation = activation_name(config)
+    if activation not in (None, *ACTIVATIONS):
+        return f"{family!r} with the activation {activation!r} (hidden_act)"
     return None
+
+
+def activation_name(config: Mapping[str, Any]) -> object:
+    """What a configuration calls the activation of its feed-forward parts; None: the architecture's own."""
+    return config.get("hidden_activation") or config.get("hidden_act")
 
 
 def _whole(config: Mapping[str, Any], field: str, name: str, *, default: int | None = None) -> int:

@@ -47,9 +47,37 @@ def test_every_method_learns_the_same_to_the_bit(method: Method, tiny_model: Tin
     assert_same_bits(drawn(method, tiny_model("llama")))
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_learns_the_same_to_the_bit(family: str, tiny_model: TinyModel) -> None:
-    assert_same_bits(drawn("lora", tiny_model(family), quantization="none"))
+def test_every_family_learns_the_same_to_the_bit(
+    family: str, quantization: str, tiny_model: TinyModel
+) -> None:
+    assert_same_bits(drawn("lora", tiny_model(family), quantization=quantization))
+
+
+def test_dropout_drops_the_same(tiny_model: TinyModel) -> None:
+    lora = Lora(rank=4, alpha=8, dropout=0.3)
+    assert_same_bits(attach_lora(base_of(tiny_model("llama")), lora, dtype=FP32, seed=0))
+
+
+def test_what_is_kept_in_another_shape_or_order_is_kept(tiny_model: TinyModel) -> None:
+    """A layer of somebody else's that turns what enters it round: it is not made again the wrong way."""
+
+    class Turned(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner, self.scale = inner, torch.nn.Parameter(torch.linspace(0.5, 2, 17))
+
+        def forward(self, values: Tensor) -> Tensor:
+            turned: Tensor = self.inner((values.transpose(1, 2) * self.scale).transpose(1, 2))
+            return turned
+
+    base = base_of(tiny_model("llama"))
+    model = attach_lora(base, Lora(rank=4, alpha=8), dtype=FP32, seed=0)
+    for layer in decoder_layers(model.get_base_model()):
+        mlp: Any = layer.mlp
+        mlp.down_proj = Turned(mlp.down_proj)
+    assert_same_bits(model)
 
 
 class Activation(torch.nn.Module):
@@ -103,11 +131,11 @@ def test_the_activated_gate_is_let_go_and_made_again_once(
     assert sum(each.kept() for each in seen) == 0
 
 
-def test_what_would_keep_more_than_it_lets_go_stays_the_librarys(tiny_model: TinyModel) -> None:
-    """With an adapter on the down projections alone the first layer keeps what enters it alone."""
-    model = attach_lora(
-        base_of(tiny_model("llama")), Lora(rank=4, alpha=8, targets=("down_proj",)), dtype=FP32, seed=0
-    )
+@pytest.mark.parametrize("target", ["up_proj", "down_proj"])
+def test_what_would_keep_more_than_it_lets_go_stays_the_librarys(target: str, tiny_model: TinyModel) -> None:
+    """In the first layer, with one of these alone, gate and up would be kept for nothing."""
+    lora = Lora(rank=4, alpha=8, targets=(target,))
+    model = attach_lora(base_of(tiny_model("llama")), lora, dtype=FP32, seed=0)
     seen = watched(model)
     set_gated(model.get_base_model())
     loss_of(model).backward()
@@ -132,8 +160,12 @@ def test_where_parts_are_computed_in_pieces_these_come_first(tiny_model: TinyMod
     assert not any(isinstance(each, Gated) for each in forwards)
 
 
-def test_an_architecture_that_is_not_known_keeps_the_librarys(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize(("field", "value"), [("model_type", "olmo2"), ("hidden_act", "relu")])
+def test_an_architecture_that_is_not_known_keeps_the_librarys(
+    field: str, value: str, tiny_model: TinyModel
+) -> None:
+    """ReLU keeps what it gives, which would have to be there beside what it is made of."""
     base: Any = base_of(tiny_model("llama"))
-    base.config.model_type = "olmo2"
+    setattr(base.config, field, value)
     set_gated(base)
     assert not any("forward" in vars(module) for module in base.modules())

@@ -194,6 +194,7 @@ def test_what_is_no_decoder_of_text_gets_a_clear_no(
             {"model_type": "gemma3n_text", "intermediate_size": [16384, 8192], "num_hidden_layers": 2},
             "'gemma3n",
         ),
+        ({**CONFIG, "hidden_act": "relu"}, "'llama' with the activation 'relu'"),
         ({**CONFIG, "mlp_bias": True}, "'llama' with biases in its feed-forward part (mlp_bias)"),
         (
             {**known_models()["Qwen/Qwen3-0.6B"], "attention_bias": True},

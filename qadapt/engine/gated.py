@@ -23,14 +23,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 
 from qadapt.engine.recompute import decoder_layers
-from qadapt.shape import FAMILIES
+from qadapt.shape import ACTIVATIONS, FAMILIES, activation_name
 
 _Maker = Callable[[], Tensor]
 
 
 def set_gated(model: PreTrainedModel) -> None:
     """Has the feed-forward parts of an architecture that is known let go what they can make again."""
-    if model.config.model_type not in FAMILIES:
+    named = activation_name(model.config.to_dict())
+    if model.config.model_type not in FAMILIES or named not in ACTIVATIONS:
         return
     for layer in decoder_layers(model):
         module = cast(nn.Module, layer.mlp)
@@ -54,14 +55,19 @@ class Gated:
         gate, up = self._gate_and_up(values)
         activate = self._module.activation_fn if self._is_joined else self._module.act_fn
         activated = activate(gate)
-        if not activated.requires_grad and not up.requires_grad:  # neither is kept
-            return cast(Tensor, self._module.down_proj(activated * up))
+        if not activated.requires_grad:  # it may be kept for up alone, or not at all: no more is won
+            product = activated * up
+            del gate, up, activated
+            return cast(Tensor, self._module.down_proj(product))
         again = _Again(activate, gate.detach(), up.detach())
         makers: dict[int, _Maker] = {}  # by the id of a storage that lives until all is packed
+        count = activated.numel()  # what packs may live until the backward pass: it holds neither of the two
 
         def pack(tensor: Tensor) -> Tensor | _Maker:
             maker = makers.get(id(tensor.untyped_storage()))
-            return tensor if maker is None else partial(_shaped, maker, tensor.shape)
+            if maker is None or not tensor.is_contiguous() or tensor.numel() != count:
+                return tensor if tensor.is_leaf else tensor.detach()
+            return partial(_shaped, maker, tensor.shape)
 
         with saved_tensors_hooks(pack, _unpacked):
             makers[id(activated.untyped_storage())] = again.activated

@@ -70,9 +70,9 @@ def attention_bytes(shape: ModelShape, setting: Setting, attention: Attention, *
 
 
 def mlp_bytes(shape: ModelShape, setting: Setting) -> int:
-    """What the feed-forward half keeps: norm, adapter inputs, gate, activated gate, up, their product.
+    """What the feed-forward half holds in its turn: norm, adapter inputs, gate, activated, up, the product.
 
-    Computed in pieces: norms and its input.
+    Before, a layer that is not recomputed has let go `remade_bytes`. Computed in pieces: norms and its input.
     """
     if setting.mlp_tiles > 1:
         norms = 2 if shape.family == "gemma2" else 1

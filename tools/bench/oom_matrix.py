@@ -33,6 +33,7 @@ from qadapt.adapters.lora import Lora, attach_lora, trainable
 from qadapt.data.batches import Division
 from qadapt.data.tokens import Tokens, tokens_of
 from qadapt.engine.boundaries import offload_boundaries
+from qadapt.engine.gated import set_gated
 from qadapt.engine.recompute import set_recompute
 from qadapt.engine.tiles import set_tiles
 from qadapt.events import Eased, Event
@@ -114,6 +115,7 @@ class Stage:
         base = load_base(
             model_folder, quantization=case.quantization, double_quant=True, dtype=torch.float32, device=CPU
         )
+        set_gated(base)
         if case.offload:
             offload_boundaries(base)
         lora = Lora(rank=2, alpha=4, dropout=case.dropout, targets=("q_proj", "down_proj"))
