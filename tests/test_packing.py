@@ -37,6 +37,7 @@ from qadapt.model.load import load_base
 from qadapt.plan.estimate import estimate_step
 from qadapt.plan.packing import PACKABLE, check_packable
 from qadapt.plan.setting import Recompute, Setting
+from qadapt.plan.speed import micro_batch_count, micro_batch_seconds, step_seconds
 from qadapt.recipe import Recipe
 from qadapt.recipe_file import check_recipe
 from qadapt.run import resume, train
@@ -364,6 +365,18 @@ def test_rows_of_one_length_are_filled_up_and_the_reasons_say_why() -> None:
     assert plan.reasons[:-1] == asked.plan().reasons
     assert plan.reasons[-1].startswith("rows are filled up: packing would take")
     assert "0% fewer tokens" in plan.reasons[-1]
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(3000, 1), (8192, 2), (9000, 3)])
+def test_a_packed_step_takes_the_passes_that_its_tokens_need_and_not_those_of_full_rows(
+    tokens: int, passes: int
+) -> None:
+    setting = Setting(rows=2, length=2048, packed=True, step_tokens=tokens)
+    assert micro_batch_count(setting, rows_per_step=16) == passes
+    each = micro_batch_seconds(LLAMA, dataclasses.replace(setting, step_tokens=4096), CARD)
+    found = step_seconds(LLAMA, setting, rows_per_step=16, card=CARD)
+    assert each is not None and found is not None
+    assert passes - 1 < found / each <= passes
 
 
 def test_packing_is_as_the_recipe_says_where_it_says() -> None:

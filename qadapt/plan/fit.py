@@ -17,11 +17,11 @@ from qadapt.errors import DoesNotFit
 from qadapt.hardware.cards import Card
 from qadapt.plan.estimate import Estimate, estimate_step
 from qadapt.plan.host import carried_bytes, looked_up_bytes, sliced_bytes, streamed_bytes, table_bytes
-from qadapt.plan.knobs import KNOBS, Knob, Value, micro_batches
+from qadapt.plan.knobs import KNOBS, Knob, Value
 from qadapt.plan.ladder import ladder
 from qadapt.plan.room import Room
 from qadapt.plan.setting import Setting
-from qadapt.plan.speed import BUS_GB, NOMINAL, step_seconds
+from qadapt.plan.speed import BUS_GB, NOMINAL, micro_batch_count, step_seconds
 from qadapt.shape import ModelShape
 from qadapt.units import format_bytes, format_seconds
 
@@ -117,7 +117,7 @@ class _Bench:
         assert cost is not None
         return _Candidate(
             estimate=estimate_step(self.shape, setting, card=card),
-            count=micro_batches(rows, setting.rows),
+            count=micro_batch_count(setting, rows_per_step=rows),
             seconds=seconds,
             cost=cost,
         )
@@ -242,7 +242,8 @@ def _does_not_fit(bench: _Bench, least: Estimate) -> DoesNotFit:
     problem = _problem(bench, least)
     enough = [change for change in changes if change.is_enough]
     if not enough:
-        start = f" The most is won by: {changes[0].sentence}." if changes else ""
+        most = max(changes, key=lambda change: change.bytes_won, default=None)
+        start = f" The most is won by: {most.sentence}." if most else ""
         return DoesNotFit(problem, cure=f"No change is enough; choose a smaller model.{start}")
     others = "; ".join(change.sentence for change in enough[1:4])
     rest = f" Or: {others}." if others else ""

@@ -18,6 +18,7 @@ from qadapt.hardware.cards import Card
 from qadapt.plan.activations import MLP_NAMES
 from qadapt.plan.adapters import trainable
 from qadapt.plan.host import carried_bytes, looked_up_bytes, sliced_bytes, streamed_bytes
+from qadapt.plan.knobs import micro_batches
 from qadapt.plan.setting import Setting
 from qadapt.shape import ModelShape
 
@@ -128,15 +129,30 @@ def micro_batch_seconds(
     return max(computing + moving, launching, streaming) + waiting
 
 
+def micro_batch_count(setting: Setting, *, rows_per_step: int) -> int:
+    """Micro-batches of a step; packed, of the fullest step that was looked at."""
+    if setting.packed and setting.step_tokens:
+        return -(-setting.step_tokens // (setting.rows * setting.length))
+    return micro_batches(rows_per_step, setting.rows)
+
+
 def step_seconds(
     shape: ModelShape, setting: Setting, *, rows_per_step: int, card: Card | None
 ) -> float | None:
-    """Seconds of one optimizer step: its full micro-batches and the smaller last one; None if unknown."""
-    whole, rest = divmod(rows_per_step, setting.rows)
+    """Seconds of one optimizer step: its full micro-batches and the smaller last one; None if unknown.
+
+    Packed, of the fullest step that was looked at, which may have far fewer tokens than full rows would.
+    """
+    if setting.packed and setting.step_tokens:
+        whole, rest = divmod(setting.step_tokens, setting.rows * setting.length)
+        parts = (setting, dataclasses.replace(setting, step_tokens=rest))
+    else:
+        whole, rest = divmod(rows_per_step, setting.rows)
+        parts = (setting, dataclasses.replace(setting, rows=max(1, rest)))
     seconds = 0.0
-    for count, rows in ((whole, setting.rows), (1 if rest else 0, rest)):
+    for count, part in zip((whole, 1 if rest else 0), parts, strict=True):
         if count:
-            each = micro_batch_seconds(shape, dataclasses.replace(setting, rows=rows), card)
+            each = micro_batch_seconds(shape, part, card)
             if each is None:
                 return None
             seconds += count * each
