@@ -201,7 +201,7 @@ def _steps(
         step=loop.progress.step,
         adapter=str(run.adapter),
         best_step=best,
-        best_loss=loop.progress.best_loss,
+        best_loss=loop.progress.best_loss if best == loop.progress.best_step else None,
         seconds=time.monotonic() - start,
     )
 
@@ -301,7 +301,7 @@ def evaluate(
     )
     plan = None if trained.run is None else read_plan(trained.run.plan)
     division = {
-        "size": ROWS_AT_ONCE if plan is None else plan.micro_batch,
+        "size": ROWS_AT_ONCE if plan is None else plan.rows_at_once(chosen.longest),
         "pad_id": tuned.contract.pad_id,
         "loss_chunk": (plan.loss_chunk if plan else 0) or LOSS_CHUNK,
     }

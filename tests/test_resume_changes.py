@@ -125,6 +125,25 @@ def test_an_allowed_change_is_recorded_and_stands_in_the_plan(begun: Path, run: 
     assert read_plan(run.plan).micro_batch == read_plan(begun / "begun/plan.json").micro_batch
 
 
+def test_fewer_steps_than_were_done_are_refused_and_as_many_end_the_run(run: RunFolder) -> None:
+    edit(run, lambda recipe: changed(recipe, "train", steps=2))
+    with pytest.raises(BadRun, match="has done 3 steps; its recipe comes to 2 now") as refusal:
+        go_on(run, allow_change=True)
+    assert "come to 3 or more" in refusal.value.cure
+    assert read_plan(run.plan).steps == 6
+    edit(run, lambda recipe: changed(recipe, "train", steps=3))
+    events = go_on(run, allow_change=True)
+    assert isinstance(events[-1], RunFinished) and events[-1].step == 3
+    assert only(StepDone, events) == []
+
+
+def test_a_plan_says_how_many_rows_filled_up_take_no_more_than_it_planned(run: RunFolder) -> None:
+    plan = read_plan(run.plan)
+    packed = replace(plan, packed=True, packed_tokens=1000, micro_batch=4)
+    assert [packed.rows_at_once(longest) for longest in (300, 1000, 2000)] == [3, 1, 1]
+    assert replace(plan, packed=False, micro_batch=4).rows_at_once(300) == 4
+
+
 def test_a_change_that_was_allowed_once_needs_no_second_word(run: RunFolder) -> None:
     edit(run, lambda recipe: changed(recipe, "train", learning_rate=0.02))
     events = resume("renamed", folder=str(run.path.parent), allow_change=True)

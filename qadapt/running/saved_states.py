@@ -38,13 +38,25 @@ def take_over(
         BadRun: What was saved does not fit; the run is as it was.
         BadOutput: The folder is read-only or full.
     """
-    if plan != read_plan(run.plan):
+    is_other = plan != read_plan(run.plan)
+    if is_other:
         checkpoint, _ = load_newest(run.path)
         if checkpoint is not None:
             check_fits(run, checkpoint, adapter_tensors(model))
-        store(run, plan, material)
-    if is_planned_anew:
+            _check_steps(run, checkpoint, plan)
+    if is_planned_anew:  # before the new plan is there: a rung of another one may mean much less
         (run.path / RUNGS_FILE).unlink(missing_ok=True)
+    if is_other:
+        store(run, plan, material)
+
+
+def _check_steps(run: RunFolder, checkpoint: Checkpoint, plan: StoredPlan) -> None:
+    if checkpoint.step > plan.steps:
+        raise BadRun(
+            f"The run {run.name} has done {checkpoint.step:,} steps; its recipe comes to {plan.steps:,} now.",
+            cure=f"Have it come to {checkpoint.step:,} or more (train.steps in {run.recipe}); with just so "
+            "many the run ends as it stands.",
+        )
 
 
 def restore(loop: Loop, run: RunFolder, *, plan: StoredPlan, earlier: Earlier) -> Iterator[Event]:

@@ -128,7 +128,7 @@ class Loop:
                     yield from self._evaluation()
                 elif self.progress.owes_samples:
                     yield from self._sampled()
-                elif self.progress.step == self.settings.steps or self._has_lost_patience():
+                elif self.progress.step >= self.settings.steps or self._has_lost_patience():
                     yield from self._look_at_save(self._saver.wait)
                     return
                 else:

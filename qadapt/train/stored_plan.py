@@ -81,6 +81,10 @@ class StoredPlan:
             offload=self.offload,
         )
 
+    def rows_at_once(self, longest: int) -> int:
+        """How many rows, filled up to so many tokens, take no more than was planned; at least 1."""
+        return max(1, self.packed_tokens // longest) if self.packed else self.micro_batch
+
     def values(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"version": 1, **asdict(self)}

@@ -36,6 +36,11 @@ class Chosen:
     parts: tuple[Part, ...]
     notes: tuple[Note, ...] = ()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.rows.lengths.max(initial=1))
+
 
 def rows_to_evaluate(
     recipe: Recipe | None,
