@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -168,18 +169,19 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(tmp_path: Path) -> Non
     assert load_newest(tmp_path / "c")[0] is not None, "a run may be moved and renamed"
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, state(1))
 
     def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(checkpoint, "_facts", refuse)
     with pytest.raises(BadRun, match="cannot be read") as refused:
         load_newest(tmp_path)
-    assert "readable for this user" in refused.value.cure
+    assert "readable for this user" in refused.value.cure and "move it away" in refused.value.cure
 
 
 def test_a_process_killed_while_it_replaced_a_checkpoint_lost_none(tmp_path: Path) -> None:

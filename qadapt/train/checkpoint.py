@@ -192,11 +192,15 @@ def restore_random_state(states: Mapping[str, Tensor], device: torch.device) -> 
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+_GONE = FileNotFoundError, NotADirectoryError, IsADirectoryError
+"""Errors that say that a file is not there, and not that it could not be read."""
+
+
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None: each file is compared with the manifest, name with content.
 
     Raises:
-        BadRun: This user may not read it, which says nothing about it.
+        BadRun: It cannot be read now, or not by this user, which says nothing about it.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -205,13 +209,14 @@ def find_damage(folder: Path) -> str | None:
         if not damaged and manifest != _manifest(found):
             damaged = [MANIFEST]
         step = None if damaged else _read_state(folder)["step"]
-    except PermissionError as error:
+    except (*_GONE, ValueError, KeyError, TypeError) as error:
+        return f"The checkpoint {folder} is incomplete: {error}"
+    except OSError as error:
         raise BadRun(
             f"The checkpoint {folder} cannot be read: {error}",
-            cure="Make its files readable for this user, or resume as the user who trained.",
+            cure="Make its files readable for this user, or resume as the user who trained. If the disk has "
+            "lost it, move it away: the one before it is used.",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"The checkpoint {folder} is incomplete: {error}"
     if damaged:
         return f"The checkpoint {folder} is damaged: {', '.join(damaged)}."
     return None if step == step_of(folder) else f"The checkpoint {folder} was renamed: it is of step {step}."
