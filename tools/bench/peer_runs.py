@@ -190,7 +190,6 @@ def task_of(task: Task, side: Side, *, steps: int) -> Task:
         task,
         model=model,
         steps=steps,
-        micro_batch=side.micro_batch or task.micro_batch,
         dtype=side.dtype,
         is_recomputing=side.is_recomputing,
         padding=side.padding,

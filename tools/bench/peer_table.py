@@ -19,9 +19,8 @@ SMALL_SHARE, SMALL_FASTER = 0.5, 1.5
 
 @dataclass(frozen=True)
 class Side:
-    """Who trains and how; `kind` is `defaults`, `best`, `small memory` or `tried`. None: its own default.
-
-    `micro_batch` are rows at once if they are not the task's; of our own side the plan decides.
+    """Who trains and how; None: its own default. `kind` is `defaults`, `best`, `leanest` or `tried`, of our
+    own side `defaults` or `small memory`.
     """
 
     name: str
@@ -29,13 +28,11 @@ class Side:
     dtype: str | None = None
     is_recomputing: bool | None = None
     padding: str = "filled"
-    micro_batch: int | None = None
 
     @property
     def key(self) -> str:
         recompute = {None: "-", True: "recompute", False: "keep"}[self.is_recomputing]
-        at_once = f" by {self.micro_batch}" if self.micro_batch else ""
-        return f"{self.name} | {self.kind} | {self.dtype or '-'} | {recompute} | {self.padding}{at_once}"
+        return f"{self.name} | {self.kind} | {self.dtype or '-'} | {recompute} | {self.padding}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def verdicts(outcomes: Outcomes) -> list[Verdict]:
         if side.kind == "best":
             claim = f"speed, {side.name} at its best"
             said.append(Verdict(claim, faster(outcomes, default, side), FASTER_THAN_BEST))
-    for side in peers:
+    for side in (side for side in peers if side.kind != "leanest"):  # with that our small setting compares
         claim = f"memory, {side.name} at its {side.kind}"
         said.append(Verdict(claim, smaller(outcomes, default, side), 1.0, is_at_least=False))
     claim = f"small memory: peak, the smaller peer's ({leanest.name}, {leanest.kind})"

@@ -9,9 +9,10 @@ conversations cut to 512 tokens, answers learned, AdamW, the same rows in the sa
 tokens. Each side runs in a process of its own, the peers in environments of their own that the tool makes.
 Speed: real tokens per second, without a side's first step. Memory: the highest RssAnon of all its processes
 above the level after its imports, sampled 20 times a second, loading included. A peer runs at its defaults
-and at its best setting, which is looked for first, with few steps: how rows are laid, type, recompute, rows
-at once. At its defaults it is given four of a step's eight rows at once: all eight, as both take by
-themselves, make both slower and larger. Our side chooses by itself, as it does in any run.
+and at its best setting, which is looked for first, with few steps: how rows are laid, type, recompute. It is
+given four of a step's eight rows at once: all eight, as both take by themselves, made both slower and larger.
+Our side chooses by itself, as in any run; in the small-memory setting all recomputes, four rows at once, too.
+The leanest of the settings that were tried runs as well.
 All that is said is also kept: `outcomes.jsonl` in the folder of the task; `--fresh` forgets it. Exits with 1
 where a bar is missed. The machine must be left alone meanwhile. Linux only.
 """
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from conversations import real_conversations
 from peer_runs import Bench, Environments, run_side, task_of
-from peer_table import Outcome, Side, table, verdicts
+from peer_table import PEERS, Outcome, Side, table, verdicts
 from side import IGNORED, Task
 
 from qadapt.cache import cache_folder
@@ -114,8 +115,8 @@ def make_task(arguments: argparse.Namespace, cache: Path) -> tuple[Task, Path]:
     return replace(task, conversations=conversations, rows=written(folder / "rows.jsonl", tokens)), folder
 
 
-def best_side(bench: Bench, name: str, *, steps: int) -> Side:
-    """The fastest setting of a peer: of ways to lay rows first, then with another type, then recomputing."""
+def tried_sides(bench: Bench, name: str, *, steps: int) -> dict[Side, Outcome]:
+    """Settings of a peer: of ways to lay rows each, the fastest with another type, and that recomputing."""
     tried: dict[Side, Outcome] = {}
 
     def try_out(*sides: Side) -> Side:
@@ -127,16 +128,19 @@ def best_side(bench: Bench, name: str, *, steps: int) -> Side:
 
     best = try_out(*(Side(name, "tried", "fp32", False, padding) for padding in PADDINGS[name]))
     best = try_out(replace(best, dtype="bf16"))
-    best = try_out(replace(best, is_recomputing=True))
-    return replace(try_out(replace(best, micro_batch=bench.task.rows_per_step)), kind="best")
+    try_out(replace(best, is_recomputing=True))
+    return tried
 
 
 def compare(bench: Bench, *, tune_steps: int, repeats: int) -> bool:
     """Tunes the peers, runs everybody in turn, prints the table and the bars."""
-    names = ("trl", "llamafactory", "plain")
-    best = [best_side(bench, name, steps=tune_steps) for name in names]
-    sides = [*(Side(name, "defaults") for name in names), *best]
-    sides = [OUR_SIDES[0], *sides, OUR_SIDES[1]]
+    names = (*PEERS, "plain")
+    tried = {name: tried_sides(bench, name, steps=tune_steps) for name in names}
+    best = [max(each, key=lambda side: each[side].tokens_per_second) for each in tried.values()]
+    of_peers = {side: outcome for name in PEERS for side, outcome in tried[name].items()}
+    leanest = min(of_peers, key=lambda side: of_peers[side].peak_bytes)
+    sides = [*(Side(name, "defaults") for name in names), *(replace(side, kind="best") for side in best)]
+    sides = [OUR_SIDES[0], *sides, replace(leanest, kind="leanest"), OUR_SIDES[1]]
     outcomes: dict[Side, list[Outcome]] = {side: [] for side in sides}
     for repeat in range(1, repeats + 1):
         for side in sides:

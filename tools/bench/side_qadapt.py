@@ -1,8 +1,8 @@
 """The package's side of `peers.py`: a whole run by `qadapt.run.train`, with all that watches over it.
 
 A run counts its memory in its first and its longest step, its last one and every fiftieth; such a step takes
-longer and, with only a few steps here, would weigh ten times too much, so it is told apart. How many rows it
-takes at once, and all else that nobody gives, is the plan's choice, as in any recipe without a word on it.
+longer and, with only a few steps here, would weigh ten times too much, so it is told apart. Where nothing is
+recomputed the plan chooses how many rows it takes at once, as in any recipe without a word on it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def recipe_of(task: Task) -> Any:
         memory["compute_dtype"] = task.dtype
     if task.is_recomputing is not None:
         memory["recompute"] = "all" if task.is_recomputing else "none"
+    if task.is_recomputing:
+        memory["micro_batch"] = task.micro_batch
     values: dict[str, Any] = {
         "model": task.model,
         "adapter": {"rank": task.rank, "alpha": task.alpha},
