@@ -55,7 +55,8 @@ def mlp_passing_bytes(shape: ModelShape, setting: Setting, *, is_recomputed: boo
     remade = 0 if is_recomputed else remade_bytes(shape, setting)  # comes with the down projection's turn
     through_down = wide * c + dequantized_bytes(down, setting)
     is_dropped = setting.dropout > 0 and setting.adapts(down)
-    moments = [through_down, (2 if is_dropped else 1) * wide * c, 3 * wide * c - product]
+    through, late = (2 if is_dropped else 1) * wide * c, 0 if product else remade  # else with its own turn
+    moments = [through_down - late, through - late, 3 * wide * c - product]
     if setting.adapts(down) and setting.method in ("ia3", "oft"):  # one tensor more on the way
         moments.append(3 * wide * c)
     if shape.family == "phi3":  # the fused layer's weight is the largest; what it made is gone by then
@@ -147,7 +148,8 @@ def _forward_moments(shape: ModelShape, setting: Setting, *, is_recomputed: bool
     normed = 0 if adapter_input_bytes([up], setting) else hidden
     later = product + (up.outputs - shape.mlp_width) * tokens * c  # one layer for both: not activated yet
     later += up.outputs * tokens * c if scales_output(up, setting) else 0  # not scaled yet
-    later += (beside := bottleneck_bytes(shape, setting, "mlp"))
+    norm = shape.width * norm_value_bytes(setting) * tokens * (shape.family == "gemma2" and not is_recomputed)
+    later += (beside := bottleneck_bytes(shape, setting, "mlp") + norm)
     moments = [dequantized_bytes(up, setting, is_forward=True) + residual + normed - later]
     is_whole = not is_recomputed or shape.family == "gemma2" or beside > 0
     if is_whole or setting.adapts(down):
